@@ -1,0 +1,7 @@
+"""`python -m minift` is `minift`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""A batch is a bag of tokens: sequences laid end to end, never padded, with the offsets where each begins.
+
+The order of examples is a function of (seed, epoch); which of them share a batch changes nothing that is computed.
+N tokens, S sequences, M rows.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ops.dropout import GOLDEN, mix_tensor, signed
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One encoded example."""
+
+    number: int  # of the example in its file: names its noise
+    ids: np.ndarray  # (n,) int32 tokens
+    types: np.ndarray | None  # (n,) int8 token types, or None where all are 0
+    rows: np.ndarray  # (m,) int32 positions asked about, ascending
+    targets: np.ndarray  # (m,) int64 what is right there
+    cut: bool = False  # whether the example was longer than the maximum length
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Batch:
+    """Sequences as one bag of N tokens. What a model, a task and an operator see."""
+
+    ids: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64, from 0 in each sequence
+    types: Tensor | None  # (N,) int64, or None where all are 0
+    offsets: Tensor  # (S + 1,) int64: sequence s is tokens offsets[s] to offsets[s + 1]
+    longest: int  # tokens of the longest sequence
+    keys: Tensor  # (N,) int32: the token's name for dropout, whatever the batch
+    rows: Tensor  # (M,) int64 tokens asked about, ascending
+    targets: Tensor  # (M,) int64
+    n_targets: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """This batch with its tensors on `device`."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values))
+
+
+def pack(sequences: list[Sequence]) -> Batch:
+    """Lays sequences end to end."""
+    lengths = np.array([len(s) for s in sequences])
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    positions = torch.from_numpy(np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths))
+    numbers = torch.from_numpy(np.repeat(np.array([s.number for s in sequences], dtype=np.int64), lengths))
+    types = None
+    if any(s.types is not None for s in sequences):
+        types = np.concatenate([np.zeros(len(s), np.int8) if s.types is None else s.types for s in sequences])
+        types = torch.from_numpy(types).long()
+    targets = np.concatenate([s.targets for s in sequences])
+    return Batch(
+        ids=torch.from_numpy(np.concatenate([s.ids for s in sequences])).long(),
+        positions=positions,
+        types=types,
+        offsets=torch.from_numpy(offsets),
+        longest=int(lengths.max()),
+        keys=token_keys(numbers, positions),
+        rows=torch.from_numpy(np.concatenate([s.rows + o for s, o in zip(sequences, offsets[:-1], strict=True)])).long(),
+        targets=torch.from_numpy(targets),
+        n_targets=len(targets),
+    )
+
+
+def token_keys(numbers: Tensor, positions: Tensor) -> Tensor:
+    """The 32-bit name of each token: a hash of its example's number and its position. (N,) int64 both -> (N,) int32."""
+    number, position = (mix_tensor(t.to(torch.int32) * signed(GOLDEN)) for t in (numbers, positions + 1))
+    return mix_tensor(number ^ position)
+
+
+def order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n examples in an epoch, (n,): the one that transformers' Trainer draws."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
+
+
+def split(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
+    """Micro-batches of at most `tokens` tokens each (0: no limit), of about equal size.
+
+    Longest first, each into the emptiest micro-batch; a sequence longer than `tokens` is one of its own.
+    """
+    if not tokens:
+        return [sequences]
+    groups: list[list[Sequence]] = [[] for _ in range(-(-sum(map(len, sequences)) // tokens))]
+    sizes = [0] * len(groups)
+    for sequence in sorted(sequences, key=len, reverse=True):
+        i = min(range(len(groups)), key=sizes.__getitem__)
+        if sizes[i] and sizes[i] + len(sequence) > tokens:
+            groups.append([])
+            sizes.append(0)
+            i = -1
+        groups[i].append(sequence)
+        sizes[i] += len(sequence)
+    return [g for g in groups if g]

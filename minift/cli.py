@@ -1,0 +1,135 @@
+"""The command line: minift train | eval | predict | inspect.
+
+Results go to standard output, progress and messages to standard error.
+Exit codes: 0 done, 1 bad input, 2 bad usage.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+from .config import Config, EvalConfig, InputError, InspectConfig, PredictConfig, TrainConfig, add_options, from_args
+
+
+def train(config: TrainConfig) -> None:
+    """Reads the data, then the model, then trains."""
+    from . import data, hub
+    from .track import say
+    from .train import read_examples
+    from .train import train as run
+
+    examples = read_examples(config)
+    model, tokenizer = hub.load(config.model, config.task, data.label_names(examples[0], config.labels),
+                                dropout=config.dropout, seed=config.seed)
+    say(f"{config.model}: {model.report}")
+    need(tokenizer, config.model)
+    done = run(model, tokenizer, config, examples)
+    say(f"{done.steps} steps in {done.seconds:.1f} s; the model is in {done.model}")
+    if done.metrics:
+        print_table({f"valid {name}": value for name, value in done.metrics.items()})
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Prints the metrics."""
+    from .evaluate import evaluate as run
+
+    metrics = run(*trained(config), config)
+    print_table(metrics)
+    if config.json:
+        print(json.dumps(metrics))
+
+
+def predict(config: PredictConfig) -> None:
+    """Writes one JSON object a line."""
+    from .evaluate import predict as run
+
+    model = trained(config)
+    out = open(config.out, "w", encoding="utf-8") if config.out else sys.stdout
+    for prediction in run(*model, config):
+        print(json.dumps(prediction, ensure_ascii=False), file=out)
+    if config.out:
+        out.close()
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints every parameter, then the sums."""
+    from . import hub
+
+    folder = hub.resolve(config.model)
+    settings = hub.read_settings(folder)
+    model, _ = hub.load(folder, task_of(settings))
+    rows = [(name, "x".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.nbytes:,}", "yes" if p.requires_grad else "no")
+            for name, p in model.named_parameters()]
+    head = ("parameter", "shape", "dtype", "bytes", "trainable")
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.rjust(w) if i == 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+    parameters = list(model.parameters())
+    print(f"{sum(p.numel() for p in parameters):,} parameters, {sum(p.numel() for p in parameters if p.requires_grad):,} trainable, "
+          f"{sum(p.nbytes for p in parameters):,} bytes")
+    print(f"{model.settings['model_type']}, {model.task or 'no head'}" + (f", labels: {', '.join(model.labels)}" if model.task else ""))
+    print(model.report)
+
+
+def task_of(settings: dict) -> str | None:
+    """The task that a checkpoint's head is for, by its architecture."""
+    from .models import FAMILIES
+
+    heads = {head.architecture: task for task, head in FAMILIES[settings["model_type"]].HEADS.items()}
+    return next((heads[name] for name in settings.get("architectures") or [] if name in heads), None)
+
+
+def trained(config: EvalConfig | PredictConfig) -> tuple:
+    """(model, tokenizer) with a head that was trained."""
+    from . import hub
+    from .precision import choose_device
+
+    model, tokenizer = hub.load(config.model, config.task, fresh_head=False, device=choose_device(config.device)[0])
+    return model, need(tokenizer, config.model)
+
+
+def need(tokenizer, source: str):
+    """The tokenizer, which a command that reads text cannot do without."""
+    if tokenizer is None:
+        raise InputError(f"{source}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def print_table(values: dict) -> None:
+    """One name and value a line, the values aligned."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value:,}")
+
+
+COMMANDS: dict[str, tuple[type[Config], Callable]] = {
+    "train": (TrainConfig, train), "eval": (EvalConfig, evaluate), "predict": (PredictConfig, predict), "inspect": (InspectConfig, inspect),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="minift", description="A minimal fine-tuning engine in plain PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (cls, _) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=cls.__doc__, description=cls.__doc__), cls)
+    args = parser.parse_args(arguments)
+    cls, run = COMMANDS[args.command]
+    try:
+        config = from_args(cls, args)
+    except InputError as e:
+        return complain(e)
+    except ValueError as e:
+        commands.choices[args.command].error(str(e))
+    try:
+        run(config)
+    except (InputError, FloatingPointError) as e:
+        return complain(e)
+    return 0
+
+
+def complain(error: Exception) -> int:
+    """Says what is wrong with the input; the exit code for that."""
+    print(f"minift: error: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,158 @@
+"""One flat dataclass per command; its help stands beside each option, and the command line is derived from it.
+
+A field `max_length: int = option(0, "...")` is the option `--max-length N` and the key "max_length" in a JSON file.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something wrong with what the user gave (a file, a folder, a checkpoint); the message says what and where."""
+
+
+def option(default, help: str, choices: tuple = (), at_least=None):
+    """A dataclass field that is also a command-line option."""
+    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+@dataclass
+class Config:
+    """What every command's options share: checking, and JSON in and out."""
+
+    def check(self) -> None:
+        """Raises ValueError that names the option, its value and the values accepted."""
+        for f in dataclasses.fields(self):
+            value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, value := float(value))
+            if type(value) is not f.type:
+                raise ValueError(f"{flag} is {value!r}; expected {f.type.__name__}")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise ValueError(f"{flag} is {value!r}; expected one of {', '.join(map(str, f.metadata['choices']))}")
+            low = f.metadata["at_least"]
+            if low is not None and not value >= low:  # `not >=` also refuses nan
+                raise ValueError(f"{flag} is {value!r}; expected at least {low}")
+            if f.metadata["help"].endswith("(required)") and not value:
+                raise ValueError(f"{flag} is missing")
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON file that `--config` reads."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+@dataclass
+class TrainConfig(Config):
+    """Fine-tune a model on a file of examples."""
+
+    model: str = option("", "folder, or hub id (required)")
+    task: str = option("classify", "what is learned", choices=("classify",))
+    data: str = option("", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)")
+    valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
+    out: str = option("", "run folder, new or empty (required)")
+    columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
+    labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
+    limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
+    epochs: int = option(3, "passes over the data", at_least=1)
+    steps: int = option(0, "stop after N optimizer steps; 0: after the epochs", at_least=0)
+    batch: int = option(8, "sequences an optimizer step", at_least=1)
+    tokens: int = option(0, "most tokens in memory at once; a step is split to fit; 0: no limit", at_least=0)
+    max_length: int = option(0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0)
+    lr: float = option(5e-5, "learning rate at its peak", at_least=0)
+    warmup: float = option(0.0, "steps of linear warm-up, or below 1 the fraction of all steps", at_least=0)
+    schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
+    weight_decay: float = option(0.0, "AdamW's decay; not for biases and layer norms", at_least=0)
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+    dropout: float = option(-1.0, "one rate for every dropout of the model; -1: the rates of its config.json", at_least=-1)
+    seed: int = option(42, "fixes order, dropout and fresh weights", at_least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    eval_every: str = option("epoch", "validate after each epoch, or every N steps")
+
+    def check(self) -> None:
+        super().check()
+        if self.eval_every != "epoch" and not (self.eval_every.isdigit() and int(self.eval_every) > 0):
+            raise ValueError(f"--eval-every is {self.eval_every!r}; expected epoch or a number of steps")
+        if self.dropout != -1 and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout is {self.dropout!r}; expected -1, or at least 0 and below 1")
+
+
+@dataclass
+class EvalConfig(Config):
+    """Measure a fine-tuned model on labelled examples."""
+
+    model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
+    task: str = option("classify", "what it was trained for", choices=("classify",))
+    data: str = option("", "labelled file or folder (required)")
+    columns: str = option("", "columns or keys to read, as text,label")
+    limit: int = option(0, "evaluate N examples drawn at random; 0: all", at_least=0)
+    tokens: int = option(4096, "tokens in memory at once", at_least=1)
+    max_length: int = option(0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0)
+    seed: int = option(42, "fixes the draw of --limit", at_least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    json: bool = option(False, "one JSON object as the last line of standard output")
+
+
+@dataclass
+class PredictConfig(Config):
+    """Label new texts; one JSON object a line, in the order of the input."""
+
+    model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
+    task: str = option("classify", "what it was trained for", choices=("classify",))
+    data: str = option("", "file of texts (a label, if there, is not looked at)")
+    text: str = option("", "one text instead of a file")
+    pair: str = option("", "the second sentence of --text")
+    out: str = option("", "write here instead of standard output")
+    columns: str = option("", "columns or keys to read, as text or text=review")
+    tokens: int = option(4096, "tokens in memory at once", at_least=1)
+    max_length: int = option(0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    def check(self) -> None:
+        super().check()
+        if bool(self.data) == bool(self.text):
+            raise ValueError("give either --data FILE or --text \"...\"")
+
+
+@dataclass
+class InspectConfig(Config):
+    """Show the module tree of a model: shapes, dtypes, bytes, trainable or not."""
+
+    model: str = option("", "run folder, model folder or hub id (required)")
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
+    """One `--option` per field. Defaults are left out, so that only what was typed overrides `--config FILE`."""
+    for f in dataclasses.fields(cls):
+        shown = "" if f.default in ("", False) else f" (default {f.default})"
+        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"] or None}
+        if f.type is not bool and not f.metadata["choices"]:
+            how["metavar"] = {str: "X", int: "N", float: "R"}[f.type]
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how)
+    parser.add_argument("--config", metavar="FILE", help="JSON file with any of these options; the command line wins")
+
+
+def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
+    """The checked configuration: defaults, then `--config FILE`, then the command line.
+
+    Raises InputError for an unreadable file, ValueError for a wrong value.
+    """
+    typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+    config = cls(**{**(read_json(cls, Path(args.config)) if args.config else {}), **typed})
+    config.check()
+    return config
+
+
+def read_json(cls: type[Config], path: Path) -> dict:
+    """The options in a JSON file, as config.json of a run folder. Raises InputError for anything that is no option."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e})") from e
+    names = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or set(values) - names:
+        found = sorted(set(values) - names) if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"{path}: found {found}; expected an object with some of {sorted(names)}")
+    return values

@@ -1,0 +1,326 @@
+"""A checkpoint folder in and out: from a local folder or the Hugging Face hub, to a folder that transformers loads.
+
+    model, tokenizer = load("bert-base-uncased", task="classify", labels=["negative", "positive"])
+    save(model, tokenizer, "reviews-model")
+
+The model is built on the meta device, without memory, and filled tensor by tensor; what the file lacks and may lack (a
+new task's head) is drawn at random. Everything else that does not fit is an error that names the tensor.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import tokenizer as tokenizers
+from .config import InputError
+from .models import FAMILIES, Model
+from .tokenizer import Tokenizer
+
+SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+               "added_tokens.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass
+class Report:
+    """What loading met, in the hub's names."""
+
+    loaded: int = 0
+    fresh: list[str] = field(default_factory=list)  # missing in the file, drawn at random
+    reshaped: list[str] = field(default_factory=list)  # of another shape in the file (another number of labels), drawn at random
+    unused: list[str] = field(default_factory=list)  # in the file, for another task
+
+    def __str__(self) -> str:
+        lines = [f"{self.loaded} tensors loaded"]
+        for names, what in ((self.fresh, "missing, freshly initialised"), (self.reshaped, "of another shape, freshly initialised"),
+                            (self.unused, "of another task, not used")):
+            if names:
+                lines.append(f"{len(names)} {what}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def load(
+    source: str | Path, task: str | None = None, labels: list[str] | None = None, *,
+    fresh_head: bool = True, dropout: float = -1, seed: int = 42, device: str | torch.device = "cpu",
+) -> tuple[Model, Tokenizer | None]:
+    """The model in `source` (a folder, a run folder or a hub id) and its tokenizer (None where it brings none).
+
+    task: which head to put on it; None for the body alone. labels: names of the classes; None takes the checkpoint's own.
+    fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
+    dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
+    Raises InputError. What was loaded, drawn and left out is in model.report.
+    """
+    folder = resolve(source)
+    settings = read_settings(folder)
+    model = build(settings, folder, task, labels, dropout)
+    model.report = fill(model, folder, fresh_head, seed)
+    tokenizer = tokenizers.load(folder) if any((folder / name).is_file() for name in SMALL_FILES) else None
+    if tokenizer and tokenizer.vocab_size > model.config.vocabulary:
+        raise InputError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
+                         f"{model.config.vocabulary}, the rows of the model's embedding")
+    return model.to(device), tokenizer
+
+
+# where the files are
+
+def resolve(source: str | Path) -> Path:
+    """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache."""
+    folder = Path(source)
+    if folder.is_dir():
+        return next((folder / name for name in ("best", "last") if (folder / name / "config.json").is_file()), folder)
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or folder.exists():
+        raise InputError(f"{source}: no such folder")
+    return download(str(source))
+
+
+def download(repo: str) -> Path:
+    """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except LocalEntryNotFoundError:  # the hub is out of reach, and the file not in the cache
+            return None
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError) as e:
+            raise InputError(f"{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
+
+    config = fetch("config.json")
+    if config is None:
+        raise InputError(f"{repo}: no such folder, and no config.json of that name on the hub or, if the hub is out of reach, in its cache")
+    for name in SMALL_FILES:
+        fetch(name)
+    weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
+    if weights and weights.suffix == ".json":
+        for shard in set(read_index(weights).values()):
+            fetch(shard)
+    return config.parent
+
+
+def read_settings(folder: Path) -> dict:
+    """The model's config.json."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON ({e})") from e
+    if not isinstance(settings, dict) or settings.get("model_type") not in FAMILIES:
+        found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
+        raise InputError(f"{path}: model_type is {found!r}; expected one of {', '.join(FAMILIES)}")
+    return settings
+
+
+# the model without memory
+
+def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
+    """The model on the meta device."""
+    family = FAMILIES[settings["model_type"]]
+    known = {f.name: settings[f.name] for f in fields(family.Config) if f.name in settings}
+    try:
+        config = family.Config(**known)
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{folder / 'config.json'}: {e}") from e
+    if dropout >= 0:
+        config = replace(config, **config.with_dropout(dropout))
+    if task and task not in family.HEADS:
+        raise InputError(f"{folder}: a {settings['model_type']} model has no head for {task}; expected one of {', '.join(family.HEADS)}")
+    if labels is None:
+        by_id = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        labels = [by_id[key] for key in sorted(by_id, key=int)]
+    with torch.device("meta"):
+        return Model(settings, config, task, labels)
+
+
+# the weights
+
+def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
+    """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError."""
+    names, report = hub_names(model), Report()
+    ours = {hub: name for name, hub in names.items()}
+    missing, wrong = dict.fromkeys(names), []
+    for raw, shape, read in tensors(folder):
+        hub = modern(raw, ours, model.family.PREFIX)
+        name = ours.get(hub)
+        if name is None:
+            if re.fullmatch(model.family.OTHER_HEADS, hub):
+                report.unused.append(hub)
+            elif not re.fullmatch(model.family.IGNORED, hub):
+                wrong.append(f"{raw} {shape} is in the file, but not in the model")
+            continue
+        want = tuple(model.get_parameter(name).shape)
+        flip = hub.endswith(model.family.TRANSPOSED) if model.family.TRANSPOSED else False
+        if (shape[::-1] if flip else shape) != want:
+            if name.startswith("head.out."):
+                report.reshaped.append(hub)
+            else:
+                wrong.append(f"{raw} is {shape} in the file; expected {want[::-1] if flip else want}")
+            missing.pop(name, None)
+            continue
+        if name not in missing:
+            wrong.append(f"{hub} is in the file twice, the second time as {raw}")
+            continue
+        tensor = read()
+        if tensor.dtype not in FLOATS:
+            wrong.append(f"{raw} is {tensor.dtype} in the file; expected floating-point numbers")
+        put(model, name, (tensor.t() if flip else tensor).to(torch.float32, copy=True).contiguous())
+        del missing[name]
+        report.loaded += 1
+    report.fresh = [names[name] for name in missing if name.startswith("head.")]
+    wrong += [f"{names[name]} is missing in the file" for name in missing if not name.startswith("head.")]
+    if not fresh_head:
+        wrong += [f"{hub}, of the {model.task} head, is missing in the file or of another shape; expected a trained head"
+                  for hub in report.fresh + report.reshaped]
+    if wrong:
+        raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(wrong[:20])
+                         + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""))
+    draw(model, seed)
+    model.tie()
+    return report
+
+
+def hub_names(model: Model) -> dict[str, str]:
+    """Our name -> the hub's, for every parameter with a tensor of its own in a file."""
+    table = (*getattr(model.head, "rename", ()), *model.family.RENAME)
+    tied = model.head.tied[0] if model.tied else None
+    names = {}
+    for name in model.state_dict():
+        hub = name
+        for mine, theirs in table:
+            hub = hub.replace(mine, theirs)
+        if name != tied:
+            names[name] = hub
+    return names
+
+
+def modern(name: str, known: dict, prefix: str) -> str:
+    """A file's name for a tensor, as transformers would write it today: no gamma and beta, with the body's prefix."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+    return prefix + name if prefix + name in known else name
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Makes `tensor` the parameter called `name`."""
+    path, leaf = name.rpartition(".")[::2]
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+
+
+def draw(model: Model, seed: int) -> None:
+    """Draws what is still without memory, in the model's order from one generator (as transformers after set_seed)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in list(model.named_parameters()):
+        if p.is_meta and name.endswith("weight") and p.dim() > 1:
+            put(model, name, torch.empty(p.shape).normal_(0, model.family.init_scale(model.config, name), generator=generator))
+        elif p.is_meta:  # biases 0, layer norms 1
+            put(model, name, torch.full(p.shape, float(name.endswith("weight"))))
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+    """(name, shape, function that reads it) of every tensor of a checkpoint, without reading it yet."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        yield from (safetensors_in if path.suffix == ".safetensors" else pickled_in)(path)
+        return
+    index = read_index(path)
+    for shard in sorted(set(index.values())):
+        if not (folder / shard).is_file():
+            raise InputError(f"{path}: names the file {shard}, which is not there")
+        expected = {name for name, file in index.items() if file == shard}
+        found = list((safetensors_in if shard.endswith(".safetensors") else pickled_in)(folder / shard))
+        if different := expected ^ {name for name, _, _ in found}:
+            raise InputError(f"{folder / shard}: does not hold what {path.name} says; they differ in {', '.join(sorted(different)[:5])}")
+        yield from found
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """tensor name -> file name of a sharded checkpoint. Refuses files outside its folder."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        for name, shard in index.items():
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
+                raise InputError(f"{path}: puts {name} into {shard!r}; expected a weight file in the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: not an index of shards ({type(e).__name__}: {e}); expected an object with weight_map") from e
+    return index
+
+
+def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+    """The tensors of a .safetensors file."""
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes") from e
+    with file:
+        for name in file.keys():
+            yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
+
+
+def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+    """The tensors of a pytorch_model.bin. Only tensors are unpickled: a file that would run code is refused."""
+    with open(path, "rb") as f:
+        zipped = f.read(2) == b"PK"  # an old-style pickle cannot be mapped
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # UnpicklingError, RuntimeError, EOFError, zip errors: torch's own words say which
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"{path}: not a checkpoint of tensors alone, or not whole ({reason})") from e
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path}: holds something else than named tensors")
+    for name, tensor in state.items():
+        yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
+
+
+# saving
+
+def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, notes: dict | None = None) -> None:
+    """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
+
+    It is written aside and renamed, so that `folder` is never half a model. notes: kept in config.json under "minift".
+    """
+    folder = Path(folder)
+    aside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for path in (aside, old):
+        shutil.rmtree(path, ignore_errors=True)
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text(json.dumps(settings_of(model, notes), indent=2, sort_keys=True) + "\n")
+    state, flip = model.state_dict(), model.family.TRANSPOSED or ("\0",)
+    save_file({hub: (state[name].t() if hub.endswith(flip) else state[name]).contiguous().cpu() for name, hub in hub_names(model).items()},
+              aside / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer:
+        tokenizer.save(aside)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settings_of(model: Model, notes: dict | None = None) -> dict:
+    """config.json: the checkpoint's own, with the architecture, labels and notes of this model."""
+    settings = {k: v for k, v in model.settings.items() if k not in ("_name_or_path", "torch_dtype", "num_labels")}
+    settings |= {"architectures": [model.head.architecture if model.head else model.family.ARCHITECTURE], "dtype": "float32"}
+    if model.task == "classify":
+        settings |= {"id2label": {str(i): name for i, name in enumerate(model.labels)},
+                     "label2id": {name: i for i, name in enumerate(model.labels)},
+                     "problem_type": "single_label_classification"}
+        if settings.get("pad_token_id") is None:  # transformers wants one to find the last token of a padded batch
+            settings["pad_token_id"] = settings.get("eos_token_id")
+    if notes:
+        settings["minift"] = notes
+    return settings

@@ -1,0 +1,54 @@
+"""The parameters of a network and what they compute: Linear, Embedding, LayerNorm.
+
+All of mixed precision is that weights are cast to the dtype of the activations where they are used.
+Weights are created uninitialised: hub.py streams a checkpoint in, or draws them. N tokens, C width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import norm
+from .ops.dropout import Noise
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. What adapters wrap: anything with in_features, out_features and forward(x, noise)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor, noise: Noise = Noise()) -> Tensor:
+        """x (N, in_features) -> (N, out_features), in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """A row of the table for each id."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (N,) -> (N, C)."""
+        return F.embedding(ids, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """The weights of a layer norm; `ops.norm` computes it, alone or with what comes before."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C) -> (N, C)."""
+        return norm.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, p: float, noise: Noise, site: int) -> tuple[Tensor, Tensor]:
+        """(h, y): h = residual + drop(x), y = the norm of h."""
+        return norm.add_norm(x, residual, self.weight, self.bias, self.eps, p, noise, site)

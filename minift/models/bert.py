@@ -1,0 +1,193 @@
+"""BERT, the bidirectional encoder (Devlin et al., https://arxiv.org/abs/1810.04805), on packed tokens.
+
+    x = norm(word[id] + type[t] + position[i])
+    a = attention(query x, key x, value x)
+    x = norm(x + drop(out a))
+    x = norm(x + drop(down act(up x)))              both of these, layer after layer
+
+The last layer is computed for the tokens asked about (`batch.rows`) alone; its keys and values for all.
+N tokens, M rows, C width, H heads, D = C / H head size, L layers, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn, tanh
+
+from ..batch import Batch
+from ..layers import Embedding, LayerNorm, Linear
+from ..ops.attention import attention
+from ..ops.dropout import Noise, dropout
+from ..ops.gelu import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a BERT config.json that change what is computed, under their names there."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError for a kind of BERT that this file does not compute."""
+        for name, accepted in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
+            if getattr(self, name) != accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {accepted!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
+        if self.num_hidden_layers < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}, "
+                             f"num_hidden_layers {self.num_hidden_layers}; expected a layer or more, and heads that divide the width")
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence there are positions for, in tokens."""
+        return self.max_position_embeddings
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the word embedding."""
+        return self.vocab_size
+
+    def with_dropout(self, p: float) -> dict:
+        """The changes that set every dropout rate to p."""
+        return dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p, classifier_dropout=None)
+
+
+class Embeddings(nn.Module):
+    """Word, token type and position, summed and normalised."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.word = Embedding(config.vocab_size, config.hidden_size)
+        self.position = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, batch: Batch) -> Tensor:
+        kind = self.token_type.weight[0] if batch.types is None else self.token_type(batch.types)
+        return self.norm(self.word(batch.ids) + kind + self.position(batch.positions))  # (N, C)
+
+
+class Attention(nn.Module):
+    """Self-attention with its output projection, residual and norm."""
+
+    def __init__(self, config: Config, site: int):
+        super().__init__()
+        width = config.hidden_size
+        self.query, self.key, self.value = Linear(width, width), Linear(width, width), Linear(width, width)
+        self.out, self.norm = Linear(width, width), LayerNorm(width, config.layer_norm_eps)
+        self.heads, self.site = config.num_attention_heads, site
+        self.p_probs, self.p = config.attention_probs_dropout_prob, config.hidden_dropout_prob
+
+    def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None) -> Tensor:
+        """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None."""
+        asked, at = (x, noise) if rows is None else (x.index_select(0, rows), noise.at(rows))
+        q, k, v = self.query(asked, at), self.key(x, noise), self.value(x, noise)  # (M, C), (N, C), (N, C)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # (.., H, D)
+        a = attention(q, k, v, batch.offsets, rows, scale=q.shape[-1] ** -0.5, p=self.p_probs, noise=at, site=self.site)
+        return self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)[1]
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a layer, with its residual and norm."""
+
+    def __init__(self, config: Config, site: int):
+        super().__init__()
+        self.up, self.down = Linear(config.hidden_size, config.intermediate_size), Linear(config.intermediate_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.act, self.p, self.site = ACTIVATIONS[config.hidden_act], config.hidden_dropout_prob, site
+
+    def forward(self, x: Tensor, noise: Noise) -> Tensor:
+        """x (M, C) -> (M, C)."""
+        return self.norm.add(self.down(self.act(self.up(x, noise)), noise), x, self.p, noise, self.site)[1]
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward. Three dropout places: site, site + 1, site + 2."""
+
+    def __init__(self, config: Config, site: int):
+        super().__init__()
+        self.attention, self.mlp = Attention(config, site), MLP(config, site + 2)
+
+    def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None = None) -> Tensor:
+        return self.mlp(self.attention(x, batch, noise, rows), noise.at(rows))
+
+
+class Body(nn.Module):
+    """The encoder. Dropout places: 0 after the embeddings, then three a layer; the head's follow."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
+
+    def forward(self, batch: Batch, noise: Noise = Noise()) -> Tensor:
+        """Hidden states at batch.rows, (M, C)."""
+        x = dropout(self.embeddings(batch), self.config.hidden_dropout_prob, noise, 0)  # (N, C)
+        for layer in self.layers[:-1]:
+            x = layer(x, batch, noise)
+        return self.layers[-1](x, batch, noise, batch.rows)  # (M, C)
+
+
+class ClassifyHead(nn.Module):
+    """One label a sequence, from its [CLS] token: a tanh layer that pretraining left, dropout, a linear layer."""
+
+    architecture = "BertForSequenceClassification"
+    rename = (("head.pooler.", "bert.pooler.dense."), ("head.out.", "classifier."))
+
+    def __init__(self, config: Config, n_labels: int):
+        super().__init__()
+        self.pooler, self.out = Linear(config.hidden_size, config.hidden_size), Linear(config.hidden_size, n_labels)
+        p = config.classifier_dropout
+        self.p, self.site = config.hidden_dropout_prob if p is None else p, 1 + 3 * config.num_hidden_layers
+
+    def features(self, h: Tensor, noise: Noise = Noise()) -> Tensor:
+        """What the last linear layer sees. h (M, C) -> (M, C)."""
+        return dropout(tanh(self.pooler(h, noise)), self.p, noise, self.site)
+
+
+HEADS = {"classify": ClassifyHead}
+ARCHITECTURE = "BertModel"  # of a body without a head
+ASKED = "first"  # the token of a sequence that classification asks about
+
+# our name -> the hub's, replaced from top to bottom
+RENAME = (
+    ("body.", "bert."),
+    ("embeddings.word.", "embeddings.word_embeddings."),
+    ("embeddings.position.", "embeddings.position_embeddings."),
+    ("embeddings.token_type.", "embeddings.token_type_embeddings."),
+    ("embeddings.norm.", "embeddings.LayerNorm."),
+    ("layers.", "encoder.layer."),
+    ("attention.query.", "attention.self.query."),
+    ("attention.key.", "attention.self.key."),
+    ("attention.value.", "attention.self.value."),
+    ("attention.out.", "attention.output.dense."),
+    ("attention.norm.", "attention.output.LayerNorm."),
+    ("mlp.up.", "intermediate.dense."),
+    ("mlp.down.", "output.dense."),
+    ("mlp.norm.", "output.LayerNorm."),
+)
+PREFIX = "bert."
+TRANSPOSED = ()
+IGNORED = r"(.*\.)?position_ids"  # buffers of old files, computed here
+OTHER_HEADS = r"(bert\.)?pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
+
+
+def init_scale(config: Config, name: str) -> float:
+    """Standard deviation of a freshly drawn weight."""
+    return config.initializer_range

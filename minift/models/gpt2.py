@@ -1,0 +1,183 @@
+"""GPT-2, the causal decoder (Radford et al. 2019, https://github.com/openai/gpt-2), on packed tokens.
+
+    x = drop(wte[id] + wpe[i])
+    x = x + drop(c_proj attention(c_attn ln_1(x)))
+    x = x + drop(c_proj act(c_fc ln_2(x)))          both of these, layer after layer
+    h = ln_f(x)
+
+The last layer is computed for the tokens asked about (`batch.rows`) alone; its keys and values (and, since c_attn is
+one matrix, its queries) for all. N tokens, M rows, C width, H heads, D = C / H head size, L layers, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..layers import Embedding, LayerNorm, Linear
+from ..ops.attention import attention
+from ..ops.dropout import Noise, dropout
+from ..ops.gelu import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a GPT-2 config.json that change what is computed, under their names there."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+    add_cross_attention: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError for a kind of GPT-2 that this file does not compute."""
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention is True; expected False")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}")
+        if self.n_layer < 1 or self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd}, n_head {self.n_head}, n_layer {self.n_layer}; "
+                             "expected a layer or more, and heads that divide the width")
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence there are positions for, in tokens."""
+        return self.n_positions
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the word embedding."""
+        return self.vocab_size
+
+    def with_dropout(self, p: float) -> dict:
+        """The changes that set every dropout rate to p."""
+        return dict(resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with its output projection."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.c_attn, self.c_proj = Linear(config.n_embd, 3 * config.n_embd), Linear(config.n_embd, config.n_embd)
+        self.heads, self.p, self.site = config.n_head, config.attn_pdrop, 1 + 3 * layer
+        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+
+    def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None) -> Tensor:
+        """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None."""
+        q, k, v = self.c_attn(x, noise).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (N, H, D) each
+        q, at = (q, noise) if rows is None else (q.index_select(0, rows), noise.at(rows))
+        a = attention(q, k, v, batch.offsets, rows, scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
+        return self.c_proj(a.flatten(1), at)
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a layer."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc, self.c_proj = Linear(config.n_embd, inner), Linear(inner, config.n_embd)
+        self.act = ACTIVATIONS[config.activation_function]
+
+    def forward(self, x: Tensor, noise: Noise) -> Tensor:
+        """x (M, C) -> (M, C)."""
+        return self.c_proj(self.act(self.c_fc(x, noise)), noise)
+
+
+class Layer(nn.Module):
+    """The parts of a layer; Body.forward joins them, since a residual and the next norm are one operator."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = (LayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
+
+
+class Body(nn.Module):
+    """The decoder. Dropout places: 0 after the embeddings, then three a layer (probabilities, attention, feed-forward)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.wte, self.wpe = Embedding(config.vocab_size, config.n_embd), Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+
+    def forward(self, batch: Batch, noise: Noise = Noise()) -> Tensor:
+        """Hidden states at batch.rows, (M, C)."""
+        p = self.config.resid_pdrop
+        x = dropout(self.wte(batch.ids) + self.wpe(batch.positions), self.config.embd_pdrop, noise, 0)  # (N, C)
+        y = self.h[0].ln_1(x)
+        for i, layer in enumerate(self.h):
+            last = i + 1 == len(self.h)
+            rows = batch.rows if last else None
+            a = layer.attn(y, batch, noise, rows)  # (M, C) in the last layer, (N, C) before
+            if last:
+                x, noise = x.index_select(0, rows), noise.at(rows)
+            x, y = layer.ln_2.add(a, x, p, noise, 2 + 3 * i)
+            after = self.ln_f if last else self.h[i + 1].ln_1
+            x, y = after.add(layer.mlp(y, noise), x, p, noise, 3 + 3 * i)
+        return y  # (M, C)
+
+
+class LMHead(nn.Module):
+    """The next token, from every row; the weight is the word embedding itself unless the config unties it."""
+
+    architecture = "GPT2LMHeadModel"
+    rename = (("head.out.", "lm_head."),)
+    tied = ("head.out.weight", "body.wte.weight")
+
+    def __init__(self, config: Config, n_labels: int = 0):
+        super().__init__()
+        self.out = Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def features(self, h: Tensor, noise: Noise = Noise()) -> Tensor:
+        """What the last linear layer sees: h (M, C) itself."""
+        return h
+
+
+class ClassifyHead(nn.Module):
+    """One label a sequence, from its last token, by a linear layer without bias or dropout."""
+
+    architecture = "GPT2ForSequenceClassification"
+    rename = (("head.out.", "score."),)
+
+    def __init__(self, config: Config, n_labels: int):
+        super().__init__()
+        self.out = Linear(config.n_embd, n_labels, bias=False)
+
+    def features(self, h: Tensor, noise: Noise = Noise()) -> Tensor:
+        """What the last linear layer sees: h (M, C) itself."""
+        return h
+
+
+HEADS = {"complete": LMHead, "classify": ClassifyHead}
+ARCHITECTURE = "GPT2Model"  # of a body without a head
+ASKED = "last"  # the token of a sequence that classification asks about
+
+RENAME = (("body.", "transformer."),)  # our name -> the hub's
+PREFIX = "transformer."
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) on the hub: Conv1D
+IGNORED = r"(.*\.)?attn\.(bias|masked_bias)"  # causal masks kept as buffers
+OTHER_HEADS = r"lm_head\..*|score\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
+
+
+def init_scale(config: Config, name: str) -> float:
+    """Standard deviation of a freshly drawn weight; projections into the residual shrink with depth (the paper, 2.3)."""
+    return config.initializer_range / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1)

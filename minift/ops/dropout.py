@@ -1,0 +1,120 @@
+"""Dropout whose mask is a function, not a state.
+
+    y[i, c] = x[i, c] / (1 - p)  if keep(i, c)  else 0
+    keep(i, c) = signed(hash(row[i] ^ col[c])) < (1 - p) * 2^32 - 2^31
+    row[i] = mix(key[i] ^ k0)      col[c] = mix(c * 0x9E3779B1 ^ k1)      k0, k1 = mixes of (seed, step, site)
+
+`key` is a token's 32-bit name (batch.py makes it from the example's number and the token's position), so the mask of a
+token is the same however examples are packed, split or dealt out, and backward makes it again instead of saving it.
+`mix` is the lowbias32 integer hash (https://nullprogram.com/blog/2018/07/31/); `hash` is `mix` without its last
+xor-shift, which changes only low bits. All arithmetic is on 32-bit integers that wrap, the same in C++, CUDA and here.
+
+N tokens, C channels.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GOLDEN, MUL1, MUL2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
+MASK = 0xFFFFFFFF
+BLOCK = 1 << 17  # elements hashed at once: two int32 scratch blocks stay in the L2 caches
+
+
+def signed(x: int) -> int:
+    """The int32 with the bits of the unsigned 32-bit `x`."""
+    return x - (1 << 32) if x >> 31 else x
+
+
+def mix(x: int) -> int:
+    """lowbias32 of a Python integer; a bijection of 32-bit words."""
+    x = (x ^ x >> 16) * MUL1 & MASK
+    x = (x ^ x >> 15) * MUL2 & MASK
+    return x ^ x >> 16
+
+
+def hash_(x: Tensor, scratch: Tensor) -> Tensor:
+    """lowbias32 without its last step, of int32 words, in place. `scratch` has the shape of x."""
+    for shift, multiplier in ((16, MUL1), (15, MUL2)):
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        scratch &= (1 << 32 - shift) - 1  # int32 shifts copy the sign bit in: clear it
+        x ^= scratch
+        x *= signed(multiplier)
+    return x
+
+
+def mix_tensor(x: Tensor) -> Tensor:
+    """lowbias32 of int32 words, as a new tensor."""
+    x = hash_(x.clone(), torch.empty_like(x))
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where randomness comes from: the run's seed, the step, and the keys of the tokens at hand.
+
+    `Noise()` is silence: every dropout is off (evaluation).
+    """
+
+    seed: int = 0
+    step: int = 0
+    keys: Tensor | None = None  # (N,) int32
+
+    def at(self, rows: Tensor | None) -> "Noise":
+        """The noise of these tokens alone. rows (M,), or None for all."""
+        return self if self.keys is None or rows is None else replace(self, keys=self.keys[rows])
+
+    def salts(self, site: int) -> tuple[int, int]:
+        """(k0, k1): two 32-bit words for the dropout place number `site` in this step."""
+        base = mix(mix(mix(self.seed & MASK) ^ self.seed >> 32 & MASK) ^ self.step & MASK)
+        return mix(base + 2 * site & MASK), mix(base + 2 * site + 1 & MASK)
+
+    def rows(self, site: int) -> Tensor:
+        """The words of the tokens, (N,) int32."""
+        return mix_tensor(self.keys ^ signed(self.salts(site)[0]))
+
+    def cols(self, site: int, n: int) -> Tensor:
+        """The words of the first n channels, (n,) int32."""
+        channel = torch.arange(n, dtype=torch.int32, device=self.keys.device)
+        return mix_tensor(channel * signed(GOLDEN) ^ signed(self.salts(site)[1]))
+
+
+def keep(row: Tensor, col: Tensor, p: float) -> Tensor:
+    """Which elements stay: bool, of the shape that row and col (int32) broadcast to."""
+    x = row ^ col
+    return hash_(x, torch.empty_like(x)) < round((1 - p) * 2**32) - 2**31
+
+
+class Dropout(torch.autograd.Function):
+    """Saves the words of rows and channels, (N,) and (C,); the mask is hashed again in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(row, col)
+        ctx.p = p
+        return reference(x, row, col, p)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        row, col = ctx.saved_tensors
+        return reference(dy, row, col, ctx.p), None, None, None
+
+
+def reference(x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
+    """The equation above, a block of rows at a time. x (N, C), row (N,), col (C,)."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n = max(1, BLOCK // max(1, x.shape[1]))
+    for i in range(0, x.shape[0], n):
+        torch.mul(x[i : i + n], keep(row[i : i + n, None], col, p), out=y[i : i + n]).mul_(1 / (1 - p))
+    return y
+
+
+def dropout(x: Tensor, p: float, noise: Noise, site: int) -> Tensor:
+    """x with a fraction p of its elements set to 0 and the rest scaled by 1 / (1 - p); x itself without noise.
+
+    x (N, C), with noise.keys (N,); `site` numbers the dropout place in the model.
+    """
+    if noise.keys is None or p == 0:
+        return x
+    return Dropout.apply(x, noise.rows(site), noise.cols(site, x.shape[1]), p)

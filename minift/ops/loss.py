@@ -1,0 +1,61 @@
+"""Linear layer and cross-entropy in one, so that the logits of all rows never exist together.
+
+    z = x W^T + b        loss = sum_m (logsumexp(z_m) - z_m[target_m])
+    dz = softmax(z) - onehot(target)        dx = dz W        dW = dz^T x        db = sum_m dz_m
+
+The gradients are made in the forward pass, in place of the logits, a chunk of rows at a time (as llm.c and
+Liger-Kernel do, https://arxiv.org/abs/2410.10989); backward only scales them. M rows, C width, V classes or vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # logits at hand at once (16 MB in float32)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, correct): the loss summed over rows in float32, and the number of rows whose largest logit is the target.
+
+    x (M, C), weight (V, C), bias (V,) or None, targets (M,) int64 in [0, V).
+    """
+    return LinearCrossEntropy.apply(x, weight, bias, targets)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Saves the gradients of its inputs, nothing of size M x V."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        db = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        w, n = weight.to(x.dtype), max(1, CHUNK // weight.shape[0])
+        for i in range(0, x.shape[0], n):
+            xs, target = x[i : i + n], targets[i : i + n, None]
+            z = (xs @ w.t()).to(wide)  # (m, V)
+            if bias is not None:
+                z += bias
+            correct += (z.argmax(-1, keepdim=True) == target).sum()
+            lse = torch.logsumexp(z, -1, keepdim=True)
+            loss += (lse - z.gather(1, target)).sum()
+            if dx is None and dw is None and db is None:
+                continue
+            dz = z.sub_(lse).exp_()
+            dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+            if db is not None:
+                db += dz.sum(0)
+            dz = dz.to(x.dtype)
+            if dx is not None:
+                torch.mm(dz, w, out=dx[i : i + n])
+            if dw is not None:
+                dw += dz.t() @ xs
+        ctx.save_for_backward(dx, dw, db)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor, _):
+        return *(None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), None

@@ -1,0 +1,72 @@
+"""One label for a text or a pair of texts: [CLS] of BERT, the last token of GPT-2.
+
+M rows, one a sequence; V labels.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Sequence
+from ..data import Example, label_ids
+from ..models import Model
+from ..ops.dropout import Noise
+from ..ops.loss import linear_cross_entropy
+from ..tokenizer import Tokenizer
+
+CHUNK = 1000  # texts tokenised at once
+
+
+def encode(examples: list[Example], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True) -> list[Sequence]:
+    """Tokens, the row asked about and its label, for each example. Raises InputError for an unknown label."""
+    labels = label_ids(examples, model.labels) if labelled else [0] * len(examples)
+    sequences = []
+    for i in range(0, len(examples), CHUNK):
+        part = examples[i : i + CHUNK]
+        for tokens in tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length):
+            number, n = len(sequences), len(tokens.ids)
+            sequences.append(Sequence(
+                number=number,
+                ids=np.array(tokens.ids, np.int32),
+                types=np.array(tokens.types, np.int8) if any(tokens.types) else None,
+                rows=np.array([0 if model.family.ASKED == "first" else n - 1], np.int32),
+                targets=np.array([labels[number]], np.int64),
+                cut=tokens.truncated,
+            ))
+    return sequences
+
+
+def loss(model: Model, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+    """(cross-entropy summed over the batch's targets, number of targets predicted right)."""
+    h = model.head.features(model(batch, noise), noise.at(batch.rows))  # (M, C)
+    return linear_cross_entropy(h, model.head.out.weight, model.head.out.bias, batch.targets)
+
+
+class Metrics:
+    """Loss per target, accuracy and macro-F1 of a stream of batches, from a V x V table of counts."""
+
+    best = ("accuracy", max)  # which metric picks the best model, and how
+
+    def __init__(self, model: Model):
+        self.counts = torch.zeros(len(model.labels), len(model.labels), dtype=torch.int64)  # (target, predicted)
+        self.loss = 0.0
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """logits (M, V), targets (M,)."""
+        self.loss += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+        pairs = (targets * len(self.counts) + logits.argmax(-1)).cpu()
+        self.counts += torch.bincount(pairs, minlength=self.counts.numel()).view_as(self.counts)
+
+    def result(self) -> dict[str, float]:
+        """Macro-F1 is the plain mean of F1 over the labels that occur as target or prediction (as scikit-learn's)."""
+        right, total = self.counts.diag(), int(self.counts.sum())
+        either = self.counts.sum(0) + self.counts.sum(1)  # targets + predictions of each label
+        f1 = (2 * right / either)[either > 0]
+        return {"loss": self.loss / total, "accuracy": right.sum().item() / total, "macro_f1": f1.mean().item(), "examples": total}
+
+
+def predictions(model: Model, logits: Tensor) -> list[dict]:
+    """One object a row: the label and the probability of each. logits (M, V)."""
+    rows = logits.float().softmax(-1).tolist()
+    return [{"label": model.labels[max(range(len(p)), key=p.__getitem__)], "scores": dict(zip(model.labels, p, strict=True))}
+            for p in rows]
