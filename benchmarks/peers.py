@@ -1,9 +1,10 @@
-"""The same job by minift and by the Hugging Face Trainer: test accuracy, time and peak memory, one fresh process per case.
+"""One job by minift and by the Hugging Face Trainer: test accuracy, time and peak memory, a fresh process per case.
 
     python benchmarks/peers.py --data sst2 --assets ../shared --engines minift,trainer --seeds 42,43,44
     python benchmarks/peers.py --data imdb --assets ../shared --engines minift,trainer --seeds 42
 
-sst2: MiniLM (6 layers, width 384), SST-2 sentences, 2 epochs, batch 32, lr 5e-5; the Trainer pads each batch to its longest.
+sst2: MiniLM (6 layers, width 384), SST-2 sentences, 2 epochs, batch 32, lr 5e-5; the Trainer pads each batch to its
+longest.
 imdb: MiniLM, 2,000 reviews to train and 500 to test (drawn by torch.randperm, seed 42), maximum length 512, batch 8,
 one epoch; the Trainer pads to 512, as the tutorial does.
 
@@ -29,9 +30,11 @@ CASES = {
 
 def sst2(assets: Path) -> tuple[list, list]:
     """(text, label) pairs of the train and the test split."""
+
     def read(name):
         with open(assets / "data/sst2-sentences" / name, newline="", encoding="utf-8") as f:
             return [(text, int(label)) for text, label in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
+
     return read("train.tsv"), read("test.tsv")
 
 
@@ -44,6 +47,7 @@ def imdb(assets: Path) -> tuple[list, list]:
             rows = [json.loads(line) for line in f]
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42))[:n].tolist()
         return [(rows[i]["text"], rows[i]["label"]) for i in chosen]
+
     return read("train.jsonl.gz", 2000), read("test.jsonl.gz", 500)
 
 
@@ -56,8 +60,14 @@ def peak_mb() -> float:
 def run_trainer(data: str, assets: Path, seed: int) -> dict:
     """The job with transformers.Trainer; dropout 0.1 as in the model's config, fused AdamW, linear schedule."""
     import torch
-    from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer,
-                              TrainingArguments, set_seed)
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
 
     case, folder = CASES[data], assets / "weights/all-MiniLM-L6-v2"
     train, test = {"sst2": sst2, "imdb": imdb}[data](assets)
@@ -80,11 +90,23 @@ def run_trainer(data: str, assets: Path, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(output_dir=out, num_train_epochs=case["epochs"], learning_rate=case["lr"], seed=seed,
-                                   per_device_train_batch_size=case["batch"], per_device_eval_batch_size=case["batch"],
-                                   save_strategy="no", report_to=[], logging_steps=50, disable_tqdm=True),
-            train_dataset=Rows(train), eval_dataset=Rows(test), data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())})
+            args=TrainingArguments(
+                output_dir=out,
+                num_train_epochs=case["epochs"],
+                learning_rate=case["lr"],
+                seed=seed,
+                per_device_train_batch_size=case["batch"],
+                per_device_eval_batch_size=case["batch"],
+                save_strategy="no",
+                report_to=[],
+                logging_steps=50,
+                disable_tqdm=True,
+            ),
+            train_dataset=Rows(train),
+            eval_dataset=Rows(test),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        )
         start = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
@@ -94,7 +116,7 @@ def run_trainer(data: str, assets: Path, seed: int) -> dict:
 
 
 def run_minift(data: str, assets: Path, seed: int) -> dict:
-    """The same job with minift: the model's own dropout 0.1, fused AdamW, linear schedule, the same order of examples."""
+    """The same job with minift: the config's dropout 0.1, fused AdamW, linear schedule, the same order of examples."""
     import minift
 
     case, folder = CASES[data], assets / "weights/all-MiniLM-L6-v2"
@@ -105,12 +127,20 @@ def run_minift(data: str, assets: Path, seed: int) -> dict:
             files.append(Path(temporary, name))
             files[-1].write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
         model, tokenizer = minift.load(folder, task="classify", labels=["0", "1"], seed=seed)
-        config = minift.TrainConfig(model=str(folder), data=str(files[0]), out=str(Path(temporary, "run")), epochs=case["epochs"],
-                                    batch=case["batch"], lr=case["lr"], max_length=case["max_length"], seed=seed)
+        config = minift.TrainConfig(
+            model=str(folder),
+            data=str(files[0]),
+            out=str(Path(temporary, "run")),
+            epochs=case["epochs"],
+            batch=case["batch"],
+            lr=case["lr"],
+            max_length=case["max_length"],
+            seed=seed,
+        )
         start = time.perf_counter()
         minift.train(model, tokenizer, config)
         trained = time.perf_counter()
-        accuracy = minift.evaluate(model, tokenizer, files[1], max_length=case["max_length"])["accuracy"]
+        accuracy = minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(files[1])))["accuracy"]
     end = time.perf_counter()
     return {"accuracy": accuracy, "train_s": trained - start, "total_s": end - start, "peak_mb": peak_mb()}
 
@@ -122,16 +152,34 @@ def main() -> None:
     p.add_argument("--assets", type=Path, required=True, help="the folder with data/ and weights/")
     p.add_argument("--engines", default="minift,trainer")
     p.add_argument("--seeds", default="42")
-    p.add_argument("--here", action="store_true", help="run one case in this process (what the script calls itself with)")
+    p.add_argument(
+        "--here", action="store_true", help="run one case in this process (what the script calls itself with)"
+    )
     a = p.parse_args()
     if a.here:
         run = {"minift": run_minift, "trainer": run_trainer}[a.engines]
-        print(json.dumps({"engine": a.engines, "data": a.data, "seed": int(a.seeds), **run(a.data, a.assets, int(a.seeds))}))
+        print(
+            json.dumps(
+                {"engine": a.engines, "data": a.data, "seed": int(a.seeds), **run(a.data, a.assets, int(a.seeds))}
+            )
+        )
         return
     rows = []
     for seed in a.seeds.split(","):
         for engine in a.engines.split(","):
-            command = [sys.executable, __file__, "--data", a.data, "--assets", str(a.assets), "--engines", engine, "--seeds", seed, "--here"]
+            command = [
+                sys.executable,
+                __file__,
+                "--data",
+                a.data,
+                "--assets",
+                str(a.assets),
+                "--engines",
+                engine,
+                "--seeds",
+                seed,
+                "--here",
+            ]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             rows.append(json.loads(out.strip().splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)

@@ -9,8 +9,18 @@ import types
 
 __version__ = "0.1.0"
 
-_HOME = {"load": "hub", "save": "hub", "train": "train", "Run": "train", "evaluate": "evaluate", "predict": "evaluate",
-         "TrainConfig": "config", "EvalConfig": "config", "PredictConfig": "config", "InputError": "config"}
+_HOME = {
+    "load": "hub",
+    "save": "hub",
+    "train": "train",
+    "Run": "train",
+    "evaluate": "evaluate",
+    "predict": "evaluate",
+    "TrainConfig": "config",
+    "EvalConfig": "config",
+    "PredictConfig": "config",
+    "InputError": "config",
+}
 __all__ = [*_HOME]
 
 

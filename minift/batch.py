@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops.dropout import GOLDEN, mix_tensor, signed
+from .ops.dropout import GOLDEN, MUL1, mix_tensor, signed
 
 
 @dataclass(slots=True)
@@ -66,7 +66,9 @@ def pack(sequences: list[Sequence]) -> Batch:
         offsets=torch.from_numpy(offsets),
         longest=int(lengths.max()),
         keys=token_keys(numbers, positions),
-        rows=torch.from_numpy(np.concatenate([s.rows + o for s, o in zip(sequences, offsets[:-1], strict=True)])).long(),
+        rows=torch.from_numpy(
+            np.concatenate([s.rows + o for s, o in zip(sequences, offsets[:-1], strict=True)])
+        ).long(),
         targets=torch.from_numpy(targets),
         n_targets=len(targets),
     )
@@ -74,7 +76,8 @@ def pack(sequences: list[Sequence]) -> Batch:
 
 def token_keys(numbers: Tensor, positions: Tensor) -> Tensor:
     """The 32-bit name of each token: a hash of its example's number and its position. (N,) int64 both -> (N,) int32."""
-    number, position = (mix_tensor(t.to(torch.int32) * signed(GOLDEN)) for t in (numbers, positions + 1))
+    number = mix_tensor(numbers.to(torch.int32) * signed(GOLDEN))
+    position = mix_tensor(positions.to(torch.int32) * signed(MUL1))  # another multiplier: (3, 5) is not (5, 3)
     return mix_tensor(number ^ position)
 
 
@@ -88,9 +91,10 @@ def split(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
 
     Longest first, each into the emptiest micro-batch; a sequence longer than `tokens` is one of its own.
     """
-    if not tokens:
+    total = sum(map(len, sequences))
+    if not tokens or total <= tokens:
         return [sequences]
-    groups: list[list[Sequence]] = [[] for _ in range(-(-sum(map(len, sequences)) // tokens))]
+    groups: list[list[Sequence]] = [[] for _ in range(-(-total // tokens))]
     sizes = [0] * len(groups)
     for sequence in sorted(sequences, key=len, reverse=True):
         i = min(range(len(groups)), key=sizes.__getitem__)

@@ -20,8 +20,13 @@ def train(config: TrainConfig) -> None:
     from .train import train as run
 
     examples = read_examples(config)
-    model, tokenizer = hub.load(config.model, config.task, data.label_names(examples[0], config.labels),
-                                dropout=config.dropout, seed=config.seed)
+    model, tokenizer = hub.load(
+        config.model,
+        config.task,
+        data.label_names(examples[0], config.labels),
+        dropout=config.dropout,
+        seed=config.seed,
+    )
     say(f"{config.model}: {model.report}")
     need(tokenizer, config.model)
     done = run(model, tokenizer, config, examples)
@@ -59,17 +64,22 @@ def inspect(config: InspectConfig) -> None:
     folder = hub.resolve(config.model)
     settings = hub.read_settings(folder)
     model, _ = hub.load(folder, task_of(settings))
-    rows = [(name, "x".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.nbytes:,}", "yes" if p.requires_grad else "no")
-            for name, p in model.named_parameters()]
     head = ("parameter", "shape", "dtype", "bytes", "trainable")
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.rjust(w) if i == 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
-    parameters = list(model.parameters())
-    print(f"{sum(p.numel() for p in parameters):,} parameters, {sum(p.numel() for p in parameters if p.requires_grad):,} trainable, "
-          f"{sum(p.nbytes for p in parameters):,} bytes")
-    print(f"{model.settings['model_type']}, {model.task or 'no head'}" + (f", labels: {', '.join(model.labels)}" if model.task else ""))
+    rows = [describe(name, p) for name, p in model.named_parameters()]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(f"{cell:{'>' if i == 3 else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip())
+    everything = list(model.parameters())
+    trainable = sum(p.numel() for p in everything if p.requires_grad)
+    print(f"{sum(p.numel() for p in everything):,} parameters, {trainable:,} trainable, ", end="")
+    print(f"{sum(p.nbytes for p in everything):,} bytes")
+    print(f"{settings['model_type']}, " + (f"{model.task}: {', '.join(model.labels)}" if model.task else "no head"))
     print(model.report)
+
+
+def describe(name: str, p) -> tuple[str, ...]:
+    """The cells of a parameter's row."""
+    return name, "x".join(map(str, p.shape)), str(p.dtype)[6:], f"{p.nbytes:,}", "yes" if p.requires_grad else "no"
 
 
 def task_of(settings: dict) -> str | None:
@@ -104,7 +114,10 @@ def print_table(values: dict) -> None:
 
 
 COMMANDS: dict[str, tuple[type[Config], Callable]] = {
-    "train": (TrainConfig, train), "eval": (EvalConfig, evaluate), "predict": (PredictConfig, predict), "inspect": (InspectConfig, inspect),
+    "train": (TrainConfig, train),
+    "eval": (EvalConfig, evaluate),
+    "predict": (PredictConfig, predict),
+    "inspect": (InspectConfig, inspect),
 }
 
 

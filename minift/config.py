@@ -36,8 +36,6 @@ class Config:
             low = f.metadata["at_least"]
             if low is not None and not value >= low:  # `not >=` also refuses nan
                 raise ValueError(f"{flag} is {value!r}; expected at least {low}")
-            if f.metadata["help"].endswith("(required)") and not value:
-                raise ValueError(f"{flag} is missing")
 
     def save(self, path: Path) -> None:
         """Writes the JSON file that `--config` reads."""
@@ -60,13 +58,17 @@ class TrainConfig(Config):
     steps: int = option(0, "stop after N optimizer steps; 0: after the epochs", at_least=0)
     batch: int = option(8, "sequences an optimizer step", at_least=1)
     tokens: int = option(0, "most tokens in memory at once; a step is split to fit; 0: no limit", at_least=0)
-    max_length: int = option(0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0)
+    max_length: int = option(
+        0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
+    )
     lr: float = option(5e-5, "learning rate at its peak", at_least=0)
     warmup: float = option(0.0, "steps of linear warm-up, or below 1 the fraction of all steps", at_least=0)
     schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = option(0.0, "AdamW's decay; not for biases and layer norms", at_least=0)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", at_least=0)
-    dropout: float = option(-1.0, "one rate for every dropout of the model; -1: the rates of its config.json", at_least=-1)
+    dropout: float = option(
+        -1.0, "one rate for every dropout of the model; -1: the rates of its config.json", at_least=-1
+    )
     seed: int = option(42, "fixes order, dropout and fresh weights", at_least=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     eval_every: str = option("epoch", "validate after each epoch, or every N steps")
@@ -89,7 +91,9 @@ class EvalConfig(Config):
     columns: str = option("", "columns or keys to read, as text,label")
     limit: int = option(0, "evaluate N examples drawn at random; 0: all", at_least=0)
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
-    max_length: int = option(0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0)
+    max_length: int = option(
+        0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0
+    )
     seed: int = option(42, "fixes the draw of --limit", at_least=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     json: bool = option(False, "one JSON object as the last line of standard output")
@@ -107,13 +111,15 @@ class PredictConfig(Config):
     out: str = option("", "write here instead of standard output")
     columns: str = option("", "columns or keys to read, as text or text=review")
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
-    max_length: int = option(0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0)
+    max_length: int = option(
+        0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0
+    )
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
     def check(self) -> None:
         super().check()
         if bool(self.data) == bool(self.text):
-            raise ValueError("give either --data FILE or --text \"...\"")
+            raise ValueError('give either --data FILE or --text "..."')
 
 
 @dataclass
@@ -130,7 +136,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
         how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"] or None}
         if f.type is not bool and not f.metadata["choices"]:
             how["metavar"] = {str: "X", int: "N", float: "R"}[f.type]
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how)
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how
+        )
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of these options; the command line wins")
 
 
@@ -142,6 +150,9 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
     config = cls(**{**(read_json(cls, Path(args.config)) if args.config else {}), **typed})
     config.check()
+    for f in dataclasses.fields(cls):
+        if f.metadata["help"].endswith("(required)") and not getattr(config, f.name):
+            raise ValueError(f"--{f.name} is missing")
     return config
 
 

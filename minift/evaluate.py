@@ -37,7 +37,9 @@ def predict(model: Model, tokenizer: Tokenizer, config: PredictConfig) -> Iterat
         examples = [Example(config.text, config.pair or None, None, "--text")]
     else:
         examples = data.read(config.data, config.columns, need_label=False)
-    sequences = TASKS[config.task].encode(examples, model, tokenizer, check_length(model, config.max_length), labelled=False)
+    sequences = TASKS[config.task].encode(
+        examples, model, tokenizer, check_length(model, config.max_length), labelled=False
+    )
     progress = Progress(len(sequences), "example")
     for batch, z in logits(model, sequences, config.tokens):
         yield from TASKS[config.task].predictions(model, z)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from .config import InputError
 from .models import FAMILIES, Model
 from .tokenizer import Tokenizer
 
-SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-               "added_tokens.json")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass
@@ -39,25 +41,37 @@ class Report:
 
     loaded: int = 0
     fresh: list[str] = field(default_factory=list)  # missing in the file, drawn at random
-    reshaped: list[str] = field(default_factory=list)  # of another shape in the file (another number of labels), drawn at random
+    reshaped: list[str] = field(
+        default_factory=list
+    )  # of another shape in the file (another number of labels), drawn at random
     unused: list[str] = field(default_factory=list)  # in the file, for another task
 
     def __str__(self) -> str:
         lines = [f"{self.loaded} tensors loaded"]
-        for names, what in ((self.fresh, "missing, freshly initialised"), (self.reshaped, "of another shape, freshly initialised"),
-                            (self.unused, "of another task, not used")):
+        for names, what in (
+            (self.fresh, "missing, freshly initialised"),
+            (self.reshaped, "of another shape, freshly initialised"),
+            (self.unused, "of another task, not used"),
+        ):
             if names:
                 lines.append(f"{len(names)} {what}: {', '.join(names)}")
         return "\n".join(lines)
 
 
 def load(
-    source: str | Path, task: str | None = None, labels: list[str] | None = None, *,
-    fresh_head: bool = True, dropout: float = -1, seed: int = 42, device: str | torch.device = "cpu",
+    source: str | Path,
+    task: str | None = None,
+    labels: list[str] | None = None,
+    *,
+    fresh_head: bool = True,
+    dropout: float = -1,
+    seed: int = 42,
+    device: str | torch.device = "cpu",
 ) -> tuple[Model, Tokenizer | None]:
-    """The model in `source` (a folder, a run folder or a hub id) and its tokenizer (None where it brings none).
+    """The model in `source` (a folder, a run folder or a hub id), and its tokenizer or None.
 
-    task: which head to put on it; None for the body alone. labels: names of the classes; None takes the checkpoint's own.
+    task: which head to put on it; None for the body alone.
+    labels: names of the classes; None takes the checkpoint's own.
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
     Raises InputError. What was loaded, drawn and left out is in model.report.
@@ -66,14 +80,17 @@ def load(
     settings = read_settings(folder)
     model = build(settings, folder, task, labels, dropout)
     model.report = fill(model, folder, fresh_head, seed)
-    tokenizer = tokenizers.load(folder) if any((folder / name).is_file() for name in SMALL_FILES) else None
+    tokenizer = tokenizers.load(folder) if any((folder / name).is_file() for name in tokenizers.FILES) else None
     if tokenizer and tokenizer.vocab_size > model.config.vocabulary:
-        raise InputError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
-                         f"{model.config.vocabulary}, the rows of the model's embedding")
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
+            f"{model.config.vocabulary}, the rows of the model's embedding"
+        )
     return model.to(device), tokenizer
 
 
 # where the files are
+
 
 def resolve(source: str | Path) -> Path:
     """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache."""
@@ -87,6 +104,7 @@ def resolve(source: str | Path) -> Path:
 
 def download(repo: str) -> Path:
     """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
+
     def fetch(name: str) -> Path | None:
         try:
             return Path(hf_hub_download(repo, name))
@@ -99,8 +117,10 @@ def download(repo: str) -> Path:
 
     config = fetch("config.json")
     if config is None:
-        raise InputError(f"{repo}: no such folder, and no config.json of that name on the hub or, if the hub is out of reach, in its cache")
-    for name in SMALL_FILES:
+        raise InputError(
+            f"{repo}: no such folder, and no config.json of it on the hub or, if the hub is out of reach, in its cache"
+        )
+    for name in tokenizers.FILES:
         fetch(name)
     weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
     if weights and weights.suffix == ".json":
@@ -126,6 +146,7 @@ def read_settings(folder: Path) -> dict:
 
 # the model without memory
 
+
 def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
     """The model on the meta device."""
     family = FAMILIES[settings["model_type"]]
@@ -137,7 +158,9 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
     if dropout >= 0:
         config = replace(config, **config.with_dropout(dropout))
     if task and task not in family.HEADS:
-        raise InputError(f"{folder}: a {settings['model_type']} model has no head for {task}; expected one of {', '.join(family.HEADS)}")
+        raise InputError(
+            f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(family.HEADS)}"
+        )
     if labels is None:
         by_id = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
         labels = [by_id[key] for key in sorted(by_id, key=int)]
@@ -147,49 +170,58 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
 
 # the weights
 
+
 def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
     """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError."""
-    names, report = hub_names(model), Report()
+    names, report, faults = hub_names(model), Report(), []
     ours = {hub: name for name, hub in names.items()}
-    missing, wrong = dict.fromkeys(names), []
     for raw, shape, read in tensors(folder):
         hub = modern(raw, ours, model.family.PREFIX)
-        name = ours.get(hub)
-        if name is None:
-            if re.fullmatch(model.family.OTHER_HEADS, hub):
-                report.unused.append(hub)
-            elif not re.fullmatch(model.family.IGNORED, hub):
-                wrong.append(f"{raw} {shape} is in the file, but not in the model")
-            continue
-        want = tuple(model.get_parameter(name).shape)
-        flip = hub.endswith(model.family.TRANSPOSED) if model.family.TRANSPOSED else False
-        if (shape[::-1] if flip else shape) != want:
-            if name.startswith("head.out."):
-                report.reshaped.append(hub)
-            else:
-                wrong.append(f"{raw} is {shape} in the file; expected {want[::-1] if flip else want}")
-            missing.pop(name, None)
-            continue
-        if name not in missing:
-            wrong.append(f"{hub} is in the file twice, the second time as {raw}")
-            continue
-        tensor = read()
-        if tensor.dtype not in FLOATS:
-            wrong.append(f"{raw} is {tensor.dtype} in the file; expected floating-point numbers")
-        put(model, name, (tensor.t() if flip else tensor).to(torch.float32, copy=True).contiguous())
-        del missing[name]
-        report.loaded += 1
-    report.fresh = [names[name] for name in missing if name.startswith("head.")]
-    wrong += [f"{names[name]} is missing in the file" for name in missing if not name.startswith("head.")]
+        if hub in ours:
+            faults += place(model, ours[hub], hub, raw, shape, read, report)
+        elif re.fullmatch(model.family.OTHER_HEADS, hub):
+            report.unused.append(hub)
+        elif not re.fullmatch(model.family.IGNORED, hub):
+            faults.append(f"{raw} {shape} is in the file, but not in the model")
+    missing = [n for n in names if model.get_parameter(n).is_meta and names[n] not in report.reshaped]
+    report.fresh = [names[n] for n in missing if n.startswith("head.")]
+    faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:
-        wrong += [f"{hub}, of the {model.task} head, is missing in the file or of another shape; expected a trained head"
-                  for hub in report.fresh + report.reshaped]
-    if wrong:
-        raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(wrong[:20])
-                         + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""))
+        faults += [
+            f"{hub}, of the {model.task} head, is missing or of another shape; expected a trained head"
+            for hub in report.fresh + report.reshaped
+        ]
+    if faults:
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
     draw(model, seed)
     model.tie()
     return report
+
+
+def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report) -> list[str]:
+    """Puts one tensor of the file where it belongs; returns what is wrong with it, if anything."""
+    flip = is_transposed(model, hub)
+    parameter = model.get_parameter(name)
+    want = tuple(parameter.shape)[::-1] if flip else tuple(parameter.shape)
+    if not parameter.is_meta:
+        return [f"{hub} is in the file twice, the second time as {raw}"]
+    if shape != want and name.startswith("head.out."):
+        report.reshaped.append(hub)
+        return []
+    if shape != want:
+        return [f"{raw} is {shape} in the file; expected {want}"]
+    tensor = read()
+    if not tensor.is_floating_point():
+        return [f"{raw} is {tensor.dtype} in the file; expected floating-point numbers"]
+    put(model, name, (tensor.t() if flip else tensor).to(torch.float32, copy=True).contiguous())
+    report.loaded += 1
+    return []
+
+
+def is_transposed(model: Model, hub: str) -> bool:
+    """Whether the hub keeps this tensor as (in, out)."""
+    return hub.endswith(model.family.TRANSPOSED)
 
 
 def hub_names(model: Model) -> dict[str, str]:
@@ -223,7 +255,11 @@ def draw(model: Model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in list(model.named_parameters()):
         if p.is_meta and name.endswith("weight") and p.dim() > 1:
-            put(model, name, torch.empty(p.shape).normal_(0, model.family.init_scale(model.config, name), generator=generator))
+            put(
+                model,
+                name,
+                torch.empty(p.shape).normal_(0, model.family.init_scale(model.config, name), generator=generator),
+            )
         elif p.is_meta:  # biases 0, layer norms 1
             put(model, name, torch.full(p.shape, float(name.endswith("weight"))))
 
@@ -241,10 +277,14 @@ def tensors(folder: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
         if not (folder / shard).is_file():
             raise InputError(f"{path}: names the file {shard}, which is not there")
         expected = {name for name, file in index.items() if file == shard}
-        found = list((safetensors_in if shard.endswith(".safetensors") else pickled_in)(folder / shard))
-        if different := expected ^ {name for name, _, _ in found}:
-            raise InputError(f"{folder / shard}: does not hold what {path.name} says; they differ in {', '.join(sorted(different)[:5])}")
-        yield from found
+        found = set()
+        for tensor in (safetensors_in if shard.endswith(".safetensors") else pickled_in)(folder / shard):
+            found.add(tensor[0])
+            yield tensor
+        if different := expected ^ found:
+            raise InputError(
+                f"{folder / shard}: does not hold what {path.name} says; different: {', '.join(sorted(different)[:5])}"
+            )
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -257,7 +297,9 @@ def read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, InputError):
             raise
-        raise InputError(f"{path}: not an index of shards ({type(e).__name__}: {e}); expected an object with weight_map") from e
+        raise InputError(
+            f"{path}: not an index of shards ({type(e).__name__}: {e}); expected an object with weight_map"
+        ) from e
     return index
 
 
@@ -266,7 +308,9 @@ def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes") from e
+        raise InputError(
+            f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
+        ) from e
     with file:
         for name in file.keys():
             yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
@@ -289,20 +333,26 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
 
 # saving
 
-def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, notes: dict | None = None) -> None:
+
+def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
-    It is written aside and renamed, so that `folder` is never half a model. notes: kept in config.json under "minift".
+    It is written aside and renamed, so that `folder` is never half a model. An older model there is replaced; raises
+    InputError where something else is.
     """
     folder = Path(folder)
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder}: holds something else than a model; expected a new folder, or an older model")
     aside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (aside, old):
         shutil.rmtree(path, ignore_errors=True)
     aside.mkdir(parents=True)
-    (aside / "config.json").write_text(json.dumps(settings_of(model, notes), indent=2, sort_keys=True) + "\n")
-    state, flip = model.state_dict(), model.family.TRANSPOSED or ("\0",)
-    save_file({hub: (state[name].t() if hub.endswith(flip) else state[name]).contiguous().cpu() for name, hub in hub_names(model).items()},
-              aside / "model.safetensors", metadata={"format": "pt"})
+    (aside / "config.json").write_text(json.dumps(settings_of(model), indent=2, sort_keys=True) + "\n")
+    state = {}
+    for name, hub in hub_names(model).items():
+        tensor = model.get_parameter(name).detach()
+        state[hub] = (tensor.t() if is_transposed(model, hub) else tensor).contiguous().cpu()
+    save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         tokenizer.save(aside)
     if folder.exists():
@@ -311,16 +361,19 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, notes: d
     shutil.rmtree(old, ignore_errors=True)
 
 
-def settings_of(model: Model, notes: dict | None = None) -> dict:
-    """config.json: the checkpoint's own, with the architecture, labels and notes of this model."""
+def settings_of(model: Model) -> dict:
+    """config.json: the checkpoint's own, with the architecture and labels of this model."""
     settings = {k: v for k, v in model.settings.items() if k not in ("_name_or_path", "torch_dtype", "num_labels")}
-    settings |= {"architectures": [model.head.architecture if model.head else model.family.ARCHITECTURE], "dtype": "float32"}
+    settings |= {
+        "architectures": [model.head.architecture if model.head else model.family.ARCHITECTURE],
+        "dtype": "float32",
+    }
     if model.task == "classify":
-        settings |= {"id2label": {str(i): name for i, name in enumerate(model.labels)},
-                     "label2id": {name: i for i, name in enumerate(model.labels)},
-                     "problem_type": "single_label_classification"}
+        settings |= {
+            "id2label": {str(i): name for i, name in enumerate(model.labels)},
+            "label2id": {name: i for i, name in enumerate(model.labels)},
+            "problem_type": "single_label_classification",
+        }
         if settings.get("pad_token_id") is None:  # transformers wants one to find the last token of a padded batch
             settings["pad_token_id"] = settings.get("eos_token_id")
-    if notes:
-        settings["minift"] = notes
     return settings

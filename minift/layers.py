@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import norm
-from .ops.dropout import Noise
+from .ops.dropout import SILENT, Noise
 
 
 class Linear(nn.Module):
@@ -21,7 +21,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor, noise: Noise = Noise()) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -20,7 +20,10 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
             groups[not name.endswith("bias") and id(p) not in plain].append(p)
     return torch.optim.AdamW(
         [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True,
+        lr=lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True,
     )
 
 

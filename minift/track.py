@@ -31,7 +31,15 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line now and then, and at the end."""
 
     def __init__(self, total: int, unit: str):
-        self.bar = tqdm(total=total, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s, {remaining} left{postfix}"  # fits 60 columns
+        self.bar = tqdm(
+            total=total,
+            unit=unit,
+            bar_format=shape,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
         self.total, self.unit, self.done = total, unit, 0
         self.start = self.told = time.monotonic()
 
@@ -62,7 +70,7 @@ class Tracker:
         self.progress, self.smooth = Progress(steps, "step"), None
 
     def step(self, values: dict, evaluated: dict | None = None) -> None:
-        """One optimizer step: `values` by their names in metrics.jsonl; and the validation after it, if there was one."""
+        """One optimizer step: `values` by their names in metrics.jsonl, and the validation after it, if any."""
         loss = values["train/loss"]
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         self.jsonl.write(json.dumps(values | {f"eval/{k}": v for k, v in (evaluated or {}).items()}) + "\n")
@@ -72,8 +80,10 @@ class Tracker:
         self.csv.writerow(row)
         self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tokens/s")
 
-    def close(self) -> None:
-        """Closes the files and the bar."""
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_) -> None:
         self.progress.close()
         self.jsonl.close()
         self.file.close()

@@ -1,8 +1,8 @@
 """The training loop.
 
-A step takes `--batch` examples in the order that (seed, epoch) gives, cuts them into micro-batches of `--tokens` tokens,
-sums the loss over all of them, divides by the number of targets of the whole step, clips, and updates. So micro-batches
-change memory, and nothing else.
+A step takes `--batch` examples in the order that (seed, epoch) gives, splits them into micro-batches of `--tokens`
+tokens, sums the loss over all of them, divides by the number of targets of the whole step, clips, and updates. So
+micro-batches change memory, and nothing else.
 """
 
 import math
@@ -65,17 +65,19 @@ def train(
     device, why = choose_device(config.device)
     say(f"device {device.type} ({why}), float32")
     max_length = check_length(model, config.max_length)
-    encoded = [TASKS[config.task].encode(part, model, tokenizer, max_length) for part in examples or read_examples(config)]
+    encoded = [
+        TASKS[config.task].encode(part, model, tokenizer, max_length) for part in examples or read_examples(config)
+    ]
     describe(model, config, encoded, max_length)
 
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.json")
-    model.to(device)
-    return loop(model, tokenizer, config, *encoded, notes={"task": config.task, "max_length": max_length})
+    model.settings["minift"] = {"max_length": max_length}  # eval and predict cut where training cut
+    return loop(model.to(device), tokenizer, config, *encoded)
 
 
 def loop(
-    model: Model, tokenizer: Tokenizer, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], notes: dict
+    model: Model, tokenizer: Tokenizer, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence]
 ) -> Run:
     """Every step of a run."""
     out, start = Path(config.out), time.perf_counter()
@@ -85,25 +87,28 @@ def loop(
     warmup = warmup_steps(config.warmup, total)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     name, better = TASKS[config.task].Metrics.best
-    tracker, best = Tracker(out, total), {}
+    best = {}
 
-    for step in range(total):
-        epoch, i = divmod(step, per_epoch)
-        if i == 0:
-            shuffled = order(len(sequences), config.seed, epoch).tolist()
-        chosen = [sequences[j] for j in shuffled[i * config.batch : (i + 1) * config.batch]]
-        lr = config.lr * schedule(config.schedule, step, total, warmup)
-        values = train_step(model, optimizer, chosen, config, step, lr)
-        evaluated = None
-        if valid and ((step + 1) % every == 0 or step + 1 == total):
-            evaluated = measure(model, valid)
-            say(f"step {step + 1}  " + "  ".join(f"valid {k} {v:.4f}" for k, v in evaluated.items() if k != "examples"))
-            if not best or better(evaluated[name], best[name]) != best[name]:
-                best = evaluated
-                hub.save(model, tokenizer, out / "best", notes)
-        tracker.step({**values, "train/epoch": (step + 1) / per_epoch, "train/global_step": step + 1}, evaluated)
-    tracker.close()
-    hub.save(model, tokenizer, out / "last", notes)
+    with Tracker(out, total) as tracker:
+        for step in range(total):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0:
+                shuffled = order(len(sequences), config.seed, epoch).tolist()
+            chosen = [sequences[j] for j in shuffled[i * config.batch : (i + 1) * config.batch]]
+            lr = config.lr * schedule(config.schedule, step, total, warmup)
+            values = train_step(model, optimizer, chosen, config, step, lr)
+            evaluated = None
+            if valid and ((step + 1) % every == 0 or step + 1 == total):
+                evaluated = measure(model, valid)
+                say(
+                    f"step {step + 1}  "
+                    + "  ".join(f"valid {k} {v:.4f}" for k, v in evaluated.items() if k != "examples")
+                )
+                if not best or better(evaluated[name], best[name]) != best[name]:
+                    best = evaluated
+                    hub.save(model, tokenizer, out / "best")
+            tracker.step({**values, "train/epoch": (step + 1) / per_epoch, "train/global_step": step + 1}, evaluated)
+    hub.save(model, tokenizer, out / "last")
     return Run(out, total, time.perf_counter() - start, out / ("best" if best else "last"), best)
 
 
@@ -120,7 +125,9 @@ def train_step(
         loss_sum, correct = loss_sum + loss.item(), correct + right.item()
     if not math.isfinite(loss_sum):
         numbers = ", ".join(str(s.number) for s in sequences)
-        raise FloatingPointError(f"the loss of step {step + 1} is {loss_sum}; its examples are {numbers} (counted from 0)")
+        raise FloatingPointError(
+            f"the loss of step {step + 1} is {loss_sum}; its examples are {numbers} (counted from 0)"
+        )
     norm = clip([p for p in model.parameters() if p.requires_grad], config.clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -128,17 +135,24 @@ def train_step(
     optimizer.zero_grad(set_to_none=False)  # keeps the memory: it is needed again in the next step
     n_tokens = sum(map(len, sequences))
     return {
-        "train/loss": loss_sum / n_targets, "train/accuracy": correct / n_targets, "train/grad_norm": norm,
-        "train/learning_rate": lr, "train/tokens": n_tokens,
-        "train/tokens_per_second": n_tokens / (time.perf_counter() - start), "train/peak_memory": peak_memory(),
+        "train/loss": loss_sum / n_targets,
+        "train/accuracy": correct / n_targets,
+        "train/grad_norm": norm,
+        "train/learning_rate": lr,
+        "train/tokens": n_tokens,
+        "train/tokens_per_second": n_tokens / (time.perf_counter() - start),
+        "train/peak_memory": peak_memory(),
     }
 
 
 def describe(model: Model, config: TrainConfig, encoded: list[list[Sequence]], max_length: int) -> None:
     """Says what is about to happen."""
+    everything = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = [len(s) for s in encoded[0]]
-    cut = sum(s.cut for s in encoded[0])
-    say(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained; labels: {', '.join(model.labels)}")
-    say(f"{len(tokens):,} examples to train on, {len(encoded[1]):,} to validate on; {sum(tokens) / len(tokens):.1f} tokens "
-        f"each on average, {config.batch * sum(tokens) / len(tokens):,.0f} a step; {cut:,} cut to {max_length} tokens")
+    tokens, cut = [len(s) for s in encoded[0]], sum(s.cut for s in encoded[0])
+    mean = sum(tokens) / len(tokens)
+    say(f"{trainable:,} of {everything:,} parameters are trained; labels: {', '.join(model.labels)}")
+    say(
+        f"{len(tokens):,} examples to train on, {len(encoded[1]):,} to validate on; {mean:.1f} tokens each on average, "
+        f"{config.batch * mean:,.0f} a step; {cut:,} cut to {max_length} tokens"
+    )

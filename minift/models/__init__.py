@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..ops.dropout import Noise
+from ..ops.dropout import SILENT, Noise
 from . import bert, gpt2
 
 FAMILIES = {"bert": bert, "gpt2": gpt2}  # by config.json's model_type
@@ -39,7 +39,7 @@ class Model(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    def forward(self, batch: Batch, noise: Noise = Noise()) -> Tensor:
+    def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
         return self.body(batch, noise)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn, tanh
 from ..batch import Batch
 from ..layers import Embedding, LayerNorm, Linear
 from ..ops.attention import attention
-from ..ops.dropout import Noise, dropout
+from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
 
 
@@ -43,14 +43,20 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a kind of BERT that this file does not compute."""
-        for name, accepted in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
+        for name, accepted in (
+            ("position_embedding_type", "absolute"),
+            ("is_decoder", False),
+            ("add_cross_attention", False),
+        ):
             if getattr(self, name) != accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {accepted!r}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
         if self.num_hidden_layers < 1 or self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}, "
-                             f"num_hidden_layers {self.num_hidden_layers}; expected a layer or more, and heads that divide the width")
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}, "
+                f"num_hidden_layers {self.num_hidden_layers}; expected a layer or more, and heads that divide the width"
+            )
 
     @property
     def longest(self) -> int:
@@ -107,7 +113,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, site: int):
         super().__init__()
-        self.up, self.down = Linear(config.hidden_size, config.intermediate_size), Linear(config.intermediate_size, config.hidden_size)
+        self.up, self.down = (
+            Linear(config.hidden_size, config.intermediate_size),
+            Linear(config.intermediate_size, config.hidden_size),
+        )
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.act, self.p, self.site = ACTIVATIONS[config.hidden_act], config.hidden_dropout_prob, site
 
@@ -136,7 +145,7 @@ class Body(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
 
-    def forward(self, batch: Batch, noise: Noise = Noise()) -> Tensor:
+    def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
         x = dropout(self.embeddings(batch), self.config.hidden_dropout_prob, noise, 0)  # (N, C)
         for layer in self.layers[:-1]:
@@ -156,7 +165,7 @@ class ClassifyHead(nn.Module):
         p = config.classifier_dropout
         self.p, self.site = config.hidden_dropout_prob if p is None else p, 1 + 3 * config.num_hidden_layers
 
-    def features(self, h: Tensor, noise: Noise = Noise()) -> Tensor:
+    def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
         """What the last linear layer sees. h (M, C) -> (M, C)."""
         return dropout(tanh(self.pooler(h, noise)), self.p, noise, self.site)
 

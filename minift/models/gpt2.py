@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..layers import Embedding, LayerNorm, Linear
 from ..ops.attention import attention
-from ..ops.dropout import Noise, dropout
+from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
 
 
@@ -47,10 +47,14 @@ class Config:
         if self.add_cross_attention:
             raise ValueError("add_cross_attention is True; expected False")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}"
+            )
         if self.n_layer < 1 or self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd}, n_head {self.n_head}, n_layer {self.n_layer}; "
-                             "expected a layer or more, and heads that divide the width")
+            raise ValueError(
+                f"n_embd {self.n_embd}, n_head {self.n_head}, n_layer {self.n_layer}; "
+                "expected a layer or more, and heads that divide the width"
+            )
 
     @property
     def longest(self) -> int:
@@ -110,7 +114,7 @@ class Layer(nn.Module):
 
 
 class Body(nn.Module):
-    """The decoder. Dropout places: 0 after the embeddings, then three a layer (probabilities, attention, feed-forward)."""
+    """The decoder. Dropout places: 0 after the embeddings, then three a layer."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -119,7 +123,7 @@ class Body(nn.Module):
         self.h = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
-    def forward(self, batch: Batch, noise: Noise = Noise()) -> Tensor:
+    def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
         p = self.config.resid_pdrop
         x = dropout(self.wte(batch.ids) + self.wpe(batch.positions), self.config.embd_pdrop, noise, 0)  # (N, C)
@@ -147,7 +151,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.out = Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def features(self, h: Tensor, noise: Noise = Noise()) -> Tensor:
+    def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
         """What the last linear layer sees: h (M, C) itself."""
         return h
 
@@ -162,7 +166,7 @@ class ClassifyHead(nn.Module):
         super().__init__()
         self.out = Linear(config.n_embd, n_labels, bias=False)
 
-    def features(self, h: Tensor, noise: Noise = Noise()) -> Tensor:
+    def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
         """What the last linear layer sees: h (M, C) itself."""
         return h
 
@@ -179,5 +183,5 @@ OTHER_HEADS = r"lm_head\..*|score\..*|classifier\..*|qa_outputs\..*"  # in the f
 
 
 def init_scale(config: Config, name: str) -> float:
-    """Standard deviation of a freshly drawn weight; projections into the residual shrink with depth (the paper, 2.3)."""
+    """Standard deviation of a freshly drawn weight; of projections into the residual, shrinking with depth (2.3)."""
     return config.initializer_range / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1)

@@ -15,14 +15,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dropout import Noise, keep
+from .dropout import SILENT, Noise, keep
 
 SCORES = 1 << 18  # scores at hand at once (1 MB in float32): as many heads of a sequence as fit
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, rows: Tensor | None = None, *,
-    scale: float, causal: bool = False, p: float = 0.0, noise: Noise = Noise(), site: int = 0,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    p: float = 0.0,
+    noise: Noise = SILENT,
+    site: int = 0,
 ) -> Tensor:
     """Attention of each sequence to itself, (M, H, D).
 

@@ -54,7 +54,7 @@ def mix_tensor(x: Tensor) -> Tensor:
 class Noise:
     """Where randomness comes from: the run's seed, the step, and the keys of the tokens at hand.
 
-    `Noise()` is silence: every dropout is off (evaluation).
+    SILENT, without keys, turns every dropout off (evaluation).
     """
 
     seed: int = 0
@@ -78,6 +78,9 @@ class Noise:
         """The words of the first n channels, (n,) int32."""
         channel = torch.arange(n, dtype=torch.int32, device=self.keys.device)
         return mix_tensor(channel * signed(GOLDEN) ^ signed(self.salts(site)[1]))
+
+
+SILENT = Noise()
 
 
 def keep(row: Tensor, col: Tensor, p: float) -> Tensor:

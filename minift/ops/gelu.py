@@ -1,7 +1,7 @@
 """Activations by the names that config.json files use.
 
-    erf:   x * (1 + erf(x / sqrt(2))) / 2                                       (Hendrycks & Gimpel, arXiv 1606.08415)
-    tanh:  x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2                its approximation; GPT-2's weights want it
+erf:   x * (1 + erf(x / sqrt(2))) / 2                                       (Hendrycks & Gimpel, arXiv 1606.08415)
+tanh:  x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2                its approximation; GPT-2's weights want it
 """
 
 import torch

@@ -17,7 +17,9 @@ from ..tokenizer import Tokenizer
 CHUNK = 1000  # texts tokenised at once
 
 
-def encode(examples: list[Example], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True) -> list[Sequence]:
+def encode(
+    examples: list[Example], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
+) -> list[Sequence]:
     """Tokens, the row asked about and its label, for each example. Raises InputError for an unknown label."""
     labels = label_ids(examples, model.labels) if labelled else [0] * len(examples)
     sequences = []
@@ -25,14 +27,16 @@ def encode(examples: list[Example], model: Model, tokenizer: Tokenizer, max_leng
         part = examples[i : i + CHUNK]
         for tokens in tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length):
             number, n = len(sequences), len(tokens.ids)
-            sequences.append(Sequence(
-                number=number,
-                ids=np.array(tokens.ids, np.int32),
-                types=np.array(tokens.types, np.int8) if any(tokens.types) else None,
-                rows=np.array([0 if model.family.ASKED == "first" else n - 1], np.int32),
-                targets=np.array([labels[number]], np.int64),
-                cut=tokens.truncated,
-            ))
+            sequences.append(
+                Sequence(
+                    number=number,
+                    ids=np.array(tokens.ids, np.int32),
+                    types=np.array(tokens.types, np.int8) if any(tokens.types) else None,
+                    rows=np.array([0 if model.family.ASKED == "first" else n - 1], np.int32),
+                    targets=np.array([labels[number]], np.int64),
+                    cut=tokens.truncated,
+                )
+            )
     return sequences
 
 
@@ -62,11 +66,21 @@ class Metrics:
         right, total = self.counts.diag(), int(self.counts.sum())
         either = self.counts.sum(0) + self.counts.sum(1)  # targets + predictions of each label
         f1 = (2 * right / either)[either > 0]
-        return {"loss": self.loss / total, "accuracy": right.sum().item() / total, "macro_f1": f1.mean().item(), "examples": total}
+        return {
+            "loss": self.loss / total,
+            "accuracy": right.sum().item() / total,
+            "macro_f1": f1.mean().item(),
+            "examples": total,
+        }
 
 
 def predictions(model: Model, logits: Tensor) -> list[dict]:
     """One object a row: the label and the probability of each. logits (M, V)."""
     rows = logits.float().softmax(-1).tolist()
-    return [{"label": model.labels[max(range(len(p)), key=p.__getitem__)], "scores": dict(zip(model.labels, p, strict=True))}
-            for p in rows]
+    return [
+        {
+            "label": model.labels[max(range(len(p)), key=p.__getitem__)],
+            "scores": dict(zip(model.labels, p, strict=True)),
+        }
+        for p in rows
+    ]

@@ -1,0 +1,56 @@
+"""The same examples give the same curve however a step is split: dropout on, `--tokens` small, large and unlimited.
+
+python -m pytest tests/invariance/test_split.py
+"""
+
+import json
+
+import pytest
+import torch
+from helpers import reviews, small_bert
+
+import minift
+
+BOUND = 1e-5  # of losses and weights; seen: about 3e-7
+
+
+def final(model):
+    """All weights but the keys' biases: their true gradient is 0 (softmax does not see them), and AdamW makes steps of
+    the size of the learning rate out of its rounding errors."""
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if not n.endswith("key.bias")])
+
+
+def run(folder, tokens):
+    """Losses and final weights of 12 steps of 16 examples."""
+    model, tokenizer = minift.load(folder / "model", task="classify", labels=["blame", "praise"])
+    assert model.config.hidden_dropout_prob == 0.1 and model.config.attention_probs_dropout_prob == 0.1
+    out = folder / f"run-{tokens}"
+    minift.train(
+        model,
+        tokenizer,
+        minift.TrainConfig(data=str(folder / "train.tsv"), out=str(out), steps=12, batch=16, lr=1e-3, tokens=tokens),
+    )
+    return [json.loads(line)["train/loss"] for line in open(out / "metrics.jsonl")], final(model)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    small_bert(folder / "model")
+    reviews(folder / "train.tsv", 100)
+    return folder, *run(folder, 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 100])
+def test_micro_batches_change_nothing(whole, tokens):
+    folder, losses, weights = whole
+    some_losses, some_weights = run(folder, tokens)
+    assert losses == pytest.approx(some_losses, abs=BOUND)
+    assert (weights - some_weights).abs().max() < BOUND
+    assert losses[0] != pytest.approx(losses[-1], abs=1e-3)  # it did learn something
+
+
+def test_a_rerun_is_equal_to_the_bit(whole, tmp_path):
+    folder, losses, weights = whole
+    again_losses, again = run(folder, 10_000)
+    assert again_losses == losses and torch.equal(again, weights)

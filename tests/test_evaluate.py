@@ -1,0 +1,94 @@
+"""Streaming metrics beside scikit-learn's, in one batch or many, and memory that does not grow.
+
+python -m pytest tests/test_evaluate.py
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import peer, random_ids, sequence
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+from transformers import BertForSequenceClassification
+
+import minift
+from minift.evaluate import logits, measure, predict
+from minift.tasks.classify import Metrics
+
+
+class FourLabels:
+    labels = list("abcd")
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 7))
+def test_metrics_are_scikit_learns(pairs, size):
+    rng = np.random.default_rng(0)
+    targets = torch.tensor([t for t, _ in pairs])
+    z = torch.from_numpy(rng.normal(size=(len(pairs), 4)))
+    z[range(len(pairs)), [p for _, p in pairs]] += 9
+    metrics = Metrics(FourLabels)
+    for i in range(0, len(pairs), size):
+        metrics.add(z[i : i + size], targets[i : i + size])
+    found, predicted = metrics.result(), [p for _, p in pairs]
+    assert found["accuracy"] == pytest.approx(accuracy_score(targets, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(targets, predicted, average="macro"))
+    assert found["loss"] == pytest.approx(log_loss(targets, z.softmax(-1), labels=range(4)), rel=1e-5, abs=1e-6)
+
+
+@pytest.fixture
+def model(tmp_path):
+    peer(BertForSequenceClassification, tmp_path, num_labels=3)
+    return minift.load(tmp_path, task="classify")[0]
+
+
+def test_the_size_of_batches_changes_nothing(model):
+    sequences = [sequence(i, x, rows=[0], targets=[i % 3]) for i, x in enumerate(random_ids([5, 40, 1, 17, 9, 30, 2]))]
+    results = [measure(model, sequences, tokens) for tokens in (1, 40, 50, 10_000)]
+    assert all(r == pytest.approx(results[0], rel=1e-5) for r in results)
+    sizes = [b.ids.numel() for b, _ in logits(model, sequences, 50)]
+    assert sum(sizes) == 104 and max(sizes) <= 50
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Ten times the examples, the same peak: in fresh processes, the data made as it is asked for."""
+    peer(BertForSequenceClassification, tmp_path, num_labels=3)
+    code = """
+import sys, resource, minift
+from helpers import sequence
+from minift.evaluate import measure
+class Stream:
+    def __iter__(self):
+        return (sequence(i, [1 + i % 90] * 39, rows=[0], targets=[i % 3]) for i in range(int(sys.argv[2])))
+model, _ = minift.load(sys.argv[1], task="classify")
+assert measure(model, Stream())["examples"] == int(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    tests = __file__.rsplit("/", 1)[0]
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path), str(n)],
+                cwd=tests,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for n in (3_000, 30_000)
+    ]
+    assert peaks[1] < peaks[0] * 1.03
+
+
+def test_predict_is_a_stream(model):
+    """The first prediction comes before the last example is computed."""
+    calls = []
+    model.body.register_forward_hook(lambda *_: calls.append(1))
+    from minift.evaluate import logits as stream
+
+    parts = stream(model, [sequence(i, [1, 2, 3], rows=[0]) for i in range(10)], 3)
+    next(parts)
+    assert len(calls) == 1 and callable(predict)

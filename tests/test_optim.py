@@ -1,0 +1,64 @@
+"""Groups, schedules and clipping beside the peer's.
+
+python -m pytest tests/test_optim.py
+"""
+
+import math
+
+import pytest
+import torch
+import transformers
+from helpers import peer
+from transformers import BertForSequenceClassification, GPT2ForSequenceClassification, get_scheduler
+
+import minift
+from minift import hub
+from minift.optim import clip, make_optimizer, schedule, warmup_steps
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")]
+)
+@pytest.mark.parametrize("total, warmup", [(22, 0), (22, 5), (1, 0), (10, 10), (7, 1)])
+def test_schedule_is_the_peers(kind, name, total, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        assert schedule(kind, step, total, warmup) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("value, total", [(0, 100), (0.1, 101), (0.06, 434), (7, 100), (1, 100)])
+def test_warmup_is_the_peers(value, total, tmp_path):
+    arguments = transformers.TrainingArguments(output_dir=tmp_path, warmup_steps=value, use_cpu=True)
+    assert warmup_steps(value, total) == arguments.get_warmup_steps(total)
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, GPT2ForSequenceClassification])
+def test_what_decays_is_what_the_trainer_decays(cls, tmp_path):
+    theirs = peer(cls, tmp_path / "model", num_labels=2)
+    arguments = transformers.TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    decayed = set(transformers.Trainer(model=theirs, args=arguments).get_decay_parameter_names(theirs))
+    model, _ = minift.load(tmp_path / "model", task="classify")
+    optimizer = make_optimizer(model, 1e-3, 0.1)
+    names, by_id = hub.hub_names(model), {id(p): name for name, p in model.named_parameters()}
+    ours = [{names[by_id[id(p)]] for p in group["params"]} for group in optimizer.param_groups]
+    assert ours[0] == decayed and ours[0] | ours[1] == {name for name, _ in theirs.named_parameters()}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_clip():
+    p, q = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))
+    for limit, scale in ((1.0, 1 / 13), (100.0, 1.0), (0, 1.0)):
+        p.grad, q.grad = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, 12.0])
+        assert clip([p, q], limit) == pytest.approx(13)
+        assert math.isclose(q.grad[1].item(), 12 * scale, rel_tol=1e-5)
+
+
+def test_frozen_parameters_are_left_out(tmp_path):
+    peer(BertForSequenceClassification, tmp_path)
+    model, _ = minift.load(tmp_path, task="classify")
+    model.body.requires_grad_(False)
+    held = {id(p) for group in make_optimizer(model, 1e-3, 0.1).param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.head.parameters()}
