@@ -16,6 +16,7 @@ import argparse
 import csv
 import gzip
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -145,6 +146,40 @@ def run_minift(data: str, assets: Path, seed: int) -> dict:
     return {"accuracy": accuracy, "train_s": trained - start, "total_s": end - start, "peak_mb": peak_mb()}
 
 
+def table(rows: list[dict]) -> str:
+    """A row per case, then per engine the mean and spread of accuracy and the medians of the rest."""
+    lines = ["| engine | seed | test accuracy | training s | whole job s | peak MB |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        cells = f"{r['accuracy']:.4f} | {r['train_s']:.0f} | {r['total_s']:.0f} | {r['peak_mb']:,.0f}"
+        lines.append(f"| {r['engine']} | {r['seed']} | {cells} |")
+    for engine in dict.fromkeys(r["engine"] for r in rows):
+        mine = [r for r in rows if r["engine"] == engine]
+        if len(mine) > 1:
+            accuracy = [r["accuracy"] for r in mine]
+            train, total, peak = (statistics.median(r[k] for r in mine) for k in ("train_s", "total_s", "peak_mb"))
+            spread = f"{statistics.mean(accuracy):.4f} ± {statistics.stdev(accuracy):.4f}"
+            lines.append(f"| **{engine}** | all | {spread} | {train:.0f} | {total:.0f} | {peak:,.0f} |")
+    return "\n".join(lines)
+
+
+def write(path: Path, data: str, rows: list[dict]) -> None:
+    """Replaces this data set's section of the results file."""
+    import torch
+    import transformers
+
+    cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
+    command = "python benchmarks/peers.py " + " ".join(a for a in sys.argv[1:] if "--" in a or "/" not in a)
+    begin, end = f"<!-- peers {data} -->", f"<!-- end {data} -->"
+    section = (
+        f"{begin}\n## {data}: minift and the Hugging Face Trainer\n\n`{command}` on {time.strftime('%Y-%m-%d')}: {cpu}, "
+        f"{torch.get_num_threads()} cores; torch {torch.__version__}, transformers {transformers.__version__}; float32, "
+        f"dropout 0.1. {CASES[data]}\n\n{table(rows)}\n{end}\n"
+    )
+    old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
+    before, _, rest = old.partition(begin)
+    path.write_text(before + section + (rest.partition(end)[2].lstrip("\n") if rest else ""))
+
+
 def main() -> None:
     """Run every engine and seed in a process of its own, print one JSON line each and a table at the end."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,6 +187,7 @@ def main() -> None:
     p.add_argument("--assets", type=Path, required=True, help="the folder with data/ and weights/")
     p.add_argument("--engines", default="minift,trainer")
     p.add_argument("--seeds", default="42")
+    p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
     p.add_argument(
         "--here", action="store_true", help="run one case in this process (what the script calls itself with)"
     )
@@ -183,6 +219,9 @@ def main() -> None:
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             rows.append(json.loads(out.strip().splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    if a.write:
+        write(a.write, a.data, rows)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Tracker:
         if evaluated:
             row |= {"valid_loss": evaluated["loss"], "valid_mean_token_accuracy": evaluated["accuracy"]}
         self.csv.writerow(row)
-        self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tokens/s")
+        self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tok/s")
 
     def __enter__(self) -> "Tracker":
         return self

@@ -100,10 +100,8 @@ def loop(
             evaluated = None
             if valid and ((step + 1) % every == 0 or step + 1 == total):
                 evaluated = measure(model, valid)
-                say(
-                    f"step {step + 1}  "
-                    + "  ".join(f"valid {k} {v:.4f}" for k, v in evaluated.items() if k != "examples")
-                )
+                found = "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items() if k != "examples")
+                say(f"step {step + 1} valid: {found}")
                 if not best or better(evaluated[name], best[name]) != best[name]:
                     best = evaluated
                     hub.save(model, tokenizer, out / "best")

@@ -369,7 +369,7 @@ def test_plain_lines_when_piped(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr and re.search(
-        r"^step 5/5  loss \d\.\d+  [\d,]+ tokens/s  00:00 left$", done.stderr, re.M
+        r"^step 5/5  loss \d\.\d+  [\d,]+ tok/s  00:00 left$", done.stderr, re.M
     ), done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["valid"] * 4  # results alone
 
@@ -407,4 +407,4 @@ def test_a_bar_on_a_terminal(run, tmp_path):
         seen += part
     assert process.wait() == 0
     text = seen.decode()
-    assert "\r" in text and "5/5" in text and "loss" in text and "tokens/s" in text
+    assert "\r" in text and "5/5" in text and "loss" in text and "tok/s" in text
