@@ -170,11 +170,15 @@ def write(path: Path, data: str, rows: list[dict]) -> None:
     cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
     command = "python benchmarks/peers.py " + " ".join(a for a in sys.argv[1:] if "--" in a or "/" not in a)
     begin, end = f"<!-- peers {data} -->", f"<!-- end {data} -->"
-    section = (
-        f"{begin}\n## {data}: minift and the Hugging Face Trainer\n\n`{command}` on {time.strftime('%Y-%m-%d')}: {cpu}, "
-        f"{torch.get_num_threads()} cores; torch {torch.__version__}, transformers {transformers.__version__}; float32, "
-        f"dropout 0.1. {CASES[data]}\n\n{table(rows)}\n{end}\n"
-    )
+    section = f"""{begin}
+## {data}: minift and the Hugging Face Trainer
+
+`{command}` on {time.strftime("%Y-%m-%d")}: {cpu}, {torch.get_num_threads()} cores; torch {torch.__version__},
+transformers {transformers.__version__}; float32, dropout 0.1. {CASES[data]}
+
+{table(rows)}
+{end}
+"""
     old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
     before, _, rest = old.partition(begin)
     path.write_text(before + section + (rest.partition(end)[2].lstrip("\n") if rest else ""))
