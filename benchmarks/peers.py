@@ -58,7 +58,7 @@ def peak_mb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def run_trainer(data: str, assets: Path, seed: int) -> dict:
+def run_trainer(data: str, assets: Path, seed: int, steps: int) -> dict:
     """The job with transformers.Trainer; dropout 0.1 as in the model's config, fused AdamW, linear schedule."""
     import torch
     from transformers import (
@@ -94,6 +94,7 @@ def run_trainer(data: str, assets: Path, seed: int) -> dict:
             args=TrainingArguments(
                 output_dir=out,
                 num_train_epochs=case["epochs"],
+                max_steps=steps or -1,
                 learning_rate=case["lr"],
                 seed=seed,
                 per_device_train_batch_size=case["batch"],
@@ -111,12 +112,11 @@ def run_trainer(data: str, assets: Path, seed: int) -> dict:
         start = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-        accuracy = trainer.evaluate()["eval_accuracy"]
-    end = time.perf_counter()
-    return {"accuracy": accuracy, "train_s": trained - start, "total_s": end - start, "peak_mb": peak_mb()}
+        accuracy = None if steps else trainer.evaluate()["eval_accuracy"]
+    return measured(accuracy, trainer.state.global_step, start, trained)
 
 
-def run_minift(data: str, assets: Path, seed: int) -> dict:
+def run_minift(data: str, assets: Path, seed: int, steps: int) -> dict:
     """The same job with minift: the config's dropout 0.1, fused AdamW, linear schedule, the same order of examples."""
     import minift
 
@@ -133,45 +133,66 @@ def run_minift(data: str, assets: Path, seed: int) -> dict:
             data=str(files[0]),
             out=str(Path(temporary, "run")),
             epochs=case["epochs"],
+            steps=steps,
             batch=case["batch"],
             lr=case["lr"],
             max_length=case["max_length"],
             seed=seed,
         )
         start = time.perf_counter()
-        minift.train(model, tokenizer, config)
+        run = minift.train(model, tokenizer, config)
         trained = time.perf_counter()
-        accuracy = minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(files[1])))["accuracy"]
-    end = time.perf_counter()
-    return {"accuracy": accuracy, "train_s": trained - start, "total_s": end - start, "peak_mb": peak_mb()}
+        test = minift.EvalConfig(data=str(files[1]))
+        accuracy = None if steps else minift.evaluate(model, tokenizer, test)["accuracy"]
+    return measured(accuracy, run.steps, start, trained)
+
+
+def measured(accuracy: float | None, steps: int, start: float, trained: float) -> dict:
+    """One case's row; `start` and `trained` by time.perf_counter()."""
+    train_s, total_s = trained - start, time.perf_counter() - start
+    return {
+        "accuracy": accuracy,
+        "step_s": train_s / steps,
+        "train_s": train_s,
+        "total_s": total_s,
+        "peak_mb": peak_mb(),
+    }
 
 
 def table(rows: list[dict]) -> str:
     """A row per case, then per engine the mean and spread of accuracy and the medians of the rest."""
-    lines = ["| engine | seed | test accuracy | training s | whole job s | peak MB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| engine | seed | test accuracy | s a step | training s | whole job s | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def cost(step_s, train_s, total_s, peak_mb) -> str:
+        return f"{step_s:.3f} | {train_s:.0f} | {total_s:.0f} | {peak_mb:,.0f} |"
+
+    keys = ("step_s", "train_s", "total_s", "peak_mb")
     for r in rows:
-        cells = f"{r['accuracy']:.4f} | {r['train_s']:.0f} | {r['total_s']:.0f} | {r['peak_mb']:,.0f}"
-        lines.append(f"| {r['engine']} | {r['seed']} | {cells} |")
+        accuracy = "-" if r["accuracy"] is None else f"{r['accuracy']:.4f}"
+        lines.append(f"| {r['engine']} | {r['seed']} | {accuracy} | {cost(*(r[k] for k in keys))}")
     for engine in dict.fromkeys(r["engine"] for r in rows):
         mine = [r for r in rows if r["engine"] == engine]
         if len(mine) > 1:
-            accuracy = [r["accuracy"] for r in mine]
-            train, total, peak = (statistics.median(r[k] for r in mine) for k in ("train_s", "total_s", "peak_mb"))
-            spread = f"{statistics.mean(accuracy):.4f} ± {statistics.stdev(accuracy):.4f}"
-            lines.append(f"| **{engine}** | all | {spread} | {train:.0f} | {total:.0f} | {peak:,.0f} |")
+            found = [r["accuracy"] for r in mine]
+            spread = "-" if None in found else f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
+            medians = (statistics.median(r[k] for r in mine) for k in keys)
+            lines.append(f"| **{engine}** | all | {spread} | {cost(*medians)}")
     return "\n".join(lines)
 
 
-def write(path: Path, data: str, rows: list[dict]) -> None:
+def write(path: Path, data: str, steps: int, rows: list[dict]) -> None:
     """Replaces this data set's section of the results file."""
     import torch
     import transformers
 
     cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
     command = "python benchmarks/peers.py " + " ".join(a for a in sys.argv[1:] if "--" in a or "/" not in a)
-    begin, end = f"<!-- peers {data} -->", f"<!-- end {data} -->"
+    begin, end = f"<!-- peers {data} {steps} -->", f"<!-- end {data} {steps} -->"
     section = f"""{begin}
-## {data}: minift and the Hugging Face Trainer
+## {data}: minift and the Hugging Face Trainer{f", {steps} steps" if steps else ""}
 
 `{command}` on {time.strftime("%Y-%m-%d")}: {cpu}, {torch.get_num_threads()} cores; torch {torch.__version__},
 transformers {transformers.__version__}; float32, dropout 0.1. {CASES[data]}
@@ -191,6 +212,7 @@ def main() -> None:
     p.add_argument("--assets", type=Path, required=True, help="the folder with data/ and weights/")
     p.add_argument("--engines", default="minift,trainer")
     p.add_argument("--seeds", default="42")
+    p.add_argument("--steps", type=int, default=0, help="time N steps alone, without the test; 0: the whole job")
     p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
     p.add_argument(
         "--here", action="store_true", help="run one case in this process (what the script calls itself with)"
@@ -200,7 +222,12 @@ def main() -> None:
         run = {"minift": run_minift, "trainer": run_trainer}[a.engines]
         print(
             json.dumps(
-                {"engine": a.engines, "data": a.data, "seed": int(a.seeds), **run(a.data, a.assets, int(a.seeds))}
+                {
+                    "engine": a.engines,
+                    "data": a.data,
+                    "seed": int(a.seeds),
+                    **run(a.data, a.assets, int(a.seeds), a.steps),
+                }
             )
         )
         return
@@ -218,6 +245,8 @@ def main() -> None:
                 engine,
                 "--seeds",
                 seed,
+                "--steps",
+                str(a.steps),
                 "--here",
             ]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -225,7 +254,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     if a.write:
-        write(a.write, a.data, rows)
+        write(a.write, a.data, a.steps, rows)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def split(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
     """
     total = sum(map(len, sequences))
     if not tokens or total <= tokens:
-        return [sequences]
+        return [sequences] if sequences else []
     groups: list[list[Sequence]] = [[] for _ in range(-(-total // tokens))]
     sizes = [0] * len(groups)
     for sequence in sorted(sequences, key=len, reverse=True):

@@ -1,45 +1,56 @@
-"""The command line: minift train | eval | predict | inspect.
+"""The command line: minift train | eval | predict | generate | check | inspect.
 
 Results go to standard output, progress and messages to standard error.
-Exit codes: 0 done, 1 bad input, 2 bad usage.
+Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from .config import Config, EvalConfig, InputError, InspectConfig, PredictConfig, TrainConfig, add_options, from_args
+from .config import (
+    CheckConfig,
+    Config,
+    EvalConfig,
+    GenerateConfig,
+    InputError,
+    InspectConfig,
+    PredictConfig,
+    TrainConfig,
+    add_options,
+    from_args,
+)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
     from . import data, hub
-    from .track import say
-    from .train import read_examples
+    from .track import say, speaks
+    from .train import Interrupted, read_examples
     from .train import train as run
 
     examples = read_examples(config)
-    model, tokenizer = hub.load(
-        config.model,
-        config.task,
-        data.label_names(examples[0], config.labels),
-        dropout=config.dropout,
-        seed=config.seed,
-    )
+    labels = data.label_names(examples[0], config.labels) if config.task == "classify" else None
+    model, tokenizer = hub.load(config.model, config.task, labels, dropout=config.dropout, seed=config.seed)
     say(f"{config.model}: {model.report}")
     need(tokenizer, config.model)
-    done = run(model, tokenizer, config, examples)
+    try:
+        done = run(model, tokenizer, config, examples)
+    except Interrupted as e:
+        say(f"{e}\nto go on: minift train --resume --out {config.out}")
+        return 128 + e.number
     say(f"{done.steps} steps in {done.seconds:.1f} s; the model is in {done.model}")
-    if done.metrics:
+    if done.metrics and speaks():
         print_table({f"valid {name}": value for name, value in done.metrics.items()})
+    return 0
 
 
 def evaluate(config: EvalConfig) -> None:
     """Prints the metrics."""
     from .evaluate import evaluate as run
 
-    metrics = run(*trained(config), config)
+    metrics = run(*trained(config, config.task), config)
     print_table(metrics)
     if config.json:
         print(json.dumps(metrics))
@@ -49,12 +60,43 @@ def predict(config: PredictConfig) -> None:
     """Writes one JSON object a line."""
     from .evaluate import predict as run
 
-    model = trained(config)
-    out = open(config.out, "w", encoding="utf-8") if config.out else sys.stdout
-    for prediction in run(*model, config):
-        print(json.dumps(prediction, ensure_ascii=False), file=out)
-    if config.out:
+    write(run(*trained(config, config.task), config), config.out)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Writes one JSON object a line."""
+    from .generate import generate as run
+
+    write(run(*trained(config, "complete"), config), config.out)
+
+
+def write(rows: Iterable[dict], path: str) -> None:
+    """JSON lines to a file, or to standard output."""
+    out = open(path, "w", encoding="utf-8") if path else sys.stdout
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+    if path:
         out.close()
+
+
+def check(config: CheckConfig) -> int:
+    """Prints every fault as it is met, then the report."""
+    from . import hub
+    from . import tokenizer as tokenizers
+    from .check import check as run
+
+    tokenizer = tokenizers.load(hub.resolve(config.model)) if config.model else None
+    report = run(
+        config.data,
+        config.task,
+        valid=config.valid,
+        columns=config.columns,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        epochs=config.epochs,
+    )
+    print(report)
+    return 0 if report.ok else 1
 
 
 def inspect(config: InspectConfig) -> None:
@@ -90,12 +132,12 @@ def task_of(settings: dict) -> str | None:
     return next((heads[name] for name in settings.get("architectures") or [] if name in heads), None)
 
 
-def trained(config: EvalConfig | PredictConfig) -> tuple:
+def trained(config: EvalConfig | PredictConfig | GenerateConfig, task: str) -> tuple:
     """(model, tokenizer) with a head that was trained."""
     from . import hub
     from .precision import choose_device
 
-    model, tokenizer = hub.load(config.model, config.task, fresh_head=False, device=choose_device(config.device)[0])
+    model, tokenizer = hub.load(config.model, task, fresh_head=False, device=choose_device(config.device)[0])
     return model, need(tokenizer, config.model)
 
 
@@ -117,6 +159,8 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "train": (TrainConfig, train),
     "eval": (EvalConfig, evaluate),
     "predict": (PredictConfig, predict),
+    "generate": (GenerateConfig, generate),
+    "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
 }
 
@@ -136,10 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as e:
         commands.choices[args.command].error(str(e))
     try:
-        run(config)
-    except (InputError, FloatingPointError) as e:
+        return run(config) or 0
+    except (InputError, FloatingPointError, OSError) as e:
         return complain(e)
-    return 0
 
 
 def complain(error: Exception) -> int:

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
 
 class InputError(ValueError):
     """Something wrong with what the user gave (a file, a folder, a checkpoint); the message says what and where."""
@@ -47,7 +49,7 @@ class TrainConfig(Config):
     """Fine-tune a model on a file of examples."""
 
     model: str = option("", "folder, or hub id (required)")
-    task: str = option("classify", "what is learned", choices=("classify",))
+    task: str = option("classify", "what is learned", choices=("classify", "complete"))
     data: str = option("", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)")
     valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
     out: str = option("", "run folder, new or empty (required)")
@@ -71,12 +73,29 @@ class TrainConfig(Config):
     )
     seed: int = option(42, "fixes order, dropout and fresh weights", at_least=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = option("fp32", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
+    recompute: bool = option(False, "save only the input of each layer, and compute it again in backward")
+    label_smoothing: float = option(0.0, "share of each target's weight that is spread over all classes", at_least=0)
     eval_every: str = option("epoch", "validate after each epoch, or every N steps")
+    save_every: str = option("epoch", "write a checkpoint after each epoch, or every N steps")
+    keep: int = option(2, "checkpoints kept, the newest", at_least=1)
+    patience: int = option(0, "stop after N validations without a better one; 0: never", at_least=0)
+    shard: bool = option(False, "with torchrun: split weights, gradients and moments over the processes")
+    log: str = option("", "also log to tensorboard, wandb, or both: tensorboard,wandb")
+    resume: bool = option(False, "go on with the run in --out after its latest checkpoint")
 
     def check(self) -> None:
         super().check()
-        if self.eval_every != "epoch" and not (self.eval_every.isdigit() and int(self.eval_every) > 0):
-            raise ValueError(f"--eval-every is {self.eval_every!r}; expected epoch or a number of steps")
+        for flag, value in (("--eval-every", self.eval_every), ("--save-every", self.save_every)):
+            if value != "epoch" and not (value.isdigit() and int(value) > 0):
+                raise ValueError(f"{flag} is {value!r}; expected epoch or a number of steps")
+        for name in filter(None, self.log.split(",")):
+            if name not in ("tensorboard", "wandb"):
+                raise ValueError(f"--log is {self.log!r}; expected tensorboard, wandb, or both with a comma between")
+        if self.shard and self.precision == "fp16":
+            raise ValueError("--shard is True with --precision fp16; expected fp32 or bf16")
+        if not self.label_smoothing < 1:
+            raise ValueError(f"--label-smoothing is {self.label_smoothing!r}; expected at least 0 and below 1")
         if self.dropout != -1 and not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout is {self.dropout!r}; expected -1, or at least 0 and below 1")
 
@@ -86,7 +105,7 @@ class EvalConfig(Config):
     """Measure a fine-tuned model on labelled examples."""
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
-    task: str = option("classify", "what it was trained for", choices=("classify",))
+    task: str = option("classify", "what it was trained for", choices=("classify", "complete"))
     data: str = option("", "labelled file or folder (required)")
     columns: str = option("", "columns or keys to read, as text,label")
     limit: int = option(0, "evaluate N examples drawn at random; 0: all", at_least=0)
@@ -123,6 +142,42 @@ class PredictConfig(Config):
 
 
 @dataclass
+class GenerateConfig(Config):
+    """Complete prompts; one JSON object {"prompt", "completion"} a line, in the order of the input."""
+
+    model: str = option("", "run folder, or model folder or hub id of a language model (required)")
+    prompt: str = option("", "one prompt")
+    data: str = option("", "file of prompts: .jsonl with prompt or messages")
+    out: str = option("", "write here instead of standard output")
+    max_tokens: int = option(64, "most tokens to generate for a prompt", at_least=1)
+    temperature: float = option(0.0, "divides the logits; 0: always the likeliest token", at_least=0)
+    top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
+    top_p: float = option(1.0, "draw from the fewest tokens that have this share of the probability", at_least=0)
+    seed: int = option(0, "fixes what is drawn", at_least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    def check(self) -> None:
+        super().check()
+        if bool(self.data) == bool(self.prompt):
+            raise ValueError('give either --prompt "..." or --data FILE')
+        if self.top_p > 1:
+            raise ValueError(f"--top-p is {self.top_p!r}; expected 0 to 1")
+
+
+@dataclass
+class CheckConfig(Config):
+    """Judge a training file as a fine-tuning service would: every fault with its line, then counts and warnings."""
+
+    data: str = option("", "training file (required)")
+    task: str = option("complete", "what it is for", choices=("classify", "complete"))
+    valid: str = option("", "validation file, for leakage between the two")
+    columns: str = option("", "columns or keys to read, as text,label (classify)")
+    model: str = option("", "folder or hub id whose tokenizer counts tokens")
+    max_length: int = option(0, "longest sequence in tokens, the rest would be cut; 0: no limit", at_least=0)
+    epochs: int = option(3, "passes over the data, for the estimate of tokens trained", at_least=1)
+
+
+@dataclass
 class InspectConfig(Config):
     """Show the module tree of a model: shapes, dtypes, bytes, trainable or not."""
 
@@ -145,10 +200,17 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
 def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     """The checked configuration: defaults, then `--config FILE`, then the command line.
 
+    With --resume the options are those of the run in --out.
     Raises InputError for an unreadable file, ValueError for a wrong value.
     """
     typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
-    config = cls(**{**(read_json(cls, Path(args.config)) if args.config else {}), **typed})
+    path = Path(typed.get("out", ""), "config.json") if typed.get("resume") else args.config
+    base = read_json(cls, Path(path)) if path else {}
+    if typed.get("resume"):  # the run goes on as it began
+        for name in typed.keys() - {"resume", "out"}:
+            if typed[name] != base.get(name):
+                raise ValueError(f"--{name} is {typed[name]!r}; the run in --out began with {base.get(name)!r}")
+    config = cls(**base | typed)
     config.check()
     for f in dataclasses.fields(cls):
         if f.metadata["help"].endswith("(required)") and not getattr(config, f.name):

@@ -165,7 +165,7 @@ def _without_end(line: str) -> str:
 def _jsonl(path: Path, wanted: Columns, faults: Faults) -> Iterator:
     for number, line in enumerate(_lines(path, path.name, faults), 1):
         where = f"{path.name}:{number}"
-        row = _object(where, line, faults) if line.strip() else None
+        row = _object(where, _without_end(line), faults) if line.strip() else None
         if row is not None and (missing := wanted.missing(row)):
             faults.add(where, f"no field {', '.join(missing)}; found {_short(list(row))}, expected {wanted}")
         elif row is not None:
@@ -309,6 +309,117 @@ def read(path: str | Path, columns: str = "", need_label: bool = True) -> list[E
     if not examples:
         raise InputError(f"{path}: found no rows; expected at least one example")
     return examples
+
+
+# ---- texts to be completed -------------------------------------------------------------------------------------------
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PIECE = 1 << 14  # characters of a plain text that make one passage
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text in parts, and which of them are learned: a completion, or what the assistant says."""
+
+    parts: tuple[tuple[str, bool], ...]
+    where: str  # "train.jsonl:17", for messages
+    plain: bool = False  # a piece of running text: goes on in the next passage
+
+
+def read_passages(path: str | Path, columns: str = "", need_label: bool = True) -> list[Passage]:
+    """What a language model learns: a .txt of running text, or .jsonl (also .gz) of prompts or of chats.
+
+    {"prompt": ..., "completion": ...} or {"messages": [{"role", "content", "weight" 0 or 1}, ...]}, of which the
+    assistant's messages with weight 1 (the default) are learned. need_label: False where a completion may be missing.
+    Raises InputError: file, line, what was found, what was expected.
+    """
+    path, faults = Path(path), Faults()
+    if columns:
+        raise InputError("--columns has no meaning here; the keys are prompt and completion, or messages")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if _kind(path) not in (".jsonl", ".json", ".txt"):
+        raise InputError(f"{path}: unknown kind of file {_kind(path)!r}; expected .jsonl or .txt, each also with .gz")
+    passages = list((_plain if _kind(path) == ".txt" else _dialogues)(path, need_label, faults))
+    faults.check()
+    if not passages:
+        raise InputError(f"{path}: found nothing to read; expected at least one example")
+    return passages
+
+
+def _plain(path: Path, need_label: bool, faults: Faults) -> Iterator[Passage]:
+    """Running text in pieces of whole lines; together they are the file, its line ends included."""
+    held, size, first = [], 0, 1
+    for number, line in enumerate(_lines(path, path.name, faults), 1):
+        held.append(line)
+        size += len(line)
+        if size >= PIECE:
+            yield Passage((("".join(held), True),), f"{path.name}:{first}", plain=True)
+            held, size, first = [], 0, number + 1
+    if held:
+        yield Passage((("".join(held), True),), f"{path.name}:{first}", plain=True)
+
+
+def _dialogues(path: Path, need_label: bool, faults: Faults) -> Iterator[Passage]:
+    for number, line in enumerate(_lines(path, path.name, faults), 1):
+        where = f"{path.name}:{number}"
+        row = _object(where, _without_end(line), faults) if line.strip() else None
+        if row is None:
+            continue
+        before = len(faults.lines)
+        parts = _chat(where, row, need_label, faults) if "messages" in row else _prompt(where, row, need_label, faults)
+        if len(faults.lines) == before:
+            yield Passage(tuple(parts), where)
+
+
+def _prompt(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
+    """The parts of a prompt and its completion; the prompt may be empty, the completion not."""
+    needed = ("prompt", "completion") if need_label or "completion" in row else ("prompt",)
+    if missing := [key for key in needed if key not in row]:
+        expected = " and ".join(needed) + ", or messages"
+        faults.add(where, f"no field {', '.join(missing)}; found {_short(list(row))}, expected {expected}")
+        return []
+    for key in needed:
+        if not isinstance(row[key], str) or (key == "completion" and not row[key].strip()):
+            faults.add(where, f"{key} is {_short(row[key])}; expected some text")
+        elif wrong := _wrong("text", row[key] + "."):  # the dot: a prompt may be empty
+            faults.add(where, f"{key} {wrong}")
+    return [(row[key], key == "completion") for key in needed if row[key]]
+
+
+def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
+    """The parts of a conversation, as plain text: <|role|>, a line end, what is said, a line end."""
+    messages, parts, text = row["messages"], [], ""
+    if not isinstance(messages, list) or not messages:
+        faults.add(where, f"messages is {_short(messages)}; expected a list of at least one message")
+        return []
+    for i, message in enumerate(messages):
+        if fault := _message_fault(message):
+            faults.add(where, f"message {i + 1}: {fault}")
+            continue
+        text += f"<|{message['role']}|>\n"
+        if message["role"] == "assistant" and message.get("weight", 1):
+            parts += [(text, False), (message["content"], True)]
+            text = ""
+        text += "\n" if not text else message["content"] + "\n"
+    if not parts and not need_label:
+        return [(text + "<|assistant|>\n", False)]
+    if not parts:
+        faults.add(where, "no message to learn from; expected one of the assistant's, with weight 1")
+    return parts
+
+
+def _message_fault(message: object) -> str:
+    """What is wrong with one message of a chat, or ""."""
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        return f"found {_short(message)}; expected an object with role and content"
+    if message["role"] not in ROLES:
+        return f"role is {_short(message['role'])}; expected one of {', '.join(ROLES)}"
+    if not isinstance(message["content"], str) or not message["content"].strip():
+        return f"content is {_short(message['content'])}; expected some text"
+    if message.get("weight", 1) not in (0, 1) or isinstance(message.get("weight"), bool):
+        return f"weight is {_short(message['weight'])}; expected 0 or 1"
+    return _wrong("text", message["content"])
 
 
 # ---- examples -> classes and parts -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Evaluation and prediction as a stream: memory does not grow with the number of examples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ TOKENS = 4096  # at once, where nothing else is asked for
 def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str, float]:
     """The task's metrics over the labelled examples in config.data. Raises InputError."""
     config.check()
-    examples = data.read(config.data, config.columns)
+    task = TASKS[config.task]
+    examples = task.read(config.data, config.columns)
     if config.limit:
         examples = data.sample(examples, config.limit, config.seed)
-    sequences = TASKS[config.task].encode(examples, model, tokenizer, check_length(model, config.max_length))
+    sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
     progress = Progress(len(sequences), "example")
     result = measure(model, sequences, config.tokens, progress.add)
     progress.close()
@@ -33,44 +34,52 @@ def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str
 def predict(model: Model, tokenizer: Tokenizer, config: PredictConfig) -> Iterator[dict]:
     """The task's prediction for config.text, or for each example in config.data, in order. Raises InputError."""
     config.check()
+    task = TASKS[config.task]
     if config.text:
         examples = [Example(config.text, config.pair or None, None, "--text")]
     else:
-        examples = data.read(config.data, config.columns, need_label=False)
-    sequences = TASKS[config.task].encode(
-        examples, model, tokenizer, check_length(model, config.max_length), labelled=False
-    )
+        examples = task.read(config.data, config.columns, need_label=False)
+    sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length), labelled=False)
     progress = Progress(len(sequences), "example")
-    for batch, z in logits(model, sequences, config.tokens):
-        yield from TASKS[config.task].predictions(model, z)
-        progress.add(len(batch.offsets) - 1)
+    for batch in batches(sequences, config.tokens):
+        with torch.inference_mode():
+            found = task.predictions(model, batch.to(model.device))
+        yield from found
+        progress.add(len(found))
     progress.close()
 
 
 def measure(
-    model: Model, sequences: list[Sequence], tokens: int = TOKENS, watch: Callable[[int], None] = lambda n: None
+    model: Model,
+    sequences: Iterable[Sequence],
+    tokens: int = TOKENS,
+    watch: Callable[[int], None] = lambda n: None,
+    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, float]:
-    """The metrics of encoded examples; `watch` hears of each batch how many examples it had."""
+    """The metrics of encoded examples; `watch` hears of each batch how many examples it had.
+
+    add_up: sums the counts over all processes, where each has measured its part.
+    """
     metrics = TASKS[model.task].Metrics(model)
-    for batch, z in logits(model, sequences, tokens):
-        metrics.add(z, batch.targets)
+    for batch in batches(sequences, tokens):
+        with torch.inference_mode():
+            metrics.add(batch.to(model.device))
         watch(len(batch.offsets) - 1)
+    metrics.sums = add_up(metrics.sums)
     return metrics.result()
 
 
-def logits(model: Model, sequences: list[Sequence], tokens: int) -> Iterator[tuple[Batch, Tensor]]:
-    """(batch, logits (M, V)) of consecutive sequences, at most about `tokens` tokens at a time, without dropout."""
+def batches(sequences: Iterable[Sequence], tokens: int) -> Iterator[Batch]:
+    """Consecutive sequences, about `tokens` tokens at a time: at most, but for a sequence that alone is longer."""
     group, size = [], 0
-    for sequence in [*sequences, None]:  # None: the end
-        if group and (sequence is None or size + len(sequence) > tokens):
-            batch = pack(group).to(model.device)
-            with torch.inference_mode():
-                z = model.logits(batch)
-            yield batch, z
+    for sequence in sequences:
+        if group and size + len(sequence) > tokens:
+            yield pack(group)
             group, size = [], 0
-        if sequence is not None:
-            group.append(sequence)
-            size += len(sequence)
+        group.append(sequence)
+        size += len(sequence)
+    if group:
+        yield pack(group)
 
 
 def check_length(model: Model, max_length: int) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import tokenizer as tokenizers
 from .config import InputError
+from .distributed import whole
 from .models import FAMILIES, Model
 from .tokenizer import Tokenizer
 
@@ -334,24 +335,27 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
 # saving
 
 
-def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, write: bool = True) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
     It is written aside and renamed, so that `folder` is never half a model. An older model there is replaced; raises
     InputError where something else is.
+    write: whether this process does; of a sharded model, all have to give their parts.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: holds something else than a model; expected a new folder, or an older model")
+    state = {}
+    for name, hub in hub_names(model).items():
+        tensor = whole(model.get_parameter(name).detach())
+        state[hub] = (tensor.t() if is_transposed(model, hub) else tensor).contiguous().cpu()
+    if not write:
+        return
     aside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (aside, old):
         shutil.rmtree(path, ignore_errors=True)
     aside.mkdir(parents=True)
     (aside / "config.json").write_text(json.dumps(settings_of(model), indent=2, sort_keys=True) + "\n")
-    state = {}
-    for name, hub in hub_names(model).items():
-        tensor = model.get_parameter(name).detach()
-        state[hub] = (tensor.t() if is_transposed(model, hub) else tensor).contiguous().cpu()
     save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         tokenizer.save(aside)

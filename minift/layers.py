@@ -4,12 +4,23 @@ All of mixed precision is that weights are cast to the dtype of the activations 
 Weights are created uninitialised: hub.py streams a checkpoint in, or draws them. N tokens, C width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .ops import norm
 from .ops.dropout import SILENT, Noise
+
+
+def recomputed(f: Callable, *args):
+    """f(*args), of which nothing inside is saved for backward: it is computed again there (https://arxiv.org/abs/1604.06174).
+
+    Exact, dropout too: noise is an argument and no generator's state.
+    """
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Linear(nn.Module):

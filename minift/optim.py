@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .distributed import whole
 from .layers import LayerNorm
 
 
@@ -42,4 +43,4 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
 
 def clip(parameters: list, limit: float) -> float:
     """Scales the gradients down to a joint norm of at most `limit` (0: never); returns the norm before."""
-    return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf).item()
+    return whole(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)).item()

@@ -1,6 +1,12 @@
-"""Which device a run computes on, and why. (Everything is float32 so far.)"""
+"""Which device and which dtype a run computes in, and why.
+
+Precision is explicit: trained weights are float32 and are cast to the dtype of the activations where they are used
+(layers.py); statistics, softmax, heads and loss are float32. float16 needs a GradScaler, for its gradients underflow.
+"""
 
 import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -12,3 +18,27 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
     if wanted == "cuda":
         raise ValueError("--device is 'cuda', but torch finds no CUDA device; expected auto or cpu")
     return torch.device("cpu"), f"no CUDA device; {torch.get_num_threads()} threads"
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype, reason) for `--precision auto|fp32|bf16|fp16` on a device."""
+    fast, what = native_bf16(device)
+    if wanted == "bf16" and not fast:
+        return torch.bfloat16, f"asked for, but slower than fp32: {what}"
+    if wanted != "auto":
+        return DTYPES[wanted], "asked for"
+    if fast:
+        return torch.bfloat16, what
+    return (torch.float16 if device.type == "cuda" else torch.float32), what
+
+
+def native_bf16(device: torch.device) -> tuple[bool, str]:
+    """(whether the hardware multiplies bfloat16 matrices itself, what it has)."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major >= 8, f"CUDA sm_{major}{minor}"
+    # not torch.ops.mkldnn._is_mkldnn_bf16_supported: it says yes where bfloat16 is emulated, several times slower
+    for name, has in (("AMX", torch.cpu._is_amx_tile_supported), ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported)):
+        if has():
+            return True, f"the CPU has {name}"
+    return False, "the CPU has neither AMX nor AVX512-BF16"

@@ -4,21 +4,35 @@ Standard error carries progress, standard output results.
 """
 
 import csv
+import hashlib
 import json
+import os
 import resource
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
+
+from .config import InputError
 
 RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 EVERY = 10.0  # seconds between two plain lines where standard error is no terminal
 
 
+def speaks() -> bool:
+    """Whether this process talks to people: of those that torchrun starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """One message on standard error, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    if speaks():
+        tqdm.write(message, file=sys.stderr)
 
 
 def peak_memory() -> int:
@@ -30,7 +44,7 @@ def peak_memory() -> int:
 class Progress:
     """A bar on a terminal; elsewhere a plain line now and then, and at the end."""
 
-    def __init__(self, total: int, unit: str):
+    def __init__(self, total: int, unit: str, done: int = 0):
         shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s, {remaining} left{postfix}"  # fits 60 columns
         self.bar = tqdm(
             total=total,
@@ -40,7 +54,7 @@ class Progress:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self.total, self.unit, self.done = total, unit, 0
+        self.total, self.unit, self.done, self.first = total, unit, done, done
         self.start = self.told = time.monotonic()
 
     def add(self, n: int = 1, note: str = "") -> None:
@@ -50,7 +64,7 @@ class Progress:
         self.bar.update(n)
         now = time.monotonic()
         if self.bar.disable and (now - self.told >= EVERY or self.done >= self.total):
-            left = (now - self.start) / self.done * (self.total - self.done)
+            left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
             say(f"{self.unit} {self.done}/{self.total}  {note}  {tqdm.format_interval(left)} left")
             self.told = now
 
@@ -60,30 +74,146 @@ class Progress:
 
 
 class Tracker:
-    """Writes the files of a run folder, a line at a time, flushed at once: what is written survives a crash."""
+    """Writes the files of a run folder, a line a step, flushed at once: what is written survives a crash.
 
-    def __init__(self, out: Path, steps: int):
-        self.jsonl = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.file = open(out / "results.csv", "a", encoding="utf-8", newline="", buffering=1)
-        self.csv = csv.DictWriter(self.file, RESULTS)
-        self.csv.writeheader()
-        self.progress, self.smooth = Progress(steps, "step"), None
+    done: the steps of a resumed run; what was written of later ones, lost with them, is removed.
+    active: whether this process is the one that writes. loggers: what else hears of each step.
+    """
+
+    def __init__(self, out: Path, steps: int, done: int = 0, active: bool = True, loggers: list = ()):
+        self.active, self.smooth, self.loggers = active, None, loggers
+        if active:
+            for name, lines in (("metrics.jsonl", done), ("results.csv", done + 1)):
+                keep_lines(out / name, lines)
+            self.jsonl = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self.file = open(out / "results.csv", "a", encoding="utf-8", newline="", buffering=1)
+            self.csv = csv.DictWriter(self.file, RESULTS)
+            if self.file.tell() == 0:
+                self.csv.writeheader()
+            self.progress = Progress(steps, "step", done)
 
     def step(self, values: dict, evaluated: dict | None = None) -> None:
         """One optimizer step: `values` by their names in metrics.jsonl, and the validation after it, if any."""
+        if not self.active:
+            return
         loss = values["train/loss"]
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
-        self.jsonl.write(json.dumps(values | {f"eval/{k}": v for k, v in (evaluated or {}).items()}) + "\n")
+        values = values | {f"eval/{k}": v for k, v in (evaluated or {}).items()}
+        self.jsonl.write(json.dumps(values) + "\n")
+        for logger in self.loggers:
+            logger.log({k: v for k, v in values.items() if v is not None}, values["train/global_step"])
         row = {"step": values["train/global_step"], "train_loss": loss, "train_accuracy": values["train/accuracy"]}
         if evaluated:
             row |= {"valid_loss": evaluated["loss"], "valid_mean_token_accuracy": evaluated["accuracy"]}
         self.csv.writerow(row)
         self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tok/s")
 
+    def finish(self, model: Path) -> None:
+        """Hands over the finished model's folder."""
+        for logger in self.loggers:
+            logger.finish(model)
+
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *_) -> None:
-        self.progress.close()
-        self.jsonl.close()
-        self.file.close()
+        if self.active:
+            self.progress.close()
+            self.jsonl.close()
+            self.file.close()
+
+
+class TensorBoard:
+    """Curves and options for TensorBoard, in the run folder's tensorboard/."""
+
+    def __init__(self, out: Path, options: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"))
+        self.writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in options.items()))
+
+    def log(self, values: dict, step: int) -> None:
+        """One point on every curve."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self, model: Path) -> None:
+        """Says where the model is."""
+        self.writer.add_text("model", str(model))
+        self.writer.close()
+
+
+class WandB:
+    """Curves, options, the machine's memory, and at the end the model as an artifact, for Weights & Biases.
+
+    Its own environment variables hold: WANDB_MODE=offline, WANDB_PROJECT, WANDB_NAME...
+    """
+
+    def __init__(self, out: Path, options: dict):
+        import wandb
+
+        self.wandb = wandb
+        identity = hashlib.blake2b(
+            str(out.resolve()).encode(), digest_size=8
+        ).hexdigest()  # a resumed run is the same run
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "minift"), dir=str(out), config=options, id=identity, resume="allow"
+        )
+
+    def log(self, values: dict, step: int) -> None:
+        """One point on every curve."""
+        self.run.log(values, step=step)
+
+    def finish(self, model: Path) -> None:
+        """Uploads the model's folder."""
+        artifact = self.wandb.Artifact(f"model-{self.run.id}", type="model")
+        artifact.add_dir(str(model))
+        self.run.log_artifact(artifact)
+        self.run.finish()
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def make_loggers(names: str, out: Path, options: dict) -> list:
+    """The loggers of `--log`, a comma list. Raises InputError where a library is not installed."""
+    loggers = []
+    for name in filter(None, names.split(",")):
+        try:
+            loggers.append(LOGGERS[name](out, options))
+        except ImportError as e:
+            raise InputError(f'--log {name}: {e}; `pip install "minift[{name}]"` installs it') from e
+    return loggers
+
+
+def keep_lines(path: Path, n: int) -> None:
+    """Cuts a file down to its first n lines."""
+    if path.exists():
+        with open(path, "r+b") as f:
+            for _ in range(n):
+                f.readline()
+            f.truncate(f.tell())
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are put in the list, for the loop to look at; a second SIGINT is a KeyboardInterrupt.
+
+    Only in the main thread: Python delivers signals nowhere else.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _) -> None:
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

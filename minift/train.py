@@ -2,28 +2,30 @@
 
 A step takes `--batch` examples in the order that (seed, epoch) gives, splits them into micro-batches of `--tokens`
 tokens, sums the loss over all of them, divides by the number of targets of the whole step, clips, and updates. So
-micro-batches change memory, and nothing else.
+micro-batches change memory, and nothing else; nor do more processes, or a run that was killed and resumed.
 """
 
+import dataclasses
 import math
+import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import data, hub
-from .batch import Sequence, order, pack, split
+from . import checkpoint, data, hub
+from .batch import Sequence, order, pack
 from .config import InputError, TrainConfig
-from .data import Example
+from .distributed import ALONE, World, join
 from .evaluate import check_length, measure
 from .models import Model
 from .ops.dropout import Noise
 from .optim import clip, make_optimizer, schedule, warmup_steps
-from .precision import choose_device
+from .precision import choose_device, choose_dtype
 from .tasks import TASKS
 from .tokenizer import Tokenizer
-from .track import Tracker, peak_memory, say
+from .track import Tracker, make_loggers, peak_memory, say, stop_signals
 
 
 @dataclass
@@ -37,120 +39,202 @@ class Run:
     metrics: dict  # of the best validation, or empty
 
 
-def read_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+@dataclass
+class Job:
+    """What every step works with."""
+
+    model: Model
+    config: TrainConfig
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless activations are float16
+    world: World = ALONE
+    caught: list[int] = field(default_factory=list)  # signals that arrived
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and did after a checkpoint; `number` is the signal's."""
+
+    def __init__(self, number: int, folder: Path):
+        super().__init__(f"stopped by {signal.Signals(number).name}; the checkpoint is {folder}")
+        self.number = number
+
+
+def read_examples(config: TrainConfig) -> tuple[list, list]:
     """(training, validation) examples of a configuration; the second is empty without --valid. Raises InputError."""
-    examples, valid = data.read(config.data, config.columns), []
+    read = TASKS[config.task].read
+    examples, valid = read(config.data, config.columns), []
     if config.valid:
         try:
             fraction = float(config.valid)
         except ValueError:
-            valid = data.read(config.valid, config.columns)
+            valid = read(config.valid, config.columns)
         else:
             examples, valid = data.split(examples, fraction, config.seed)
     return data.sample(examples, config.limit, config.seed) if config.limit else examples, valid
 
 
-def train(
-    model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tuple[list[Example], list[Example]] | None = None
-) -> Run:
+def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tuple[list, list] | None = None) -> Run:
     """Trains `model` in place as `config` says (its `model` option is only recorded) and writes the run folder.
 
     examples: what read_examples gave, to save reading twice. Raises InputError before anything is written,
-    FloatingPointError when the loss is no longer finite.
+    FloatingPointError when the loss is no longer finite, Interrupted after SIGINT or SIGTERM, OSError on a full disk.
     """
     config.check()
     out = Path(config.out)
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out {out}: is there already; expected a new or empty folder")
+    if not config.resume and (out.is_file() or out.is_dir() and any(out.iterdir())):
+        raise InputError(f"--out {out}: is there already; expected a new or empty folder, or --resume")
     device, why = choose_device(config.device)
-    say(f"device {device.type} ({why}), float32")
+    world = join(device, config.shard)
+    dtype, reason = choose_dtype(config.precision, device)
+    say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {world.size} process{'es' * (world.size > 1)}")
     max_length = check_length(model, config.max_length)
-    encoded = [
-        TASKS[config.task].encode(part, model, tokenizer, max_length) for part in examples or read_examples(config)
-    ]
-    describe(model, config, encoded, max_length)
-
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(out / "config.json")
+    encode = TASKS[config.task].encode
+    examples, held_out = examples or read_examples(config)
+    sequences = encode(examples, model, tokenizer, max_length)
+    valid = encode(held_out, model, tokenizer, max_length) if held_out else []
+    if world.first:
+        describe(model, config, sequences, valid, max_length)
+        out.mkdir(parents=True, exist_ok=True)
+        dataclasses.replace(config, resume=False).save(out / "config.json")
+    world.wait()
     model.settings["minift"] = {"max_length": max_length}  # eval and predict cut where training cut
-    return loop(model.to(device), tokenizer, config, *encoded)
+    model.to(device)
+    model.body.dtype, model.body.recompute = dtype, config.recompute
+    world.shard(model, model.family.SHARDED)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return loop(Job(model, config, optimizer, scaler, world), tokenizer, sequences, valid)
 
 
-def loop(
-    model: Model, tokenizer: Tokenizer, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence]
-) -> Run:
-    """Every step of a run."""
-    out, start = Path(config.out), time.perf_counter()
+def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[Sequence]) -> Run:
+    """Every step of a run, from the beginning or from its latest checkpoint."""
+    config, world, out, start = job.config, job.world, Path(job.config.out), time.perf_counter()
     per_epoch = math.ceil(len(sequences) / config.batch)
     total = config.steps or per_epoch * config.epochs
-    every = per_epoch if config.eval_every == "epoch" else int(config.eval_every)
     warmup = warmup_steps(config.warmup, total)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    name, better = TASKS[config.task].Metrics.best
-    best = {}
+    state = {"step": 0, "best": {}, "stale": 0, "data": checkpoint.fingerprint(sequences)}
+    state = resume(job, state) if config.resume else state
 
-    with Tracker(out, total) as tracker:
-        for step in range(total):
+    def due(every: str) -> bool:
+        """Whether something is done `every` epoch or N steps, and now."""
+        n = per_epoch if every == "epoch" else int(every)
+        return state["step"] == total or n > 0 and state["step"] % n == 0
+
+    loggers = make_loggers(config.log, out, dataclasses.asdict(config)) if world.first else []
+    with Tracker(out, total, state["step"], world.first, loggers) as tracker, stop_signals() as job.caught:
+        for step in range(state["step"], total):
+            if config.patience and state["stale"] >= config.patience:
+                say(f"no better for {state['stale']} validations: stopped after step {step}")
+                break
             epoch, i = divmod(step, per_epoch)
-            if i == 0:
-                shuffled = order(len(sequences), config.seed, epoch).tolist()
-            chosen = [sequences[j] for j in shuffled[i * config.batch : (i + 1) * config.batch]]
+            chosen = order(len(sequences), config.seed, epoch)[i * config.batch : (i + 1) * config.batch].tolist()
             lr = config.lr * schedule(config.schedule, step, total, warmup)
-            values = train_step(model, optimizer, chosen, config, step, lr)
-            evaluated = None
-            if valid and ((step + 1) % every == 0 or step + 1 == total):
-                evaluated = measure(model, valid)
-                found = "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items() if k != "examples")
-                say(f"step {step + 1} valid: {found}")
-                if not best or better(evaluated[name], best[name]) != best[name]:
-                    best = evaluated
-                    hub.save(model, tokenizer, out / "best")
+            values, stop = train_step(job, [sequences[j] for j in chosen], step, lr)
+            state["step"] = step + 1
+            evaluated = validate(job, tokenizer, valid, state) if valid and due(config.eval_every) else None
             tracker.step({**values, "train/epoch": (step + 1) / per_epoch, "train/global_step": step + 1}, evaluated)
-    hub.save(model, tokenizer, out / "last")
-    return Run(out, total, time.perf_counter() - start, out / ("best" if best else "last"), best)
+            if stop or due(config.save_every):
+                saved = state | {"scaler": job.scaler.state_dict()}
+                checkpoint.save(out, job.model, job.optimizer, saved, config.keep, world.first)
+            world.wait()
+            if stop:
+                raise Interrupted(stop, checkpoint.latest(out))
+        hub.save(job.model, tokenizer, out / "last", world.first)
+        model = out / ("best" if state["best"] else "last")
+        tracker.finish(model)
+    return Run(out, state["step"], time.perf_counter() - start, model, state["best"])
 
 
-def train_step(
-    model: Model, optimizer: torch.optim.Optimizer, sequences: list[Sequence], config: TrainConfig, step: int, lr: float
-) -> dict[str, float]:
-    """One update from `sequences` at learning rate `lr`; returns the step's values by their names in metrics.jsonl."""
-    start, loss_sum, correct = time.perf_counter(), 0.0, 0
+def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tuple[dict[str, float], int]:
+    """One update from `sequences` at learning rate `lr`.
+
+    Returns the step's values by their names in metrics.jsonl, and the signal that a process was asked to stop by, or 0.
+    """
+    model, config, world, start = job.model, job.config, job.world, time.perf_counter()
     n_targets = sum(len(s.targets) for s in sequences)  # of the whole step, before any backward
-    for micro in split(sequences, config.tokens):
+    sums = torch.tensor([0, 0, signal.SIGINT in job.caught, signal.SIGTERM in job.caught], dtype=torch.float64)
+    for micro in world.micro_batches(sequences, config.tokens):
         batch = pack(micro).to(model.device)
-        loss, right = TASKS[config.task].loss(model, batch, Noise(config.seed, step, batch.keys))
-        (loss / n_targets).backward()
-        loss_sum, correct = loss_sum + loss.item(), correct + right.item()
+        noise = Noise(config.seed, step, batch.keys)
+        loss, right = TASKS[config.task].loss(model, batch, noise, config.label_smoothing)
+        job.scaler.scale(loss / max(1, n_targets)).backward()
+        sums[0] += loss.item()
+        sums[1] += right.item()
+    loss_sum, right, interrupted, terminated = world.add_up(sums.to(model.device)).tolist()
     if not math.isfinite(loss_sum):
         numbers = ", ".join(str(s.number) for s in sequences)
         raise FloatingPointError(
-            f"the loss of step {step + 1} is {loss_sum}; its examples are {numbers} (counted from 0)"
+            f"the loss of step {step + 1} is {loss_sum}; its examples, counted from 0: {numbers}; "
+            f"the last checkpoint: {checkpoint.latest(Path(config.out)) or 'none yet'}"
         )
-    norm = clip([p for p in model.parameters() if p.requires_grad], config.clip)
-    for group in optimizer.param_groups:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    world.add_gradients(parameters)
+    job.scaler.unscale_(job.optimizer)
+    norm = clip(parameters, config.clip)
+    for group in job.optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # keeps the memory: it is needed again in the next step
+    job.scaler.step(job.optimizer)  # float16: not where a gradient overflowed
+    job.scaler.update()
+    job.optimizer.zero_grad(set_to_none=False)  # keeps the memory: it is needed again in the next step
     n_tokens = sum(map(len, sequences))
-    return {
-        "train/loss": loss_sum / n_targets,
-        "train/accuracy": correct / n_targets,
-        "train/grad_norm": norm,
+    values = {
+        "train/loss": loss_sum / max(1, n_targets),
+        "train/accuracy": right / max(1, n_targets),
+        "train/grad_norm": norm if math.isfinite(norm) else None,
         "train/learning_rate": lr,
         "train/tokens": n_tokens,
         "train/tokens_per_second": n_tokens / (time.perf_counter() - start),
         "train/peak_memory": peak_memory(),
     }
+    if job.scaler.is_enabled():
+        values["train/loss_scale"] = job.scaler.get_scale()
+    return values, signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
 
 
-def describe(model: Model, config: TrainConfig, encoded: list[list[Sequence]], max_length: int) -> None:
+def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict) -> dict[str, float]:
+    """The metrics of the validation examples; keeps the model in best/ if they are the best so far."""
+    model, world = job.model, job.world
+    name, better = TASKS[model.task].Metrics.best
+    if world.sharded:  # every forward pass is a conversation of all: all measure all
+        found = measure(model, valid)
+        world.settle(model)
+    else:
+        found = measure(model, valid[world.rank :: world.size], add_up=world.add_up)
+    best = state["best"]
+    state["stale"] += 1
+    if not best or found[name] != best[name] and better(found[name], best[name]) == found[name]:
+        state["best"], state["stale"] = found, 0
+        hub.save(model, tokenizer, Path(job.config.out, "best"), world.first)
+    say(f"step {state['step']} valid: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items() if type(v) is float))
+    return found
+
+
+def resume(job: Job, fresh: dict) -> dict:
+    """The state of the latest checkpoint, with model and optimizer as they were; `fresh` where there is none yet."""
+    folder = checkpoint.latest(Path(job.config.out))
+    if folder is None:
+        say(f"{job.config.out}: no checkpoint yet; the run begins at its first step")
+        return fresh
+    state = checkpoint.load(folder, job.model, job.optimizer)
+    if state["data"] != fresh["data"]:
+        raise InputError(f"{folder}: the training data or the tokenizer is not what the run began with")
+    if scaler := state.pop("scaler"):
+        job.scaler.load_state_dict(scaler)
+    say(f"resumed after step {state['step']}")
+    return state
+
+
+def describe(
+    model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], max_length: int
+) -> None:
     """Says what is about to happen."""
     everything = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens, cut = [len(s) for s in encoded[0]], sum(s.cut for s in encoded[0])
+    tokens, cut = [len(s) for s in sequences], sum(s.cut for s in sequences)
     mean = sum(tokens) / len(tokens)
-    say(f"{trainable:,} of {everything:,} parameters are trained; labels: {', '.join(model.labels)}")
+    labels = f"; labels: {', '.join(model.labels)}" if config.task == "classify" else ""
+    say(f"{trainable:,} of {everything:,} parameters are trained{labels}")
     say(
-        f"{len(tokens):,} examples to train on, {len(encoded[1]):,} to validate on; {mean:.1f} tokens each on average, "
+        f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step; {cut:,} cut to {max_length} tokens"
     )

@@ -56,7 +56,14 @@ def run(tmp_path_factory):
 
 def test_training_learns_and_writes_the_run_folder(run):
     out = run / "runs/a"
-    assert sorted(p.name for p in out.iterdir()) == ["best", "config.json", "last", "metrics.jsonl", "results.csv"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "best",
+        "checkpoints",
+        "config.json",
+        "last",
+        "metrics.jsonl",
+        "results.csv",
+    ]
     steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
     assert [s["train/global_step"] for s in steps] == list(range(1, 105))  # 205 of 256 to train on: 13 steps an epoch
     assert {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "train/tokens_per_second"} <= set(

@@ -16,12 +16,13 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import BertForSequenceClassification
 
 import minift
-from minift.evaluate import logits, measure, predict
+from minift.evaluate import batches, measure
 from minift.tasks.classify import Metrics
 
 
 class FourLabels:
     labels = list("abcd")
+    device = "cpu"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 7))
@@ -32,7 +33,7 @@ def test_metrics_are_scikit_learns(pairs, size):
     z[range(len(pairs)), [p for _, p in pairs]] += 9
     metrics = Metrics(FourLabels)
     for i in range(0, len(pairs), size):
-        metrics.add(z[i : i + size], targets[i : i + size])
+        metrics.count(z[i : i + size], targets[i : i + size])
     found, predicted = metrics.result(), [p for _, p in pairs]
     assert found["accuracy"] == pytest.approx(accuracy_score(targets, predicted))
     assert found["macro_f1"] == pytest.approx(f1_score(targets, predicted, average="macro"))
@@ -49,7 +50,7 @@ def test_the_size_of_batches_changes_nothing(model):
     sequences = [sequence(i, x, rows=[0], targets=[i % 3]) for i, x in enumerate(random_ids([5, 40, 1, 17, 9, 30, 2]))]
     results = [measure(model, sequences, tokens) for tokens in (1, 40, 50, 10_000)]
     assert all(r == pytest.approx(results[0], rel=1e-5) for r in results)
-    sizes = [b.ids.numel() for b, _ in logits(model, sequences, 50)]
+    sizes = [b.ids.numel() for b in batches(sequences, 50)]
     assert sum(sizes) == 104 and max(sizes) <= 50
 
 
@@ -83,12 +84,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[1] < peaks[0] * 1.03
 
 
-def test_predict_is_a_stream(model):
-    """The first prediction comes before the last example is computed."""
-    calls = []
-    model.body.register_forward_hook(lambda *_: calls.append(1))
-    from minift.evaluate import logits as stream
-
-    parts = stream(model, [sequence(i, [1, 2, 3], rows=[0]) for i in range(10)], 3)
-    next(parts)
-    assert len(calls) == 1 and callable(predict)
+def test_batches_are_a_stream():
+    """The first batch comes before the last example is read."""
+    read = []
+    sequences = (read.append(i) or sequence(i, [1, 2, 3], rows=[0]) for i in range(10))
+    next(batches(sequences, 3))
+    assert len(read) == 2

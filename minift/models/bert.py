@@ -11,10 +11,11 @@ N tokens, M rows, C width, H heads, D = C / H head size, L layers, V vocabulary.
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn, tanh
+import torch
+from torch import Tensor, nn
 
 from ..batch import Batch
-from ..layers import Embedding, LayerNorm, Linear
+from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
@@ -144,13 +145,17 @@ class Body(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
+        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
 
     def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
-        x = dropout(self.embeddings(batch), self.config.hidden_dropout_prob, noise, 0)  # (N, C)
-        for layer in self.layers[:-1]:
-            x = layer(x, batch, noise)
-        return self.layers[-1](x, batch, noise, batch.rows)  # (M, C)
+        x = self.embeddings(batch).to(self.dtype)
+        x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, C)
+        for layer in self.layers:
+            rows = batch.rows if layer is self.layers[-1] else None
+            args = x, batch, noise, rows
+            x = recomputed(layer, *args) if self.recompute and torch.is_grad_enabled() else layer(*args)
+        return x  # (M, C)
 
 
 class ClassifyHead(nn.Module):
@@ -166,11 +171,12 @@ class ClassifyHead(nn.Module):
         self.p, self.site = config.hidden_dropout_prob if p is None else p, 1 + 3 * config.num_hidden_layers
 
     def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
-        """What the last linear layer sees. h (M, C) -> (M, C)."""
-        return dropout(tanh(self.pooler(h, noise)), self.p, noise, self.site)
+        """What the last linear layer sees, in float32. h (M, C) -> (M, C)."""
+        return dropout(torch.tanh(self.pooler(h.float(), noise)), self.p, noise, self.site)
 
 
 HEADS = {"classify": ClassifyHead}
+SHARDED = (Layer,)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "BertModel"  # of a body without a head
 ASKED = "first"  # the token of a sequence that classification asks about
 

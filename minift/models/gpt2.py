@@ -12,10 +12,11 @@ one matrix, its queries) for all. N tokens, M rows, C width, H heads, D = C / H 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..layers import Embedding, LayerNorm, Linear
+from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
@@ -71,6 +72,23 @@ class Config:
         return dict(resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
 
 
+class Past:
+    """Keys and values that one layer made of one sequence's T tokens so far, for the n tokens that come next."""
+
+    def __init__(self, longest: int):
+        self.longest, self.length, self.kv = longest, 0, None
+
+    def join(self, k: Tensor, v: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Appends k, v (n, H, D); returns all k, v (T + n, H, D), their offsets, and `rows` counted in them."""
+        if self.kv is None:
+            self.kv = k.new_empty(2, self.longest, *k.shape[1:])
+        start, self.length = self.length, self.length + len(k)
+        self.kv[0, start : self.length], self.kv[1, start : self.length] = k, v
+        k, v = self.kv[:, : self.length]
+        rows = torch.arange(start, self.length, device=k.device) if rows is None else rows + start
+        return k, v, torch.arange(2, device=k.device) * self.length, rows
+
+
 class Attention(nn.Module):
     """Causal self-attention with its output projection."""
 
@@ -82,11 +100,12 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None) -> Tensor:
-        """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None."""
+    def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None, past: Past | None) -> Tensor:
+        """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None; what is in `past` is attended to, too."""
         q, k, v = self.c_attn(x, noise).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (N, H, D) each
         q, at = (q, noise) if rows is None else (q.index_select(0, rows), noise.at(rows))
-        a = attention(q, k, v, batch.offsets, rows, scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
+        k, v, offsets, rows = (k, v, batch.offsets, rows) if past is None else past.join(k, v, rows)
+        a = attention(q, k, v, offsets, rows, scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
         return self.c_proj(a.flatten(1), at)
 
 
@@ -105,7 +124,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parts of a layer; Body.forward joins them, since a residual and the next norm are one operator."""
+    """The parts of a layer; Body.layer joins them, since a residual and the next norm are one operator."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -122,22 +141,34 @@ class Body(nn.Module):
         self.wte, self.wpe = Embedding(config.vocab_size, config.n_embd), Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
 
-    def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
-        """Hidden states at batch.rows, (M, C)."""
-        p = self.config.resid_pdrop
-        x = dropout(self.wte(batch.ids) + self.wpe(batch.positions), self.config.embd_pdrop, noise, 0)  # (N, C)
+    def forward(self, batch: Batch, noise: Noise = SILENT, cache: list[Past] | None = None) -> Tensor:
+        """Hidden states at batch.rows, (M, C).
+
+        With a cache, one Past a layer, the batch is the continuation of the one sequence there (no gradients).
+        """
+        positions = batch.positions if cache is None else batch.positions + cache[0].length
+        x = (self.wte(batch.ids) + self.wpe(positions)).to(self.dtype)
+        x = dropout(x, self.config.embd_pdrop, noise, 0)  # (N, C)
         y = self.h[0].ln_1(x)
-        for i, layer in enumerate(self.h):
-            last = i + 1 == len(self.h)
-            rows = batch.rows if last else None
-            a = layer.attn(y, batch, noise, rows)  # (M, C) in the last layer, (N, C) before
-            if last:
-                x, noise = x.index_select(0, rows), noise.at(rows)
-            x, y = layer.ln_2.add(a, x, p, noise, 2 + 3 * i)
-            after = self.ln_f if last else self.h[i + 1].ln_1
-            x, y = after.add(layer.mlp(y, noise), x, p, noise, 3 + 3 * i)
+        for i in range(len(self.h)):
+            args = i, x, y, batch, noise, cache
+            x, y = recomputed(self.layer, *args) if self.recompute and torch.is_grad_enabled() else self.layer(*args)
         return y  # (M, C)
+
+    def layer(
+        self, i: int, x: Tensor, y: Tensor, batch: Batch, noise: Noise, cache: list[Past] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Layer i: the residual stream x and its norm y, (N, C), to those after it; (M, C) from the last."""
+        layer, last, p = self.h[i], i + 1 == len(self.h), self.config.resid_pdrop
+        rows = batch.rows if last else None
+        a = layer.attn(y, batch, noise, rows, cache and cache[i])
+        if last:
+            x, noise = x.index_select(0, rows), noise.at(rows)
+        x, y = layer.ln_2.add(a, x, p, noise, 2 + 3 * i)
+        after = self.ln_f if last else self.h[i + 1].ln_1
+        return after.add(layer.mlp(y, noise), x, p, noise, 3 + 3 * i)
 
 
 class LMHead(nn.Module):
@@ -167,11 +198,12 @@ class ClassifyHead(nn.Module):
         self.out = Linear(config.n_embd, n_labels, bias=False)
 
     def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
-        """What the last linear layer sees: h (M, C) itself."""
-        return h
+        """What the last linear layer sees: h (M, C) in float32."""
+        return h.float()
 
 
 HEADS = {"complete": LMHead, "classify": ClassifyHead}
+SHARDED = (Attention, MLP)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "GPT2Model"  # of a body without a head
 ASKED = "last"  # the token of a sequence that classification asks about
 

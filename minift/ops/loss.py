@@ -1,7 +1,9 @@
 """Linear layer and cross-entropy in one, so that the logits of all rows never exist together.
 
-    z = x W^T + b        loss = sum_m (logsumexp(z_m) - z_m[target_m])
-    dz = softmax(z) - onehot(target)        dx = dz W        dW = dz^T x        db = sum_m dz_m
+    z = x W^T + b        loss = sum_m (logsumexp(z_m) - (1 - e) z_m[target_m] - e mean(z_m))
+    dz = softmax(z) - (1 - e) onehot(target) - e / V        dx = dz W        dW = dz^T x        db = sum_m dz_m
+
+with label smoothing e (Szegedy et al., https://arxiv.org/abs/1512.00567).
 
 The gradients are made in the forward pass, in place of the logits, a chunk of rows at a time (as llm.c and
 Liger-Kernel do, https://arxiv.org/abs/2410.10989); backward only scales them. M rows, C width, V classes or vocabulary.
@@ -13,19 +15,21 @@ from torch import Tensor
 CHUNK = 1 << 22  # logits at hand at once (16 MB in float32)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(loss, correct): the loss summed over rows in float32, and the number of rows whose largest logit is the target.
 
-    x (M, C), weight (V, C), bias (V,) or None, targets (M,) int64 in [0, V).
+    x (M, C), weight (V, C), bias (V,) or None, targets (M,) int64 in [0, V), smoothing in [0, 1).
     """
-    return LinearCrossEntropy.apply(x, weight, bias, targets)
+    return LinearCrossEntropy.apply(x, weight, bias, targets, smoothing)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Saves the gradients of its inputs, nothing of size M x V."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, weight, bias, targets, smoothing) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -40,11 +44,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 z += bias
             correct += (z.argmax(-1, keepdim=True) == target).sum()
             lse = torch.logsumexp(z, -1, keepdim=True)
-            loss += (lse - z.gather(1, target)).sum()
+            loss += (lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)).sum()
             if dx is None and dw is None and db is None:
                 continue
             dz = z.sub_(lse).exp_()
-            dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+            dz.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=wide))
+            if smoothing:
+                dz -= smoothing / z.shape[1]
             if db is not None:
                 db += dz.sum(0)
             dz = dz.to(x.dtype)
@@ -58,4 +64,4 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss: Tensor, _):
-        return *(None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), None
+        return *(None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), None, None

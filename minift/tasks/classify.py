@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import data
 from ..batch import Batch, Sequence
 from ..data import Example, label_ids
 from ..models import Model
@@ -15,6 +16,8 @@ from ..ops.loss import linear_cross_entropy
 from ..tokenizer import Tokenizer
 
 CHUNK = 1000  # texts tokenised at once
+
+read = data.read
 
 
 def encode(
@@ -40,10 +43,11 @@ def encode(
     return sequences
 
 
-def loss(model: Model, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(cross-entropy summed over the batch's targets, number of targets predicted right)."""
     h = model.head.features(model(batch, noise), noise.at(batch.rows))  # (M, C)
-    return linear_cross_entropy(h, model.head.out.weight, model.head.out.bias, batch.targets)
+    out = model.head.out
+    return linear_cross_entropy(h, out.weight, out.bias, batch.targets, smoothing)
 
 
 class Metrics:
@@ -52,31 +56,37 @@ class Metrics:
     best = ("accuracy", max)  # which metric picks the best model, and how
 
     def __init__(self, model: Model):
-        self.counts = torch.zeros(len(model.labels), len(model.labels), dtype=torch.int64)  # (target, predicted)
-        self.loss = 0.0
+        self.model = model
+        n = len(model.labels)
+        self.sums = torch.zeros(n * n + 1, dtype=torch.float64, device=model.device)  # pairs (target, predicted), loss
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
+    def add(self, batch: Batch) -> None:
+        """One more batch."""
+        self.count(self.model.logits(batch), batch.targets)
+
+    def count(self, logits: Tensor, targets: Tensor) -> None:
         """logits (M, V), targets (M,)."""
-        self.loss += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-        pairs = (targets * len(self.counts) + logits.argmax(-1)).cpu()
-        self.counts += torch.bincount(pairs, minlength=self.counts.numel()).view_as(self.counts)
+        pairs = targets * logits.shape[1] + logits.argmax(-1)
+        self.sums[:-1] += torch.bincount(pairs, minlength=len(self.sums) - 1)
+        self.sums[-1] += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
     def result(self) -> dict[str, float]:
         """Macro-F1 is the plain mean of F1 over the labels that occur as target or prediction (as scikit-learn's)."""
-        right, total = self.counts.diag(), int(self.counts.sum())
-        either = self.counts.sum(0) + self.counts.sum(1)  # targets + predictions of each label
+        counts = self.sums[:-1].view(len(self.model.labels), -1)
+        right, total = counts.diag(), int(counts.sum())
+        either = counts.sum(0) + counts.sum(1)  # targets + predictions of each label
         f1 = (2 * right / either)[either > 0]
         return {
-            "loss": self.loss / total,
+            "loss": self.sums[-1].item() / total,
             "accuracy": right.sum().item() / total,
             "macro_f1": f1.mean().item(),
             "examples": total,
         }
 
 
-def predictions(model: Model, logits: Tensor) -> list[dict]:
-    """One object a row: the label and the probability of each. logits (M, V)."""
-    rows = logits.float().softmax(-1).tolist()
+def predictions(model: Model, batch: Batch) -> list[dict]:
+    """One object a sequence: the label and the probability of each."""
+    rows = model.logits(batch).float().softmax(-1).tolist()  # (M, V)
     return [
         {
             "label": model.labels[max(range(len(p)), key=p.__getitem__)],

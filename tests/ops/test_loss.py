@@ -75,3 +75,15 @@ def test_nothing_of_size_rows_times_vocabulary_is_saved():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         linear_cross_entropy(x, weight, bias, targets)
     assert sum(sizes) == x.numel() + weight.numel() + bias.numel()
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_label_smoothing(smoothing):
+    x, weight, bias, targets = inputs()
+    loss, _ = linear_cross_entropy(x, weight, bias, targets, smoothing)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    want = F.cross_entropy(F.linear(*exact), targets, reduction="sum", label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    ours, theirs = torch.autograd.grad(loss, (x, weight, bias)), torch.autograd.grad(want, exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 2e-6 * max(1, b.abs().max())

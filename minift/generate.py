@@ -1,0 +1,125 @@
+"""Text generation: a prompt in one forward pass, then a token at a time, over the keys and values kept so far.
+
+    next ~ softmax(z / temperature)        at temperature 0 the likeliest token
+
+drawn from the top_k likeliest tokens alone, and of those from the fewest that have top_p of the probability (nucleus
+sampling: Holtzman et al., https://arxiv.org/abs/1904.09751); definitions and order as in transformers. What is
+drawn is a function of (seed, number of the prompt), whatever else is generated. C width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import data
+from .batch import Batch, Sequence, pack
+from .config import GenerateConfig, InputError
+from .models import Model
+from .models.gpt2 import Past
+from .ops.dropout import MASK, SILENT, mix
+from .tasks.complete import end_of_text
+from .tokenizer import Tokenizer
+from .track import Progress
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen. At least one token always stays to be drawn."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # only the k likeliest tokens (and those as likely as the k-th); 0: off
+    top_p: float = 1.0  # of those, the fewest likeliest whose probabilities reach p; 1: off
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 <= self.top_p <= 1):  # `not` also refuses nan
+            raise ValueError(
+                f"temperature is {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; "
+                "expected at least 0, at least 0, and 0 to 1"
+            )
+
+
+def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[dict]:
+    """{"prompt", "completion"} for config.prompt, or for each prompt in config.data, in order. Raises InputError.
+
+    What data.read_passages finds before the first part to be learned is the prompt; an empty one is end-of-text.
+    """
+    config.check()
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    stop = end_of_text(tokenizer)
+    if config.prompt:
+        prompts = [config.prompt]
+    else:
+        passages = data.read_passages(config.data, need_label=False)
+        prompts = ["".join(text for text, learned in p.parts[:1] if not learned) for p in passages]
+    progress = Progress(len(prompts), "prompt")
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer.encode([prompt])[0].ids or [stop]
+        tokens = continuation(model, ids, config.max_tokens, sampling, stop, number)
+        yield {"prompt": prompt, "completion": tokenizer.decode(tokens)}
+        progress.add(note=f"{len(tokens)} tokens")
+    progress.close()
+
+
+@torch.inference_mode()
+def continuation(
+    model: Model, ids: list[int], max_tokens: int, sampling: Sampling, stop: int | None = None, number: int = 0
+) -> list[int]:
+    """The tokens that continue the prompt `ids`: up to `stop` (not included), `max_tokens`, or a full context.
+
+    The context is full when the model has read config.longest tokens; the token it then says is still given.
+    number: of the prompt in its file, names its randomness. Raises InputError for an empty or too long prompt.
+    """
+    if not 0 < len(ids) < model.config.longest:
+        raise InputError(
+            f"prompt {number} has {len(ids)} tokens; expected 1 to {model.config.longest - 1}, "
+            f"since the model reads {model.config.longest} at most"
+        )
+    room = model.config.longest - len(ids) + 1
+    cache = [Past(model.config.longest) for _ in model.body.h]
+    generator = dice(sampling.seed, number)
+    tokens, new = [], ids
+    while len(tokens) < min(max_tokens, room):
+        h = model.body(ask(new).to(model.device), SILENT, cache)  # (1, C)
+        token = choose(model.head.out(h)[0], sampling, generator)
+        if token == stop:
+            break
+        tokens.append(token)
+        new = [token]
+    return tokens
+
+
+def ask(ids: list[int]) -> Batch:
+    """The tokens as one sequence that is asked about its last."""
+    return pack([Sequence(0, np.array(ids), None, np.array([len(ids) - 1]), np.zeros(1, np.int64))])
+
+
+def dice(seed: int, number: int) -> torch.Generator:
+    """A generator on the CPU, whatever the device of the model: all of them draw the same."""
+    word = mix(mix(seed & MASK) ^ seed >> 32 & MASK)  # mixed to 32 bits, since the generator looks at no more
+    return torch.Generator().manual_seed(mix(word ^ number & MASK))
+
+
+def choose(z: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token, from the logits z (V,)."""
+    if sampling.temperature == 0:
+        return int(z.argmax())
+    below = probabilities(z, sampling).double().cumsum(0)  # (V,)
+    u = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return int(torch.searchsorted(below, u * below[-1], right=True))  # right: never a token of probability 0
+
+
+def probabilities(z: Tensor, sampling: Sampling) -> Tensor:
+    """What the next token is drawn from, (V,) in float32, from the logits z (V,); temperature above 0."""
+    z = z.float() / sampling.temperature
+    if sampling.top_k:
+        z[z < z.topk(min(sampling.top_k, len(z))).values[-1]] = -torch.inf
+    if sampling.top_p < 1:
+        ascending, token = z.sort()
+        out = ascending.softmax(0).cumsum(0) <= 1 - sampling.top_p
+        out[-1] = False
+        z[token[out]] = -torch.inf
+    return z.softmax(0)

@@ -1,0 +1,108 @@
+"""The next token: GPT-2 learns to complete prompts, to answer in a chat, or to go on with plain text.
+
+Prompt and completion are tokenised apart and joined, so the boundary between them never moves; each completion ends
+with the end-of-text token. The loss falls on completions alone: rows are the positions before each of their tokens.
+
+M rows, V vocabulary.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import data
+from ..batch import Batch, Sequence
+from ..config import InputError
+from ..data import Passage
+from ..models import Model
+from ..ops.dropout import SILENT, Noise
+from ..ops.loss import linear_cross_entropy
+from ..tokenizer import Tokenizer
+
+CHUNK = 1000  # passages tokenised at once
+
+read = data.read_passages
+
+
+def encode(
+    passages: list[Passage], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
+) -> list[Sequence]:
+    """Tokens, and the rows and targets of the parts to be learned. Raises InputError where nothing is to be learned."""
+    stop, sequences, stream = end_of_text(tokenizer), [], []
+    for i in range(0, len(passages), CHUNK):
+        some = passages[i : i + CHUNK]
+        texts = [text for passage in some for text, _ in passage.parts]
+        tokens = iter(tokenizer.encode(texts))
+        for passage in some:
+            ids, learned = [], []
+            for _, learn in passage.parts:
+                part = next(tokens).ids + ([stop] if learn and not passage.plain else [])
+                ids += part
+                learned += [learn] * len(part)
+            if passage.plain:
+                stream += ids
+            else:
+                sequences.append(masked(len(sequences), ids, learned, max_length))
+    sequences += blocks(len(sequences), stream, max_length)
+    if not any(len(s.targets) for s in sequences):
+        raise InputError(
+            f"{passages[0].where}: nothing to learn from; every completion is cut off at {max_length} tokens"
+        )
+    return sequences
+
+
+def masked(number: int, ids: list[int], learned: list[bool], max_length: int) -> Sequence:
+    """A sequence that is asked for its learned tokens; the first token of all cannot be asked for."""
+    cut, ids = len(ids) > max_length, np.array(ids[:max_length], np.int32)
+    rows = np.flatnonzero(learned[1 : len(ids)]).astype(np.int32)
+    return Sequence(number, ids, None, rows, ids[rows + 1].astype(np.int64), cut)
+
+
+def blocks(number: int, stream: list[int], length: int) -> list[Sequence]:
+    """Plain text as blocks of `length` tokens; each token but the first is a target once."""
+    tokens = np.array(stream, np.int32)
+    starts = range(0, max(0, len(tokens) - 1), length)
+    return [
+        Sequence(
+            number + i, ids, None, np.arange(len(ids), dtype=np.int32), tokens[a + 1 : a + 1 + length].astype(np.int64)
+        )
+        for i, a in enumerate(starts)
+        for ids in [tokens[a : a + length][: len(tokens) - 1 - a]]
+    ]
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of GPT-2's end-of-text token."""
+    if (stop := tokenizer.id("<|endoftext|>")) is None:
+        raise InputError("the tokenizer has no <|endoftext|>, which ends a completion")
+    return stop
+
+
+def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(cross-entropy summed over the batch's targets, number of target tokens predicted right)."""
+    out = model.head.out
+    return linear_cross_entropy(model(batch, noise), out.weight, out.bias, batch.targets, smoothing)
+
+
+class Metrics:
+    """Loss per target token, perplexity and token accuracy of a stream of batches."""
+
+    best = ("loss", min)  # which metric picks the best model, and how
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.sums = torch.zeros(3, dtype=torch.float64, device=model.device)  # loss, tokens right, tokens
+
+    def add(self, batch: Batch) -> None:
+        """One more batch."""
+        total, right = loss(self.model, batch, SILENT)
+        self.sums += torch.stack([total.double(), right.double(), torch.full_like(right, batch.n_targets).double()])
+
+    def result(self) -> dict[str, float]:
+        """Weighted by tokens, so the sizes of batches change nothing."""
+        total, right, tokens = self.sums.tolist()
+        mean = total / tokens
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return {"loss": mean, "perplexity": perplexity, "accuracy": right / tokens, "tokens": int(tokens)}

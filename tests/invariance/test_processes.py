@@ -1,0 +1,191 @@
+"""One, two and three processes give one curve: replicas over gloo, dropout on.
+
+python -m pytest tests/invariance/test_processes.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import peer, random_ids, reviews, sequence, small_bert
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+
+from minift import checkpoint
+from minift.cli import main
+from minift.distributed import World, deal
+
+BOUND = 1e-5  # of losses and weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    small_bert(folder / "model")
+    reviews(folder / "train.tsv", 60)
+    reviews(folder / "valid.tsv", 21, seed=1)
+    assert main(["train", *options(folder, "one")]) == 0
+    return folder
+
+
+def options(folder, name, *more):
+    return [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "train.tsv"),
+        "--valid",
+        str(folder / "valid.tsv"),
+        "--out",
+        str(folder / name),
+        "--steps",
+        "12",
+        "--lr",
+        "1e-3",
+        "--save-every",
+        "2",
+        *more,
+    ]
+
+
+def torchrun(n, arguments):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n),
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "-m",
+        "minift",
+        "train",
+        *arguments,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def curve(out):
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, tokens, more", [(2, 0, []), (3, 40, []), (2, 40, ["--shard"]), (3, 0, ["--shard"])])
+def test_processes_change_nothing(folder, n, tokens, more):
+    """60 examples in steps of 8: the last step of an epoch has 4."""
+    name = f"{n}-processes{''.join(more)}"
+    process = torchrun(n, options(folder, name, "--tokens", str(tokens), *more))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    one, many = curve(folder / "one"), curve(folder / name)
+    assert len(one) == len(many) == 12
+    for a, b in zip(one, many, strict=True):
+        for key in ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "eval/macro_f1", "train/grad_norm"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=BOUND)
+    theirs = load_file(folder / name / "last/model.safetensors")
+    for key, weight in load_file(folder / "one/last/model.safetensors").items():
+        if not key.endswith("key.bias"):  # no true gradient: see test_split.py
+            assert (weight - theirs[key]).abs().max() < BOUND, key
+    assert err.count("examples to train on") == 1 and out.count("valid accuracy") == 1  # one process speaks
+
+
+@pytest.mark.slow
+def test_completions_sharded(assets, tmp_path):
+    """GPT-2 with its tied head, masked completions of very unequal length, two processes with half the weights each."""
+    peer(GPT2LMHeadModel, tmp_path / "gpt2", scale=0.05, vocab_size=50257, n_positions=128)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "gpt2" / name).write_bytes((assets / "weights/tokenizers/gpt2" / name).read_bytes())
+    with open(assets / "data/webnlg/train.jsonl") as f:
+        (tmp_path / "train.jsonl").write_text("".join(next(f) for _ in range(30)))
+    shared = [
+        "--task",
+        "complete",
+        "--model",
+        str(tmp_path / "gpt2"),
+        "--data",
+        str(tmp_path / "train.jsonl"),
+        "--steps",
+        "6",
+        "--lr",
+        "1e-3",
+    ]
+    assert main(["train", *shared, "--out", str(tmp_path / "one")]) == 0
+    process = torchrun(2, [*shared, "--out", str(tmp_path / "two"), "--shard", "--tokens", "200"])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    losses = [[line["train/loss"] for line in curve(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=BOUND)
+    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(
+        (one[k] - two[k]).abs().max() < BOUND for k in one if not k.endswith("c_attn.bias")
+    )  # holds the keys' bias
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_resumed_by_one_process(folder):
+    """Checkpoints are whole, whoever wrote them: stopped with two, continued alone, equal to one all along."""
+    process = torchrun(2, options(folder, "handed", "--shard", "--steps", "12"))
+    process.communicate(timeout=120)
+    out = folder / "handed"
+    for name in ("step-12", "step-10"):
+        assert (out / "checkpoints" / name).is_dir()
+    shutil.rmtree(out / "checkpoints/step-12")
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert [a["train/loss"] for a in curve(out)] == pytest.approx(
+        [a["train/loss"] for a in curve(folder / "one")], abs=BOUND
+    )
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_run_down(folder):
+    """kill -9 of one: the other says so, and the last checkpoint goes on."""
+    process = torchrun(2, options(folder, "widow", "--steps", "100000"))
+    deadline = time.monotonic() + 60
+    while not checkpoint.steps(folder / "widow") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and ("another process of the run is gone" in err or "SIGKILL" in err), err
+    for step in checkpoint.steps(folder / "widow"):
+        assert len(list((folder / f"widow/checkpoints/step-{step}").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_after_a_checkpoint(folder):
+    process = torchrun(2, options(folder, "stopped", "--steps", "100000"))
+    deadline = time.monotonic() + 60
+    while not checkpoint.steps(folder / "stopped") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "minift train --resume" in err, err
+    last = checkpoint.steps(folder / "stopped")[-1]
+    assert len(curve(folder / "stopped")) == last
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=32), st.integers(1, 4))
+def test_shares_are_a_partition_of_about_equal_size(sizes, n):
+    sequences = [sequence(i, x) for i, x in enumerate(random_ids(sizes))]
+    shares = deal(sequences, n)
+    assert sorted(s.number for share in shares for s in share) == list(range(len(sizes)))
+    tokens = [sum(map(len, share)) for share in shares]
+    assert max(tokens) - min(tokens) <= max(sizes)
+
+
+def test_alone_nothing_is_sent():
+    values = torch.ones(3)
+    assert World().add_up(values) is values and World().first
