@@ -354,11 +354,15 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, write: b
     aside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (aside, old):
         shutil.rmtree(path, ignore_errors=True)
-    aside.mkdir(parents=True)
-    (aside / "config.json").write_text(json.dumps(settings_of(model), indent=2, sort_keys=True) + "\n")
-    save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer:
-        tokenizer.save(aside)
+    try:
+        aside.mkdir(parents=True)
+        (aside / "config.json").write_text(json.dumps(settings_of(model), indent=2, sort_keys=True) + "\n")
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer:
+            tokenizer.save(aside)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{folder}: the model could not be written ({e}); what was there before is whole") from e
     if folder.exists():
         os.replace(folder, old)
     os.replace(aside, folder)

@@ -5,6 +5,7 @@ python -m pytest tests/test_hub.py
 
 import json
 import pickle
+import resource
 import shutil
 
 import pytest
@@ -447,3 +448,18 @@ def test_run_folders(bert, tmp_path):
     assert hub.resolve(run) == run / "last"
     shutil.copytree(bert, run / "best")
     assert hub.resolve(run) == run / "best" and hub.resolve(bert) == bert
+
+
+def test_a_full_disk_leaves_the_older_model(bert, tmp_path):
+    """No file may grow beyond 10 kB: saving fails, and what was there is still there."""
+    model, _ = minift.load(bert, task="classify")
+    minift.save(model, None, tmp_path / "out")
+    before, limits = (tmp_path / "out/model.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            minift.save(model, None, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bert", "out"]

@@ -101,37 +101,36 @@ def test_processes_change_nothing(folder, n, tokens, more):
     assert err.count("examples to train on") == 1 and out.count("valid accuracy") == 1  # one process speaks
 
 
-@pytest.mark.slow
-def test_completions_sharded(assets, tmp_path):
-    """GPT-2 with its tied head, masked completions of very unequal length, two processes with half the weights each."""
-    peer(GPT2LMHeadModel, tmp_path / "gpt2", scale=0.05, vocab_size=50257, n_positions=128)
+@pytest.fixture(scope="module")
+def completions(assets, tmp_path_factory):
+    """Options of a run of GPT-2 with its tied head on completions of very unequal length, and where its results are."""
+    folder = tmp_path_factory.mktemp("completions")
+    peer(GPT2LMHeadModel, folder / "gpt2", scale=0.05, vocab_size=50257, n_positions=128)
     for name in ("vocab.json", "merges.txt"):
-        (tmp_path / "gpt2" / name).write_bytes((assets / "weights/tokenizers/gpt2" / name).read_bytes())
+        (folder / "gpt2" / name).write_bytes((assets / "weights/tokenizers/gpt2" / name).read_bytes())
     with open(assets / "data/webnlg/train.jsonl") as f:
-        (tmp_path / "train.jsonl").write_text("".join(next(f) for _ in range(30)))
-    shared = [
-        "--task",
-        "complete",
-        "--model",
-        str(tmp_path / "gpt2"),
-        "--data",
-        str(tmp_path / "train.jsonl"),
-        "--steps",
-        "6",
-        "--lr",
-        "1e-3",
-    ]
-    assert main(["train", *shared, "--out", str(tmp_path / "one")]) == 0
-    process = torchrun(2, [*shared, "--out", str(tmp_path / "two"), "--shard", "--tokens", "200"])
+        (folder / "train.jsonl").write_text("".join(next(f) for _ in range(30)))
+    data = ["--model", str(folder / "gpt2"), "--data", str(folder / "train.jsonl")]
+    shared = ["--task", "complete", *data, "--steps", "6", "--lr", "1e-3"]
+    assert main(["train", *shared, "--out", str(folder / "one")]) == 0
+    return shared, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, tokens, more", [(2, 64, []), (3, 512, []), (2, 200, ["--shard"]), (3, 0, ["--shard"])])
+def test_completions_too(completions, n, tokens, more):
+    shared, folder = completions
+    name = f"{n}{''.join(more)}"
+    process = torchrun(n, [*shared, "--out", str(folder / name), "--tokens", str(tokens), *more])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    losses = [[line["train/loss"] for line in curve(tmp_path / name)] for name in ("one", "two")]
+    losses = [[line["train/loss"] for line in curve(folder / run)] for run in ("one", name)]
     assert losses[0] == pytest.approx(losses[1], abs=BOUND)
-    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
+    one, many = (load_file(folder / run / "last/model.safetensors") for run in ("one", name))
+    assert one.keys() == many.keys()
     assert all(
-        (one[k] - two[k]).abs().max() < BOUND for k in one if not k.endswith("c_attn.bias")
-    )  # holds the keys' bias
+        (one[k] - many[k]).abs().max() < BOUND for k in one if not k.endswith("c_attn.bias")
+    )  # has the keys' bias
 
 
 @pytest.mark.slow

@@ -184,6 +184,28 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys)
     check_equal(folder, "full")
 
 
+@pytest.mark.slow
+def test_a_really_full_disk(folder, tmp_path, capsys):
+    """A file system of 800 kB: the run ends where no more fits, and goes on where there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount a small tmpfs")
+    try:
+        small = [*command(folder, "unused"), "--out", str(disk / "run"), "--keep", "9", "--save-every", "1"]
+        assert main(small) == 1
+        assert "could not be written" in capsys.readouterr().err
+        saved = checkpoint.steps(disk / "run")
+        assert saved and all(len(list((disk / f"run/checkpoints/step-{n}").iterdir())) == 3 for n in saved)
+        assert not list((disk / "run/checkpoints").glob("*.new"))
+        shutil.copytree(disk / "run", folder / "moved")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert resume(folder, "moved") == 0
+    want, found = result(folder / "whole"), result(folder / "moved")
+    assert found[:2] == want[:2] and all(torch.equal(found[2][k], want[2][k]) for k in want[2])
+
+
 def test_resuming_a_finished_run_changes_nothing(folder):
     before = result(folder / "whole")[0]
     assert resume(folder, "whole") == 0

@@ -21,12 +21,12 @@ import minift
 BATCH, STEPS = 8, 20
 
 
-def peer_losses(model, tokenizer, rows, out, **options) -> list[dict]:
+def peer_losses(model, tokenizer, rows, out, batch=BATCH, trainer_class=Trainer, **options) -> list[dict]:
     """What the Trainer logs of each of the first STEPS steps."""
     encoded = [{**tokenizer(text, truncation=True, max_length=64), "labels": label} for text, label in rows]
     arguments = TrainingArguments(
         output_dir=out,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         max_steps=STEPS,
         learning_rate=5e-5,
         seed=42,
@@ -37,7 +37,7 @@ def peer_losses(model, tokenizer, rows, out, **options) -> list[dict]:
         use_cpu=True,
         **options,
     )
-    trainer = Trainer(
+    trainer = trainer_class(
         model=model, args=arguments, train_dataset=encoded, data_collator=DataCollatorWithPadding(tokenizer)
     )
     trainer.train()
@@ -104,3 +104,32 @@ def test_twenty_steps_follow_the_trainer(family, assets, minilm, rows, tmp_path)
         assert ours["train/grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     ours = dict(model.head.named_parameters())["out.weight"]
     assert torch.allclose(ours, out.weight, atol=1e-5)
+
+
+class Mended(Trainer):
+    """The Trainer without its flaw in classification: it neither divides by the number of accumulated batches nor by
+    their targets (transformers issue 47688)."""
+
+    loss_is_scaled_for_ga = False
+
+
+@pytest.mark.slow
+def test_accumulation_where_the_trainer_is_wrong(minilm, rows, tmp_path):
+    """Four micro-batches of two: ours is the step of eight; the Trainer's loss is four times that, unless mended."""
+    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+    model, tok = minift.load(minilm, task="classify", labels=["0", "1"], dropout=0.0, seed=42)
+    out = tmp_path / "run"
+    minift.train(model, tok, minift.TrainConfig(data=str(data), out=str(out), steps=STEPS, max_length=64, tokens=70))
+    ours = [json.loads(line)["train/loss"] for line in open(out / "metrics.jsonl")]
+
+    def losses(cls):
+        transformers.set_seed(42)
+        peer = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2, dtype=torch.float32, **off)
+        tokenizer = AutoTokenizer.from_pretrained(minilm)
+        logs = peer_losses(peer, tokenizer, rows, tmp_path / "peer", 2, cls, gradient_accumulation_steps=4)
+        return [entry["loss"] for entry in logs]
+
+    assert losses(Mended) == pytest.approx(ours, abs=1e-5)
+    assert losses(Trainer)[0] == pytest.approx(4 * ours[0], rel=1e-4)
