@@ -183,6 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
         return run(config) or 0
     except (InputError, FloatingPointError, OSError) as e:
         return complain(e)
+    except KeyboardInterrupt:  # before the loop, or twice within it
+        print("minift: interrupted", file=sys.stderr)
+        return 130
 
 
 def complain(error: Exception) -> int:
