@@ -63,9 +63,10 @@ class Progress:
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(n)
         now = time.monotonic()
-        if self.bar.disable and (now - self.told >= EVERY or self.done >= self.total):
+        if self.bar.disable and self.total > 1 and (now - self.told >= EVERY or self.done >= self.total):
             left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-            say(f"{self.unit} {self.done}/{self.total}  {note}  {tqdm.format_interval(left)} left")
+            words = (f"{self.unit} {self.done}/{self.total}", note, f"{tqdm.format_interval(left)} left")
+            say("  ".join(filter(None, words)))
             self.told = now
 
     def close(self) -> None:
