@@ -189,7 +189,9 @@ def write(path: Path, data: str, steps: int, rows: list[dict]) -> None:
     import transformers
 
     cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
-    command = "python benchmarks/peers.py " + " ".join(a for a in sys.argv[1:] if "--" in a or "/" not in a)
+    engines, seeds = (",".join(dict.fromkeys(str(r[k]) for r in rows)) for k in ("engine", "seed"))
+    command = f"python benchmarks/peers.py --data {data} --assets ../shared --engines {engines} --seeds {seeds}"
+    command += f" --steps {steps}" if steps else ""
     begin, end = f"<!-- peers {data} {steps} -->", f"<!-- end {data} {steps} -->"
     section = f"""{begin}
 ## {data}: minift and the Hugging Face Trainer{f", {steps} steps" if steps else ""}
