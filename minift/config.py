@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+KERNELS = ("auto", "native", "reference")
 
 
 class InputError(ValueError):
@@ -74,6 +75,7 @@ class TrainConfig(Config):
     seed: int = option(42, "fixes order, dropout and fresh weights", at_least=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
+    kernels: str = option("auto", "fused operators; auto: compiled where a C++ compiler is found", choices=KERNELS)
     recompute: bool = option(False, "save only the input of each layer, and compute it again in backward")
     label_smoothing: float = option(0.0, "share of each target's weight that is spread over all classes", at_least=0)
     eval_every: str = option("epoch", "validate after each epoch, or every N steps")

@@ -46,7 +46,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (N,) -> (N, C)."""
-        return F.embedding(ids, self.weight)
+        # where there is a gradient already, this one is added to its rows: no second table of zeros, to be added whole
+        return F.embedding(ids, self.weight, sparse=self.weight.grad is not None)
 
 
 class LayerNorm(nn.Module):

@@ -20,6 +20,7 @@ from .config import InputError, TrainConfig
 from .distributed import ALONE, World, join
 from .evaluate import check_length, measure
 from .models import Model
+from .ops import native
 from .ops.dropout import Noise
 from .optim import clip, make_optimizer, schedule, warmup_steps
 from .precision import choose_device, choose_dtype
@@ -87,6 +88,9 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     world = join(device, config.shard)
     dtype, reason = choose_dtype(config.precision, device)
     say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {world.size} process{'es' * (world.size > 1)}")
+    say(f"kernels: {native.use(config.kernels)}")
+    if device.type == "cpu":
+        native.keep_memory()
     max_length = check_length(model, config.max_length)
     encode = TASKS[config.task].encode
     examples, held_out = examples or read_examples(config)

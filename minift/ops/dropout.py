@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
 
 GOLDEN, MUL1, MUL2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 MASK = 0xFFFFFFFF
@@ -46,8 +49,14 @@ def hash_(x: Tensor, scratch: Tensor) -> Tensor:
 
 def mix_tensor(x: Tensor) -> Tensor:
     """lowbias32 of int32 words, as a new tensor."""
-    x = hash_(x.clone(), torch.empty_like(x))
-    return x ^ (x >> 16 & 0xFFFF)
+    lib = native.kernel("dropout", x)
+    if lib is None:
+        x = hash_(x.clone(), torch.empty_like(x))
+        return x ^ (x >> 16 & 0xFFFF)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    lib.mix_words(x.data_ptr(), y.data_ptr(), x.numel())
+    return y
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,15 @@ class Noise:
 SILENT = Noise()
 
 
+def threshold(p: float) -> int:
+    """What a kept element's signed hash is below."""
+    return min(round((1 - p) * 2**32) - 2**31, 2**31 - 1)
+
+
 def keep(row: Tensor, col: Tensor, p: float) -> Tensor:
     """Which elements stay: bool, of the shape that row and col (int32) broadcast to."""
     x = row ^ col
-    return hash_(x, torch.empty_like(x)) < round((1 - p) * 2**32) - 2**31
+    return hash_(x, torch.empty_like(x)) < threshold(p)
 
 
 class Dropout(torch.autograd.Function):
@@ -96,12 +110,24 @@ class Dropout(torch.autograd.Function):
     def forward(ctx, x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(row, col)
         ctx.p = p
-        return reference(x, row, col, p)
+        return drop(x, row, col, p)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
-        row, col = ctx.saved_tensors
-        return reference(dy, row, col, ctx.p), None, None, None
+        return drop(dy, *ctx.saved_tensors, ctx.p), None, None, None
+
+
+def drop(x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
+    """The equation above; the same values from the kernel and from the reference. x (N, C), row (N,), col (C,)."""
+    lib = native.kernel("dropout", x)
+    if lib is None:
+        return reference(x, row, col, p)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    words = native.pointer(row), native.pointer(col), threshold(p), 1 / (1 - p)
+    lib.dropout(native.pointer(x), native.pointer(y), *words, *x.shape, native.CODES[x.dtype])
+    return y
 
 
 def reference(x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:

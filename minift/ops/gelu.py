@@ -7,16 +7,42 @@ tanh:  x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2                its 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
+
+
+class Gelu(torch.autograd.Function):
+    """The native kernel. Saves x; backward makes the rest again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tanh: bool, lib) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.settings = tanh, lib
+        y = torch.empty_like(x)
+        lib.gelu_forward(x.data_ptr(), y.data_ptr(), x.numel(), tanh, native.CODES[x.dtype])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        (x,), (tanh, lib), dy = ctx.saved_tensors, ctx.settings, dy.contiguous()
+        dx = torch.empty_like(x)
+        lib.gelu_backward(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), x.numel(), tanh, native.CODES[x.dtype])
+        return dx, None, None
 
 
 def gelu_erf(x: Tensor) -> Tensor:
     """The exact GELU."""
-    return F.gelu(x)
+    lib = native.kernel("gelu", x)
+    return F.gelu(x) if lib is None else Gelu.apply(x, False, lib)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """The GELU with tanh for erf; differs from the exact one by up to 4.7e-4."""
-    return F.gelu(x, approximate="tanh")
+    lib = native.kernel("gelu", x)
+    return F.gelu(x, approximate="tanh") if lib is None else Gelu.apply(x, True, lib)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -11,8 +11,11 @@ Liger-Kernel do, https://arxiv.org/abs/2410.10989); backward only scales them. M
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 22  # logits at hand at once (16 MB in float32)
+from . import native
+
+CHUNK = 1 << 24  # logits at hand at once (64 MB in float32); a quarter of it slows the products of GPT-2's head by 20 %
 
 
 def linear_cross_entropy(
@@ -36,32 +39,64 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         db = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        grad = any(ctx.needs_input_grad[:3])
         w, n = weight.to(x.dtype), max(1, CHUNK // weight.shape[0])
         for i in range(0, x.shape[0], n):
-            xs, target = x[i : i + n], targets[i : i + n, None]
-            z = (xs @ w.t()).to(wide)  # (m, V)
-            if bias is not None:
-                z += bias
-            correct += (z.argmax(-1, keepdim=True) == target).sum()
-            lse = torch.logsumexp(z, -1, keepdim=True)
-            loss += (lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)).sum()
-            if dx is None and dw is None and db is None:
-                continue
-            dz = z.sub_(lse).exp_()
-            dz.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=wide))
-            if smoothing:
-                dz -= smoothing / z.shape[1]
+            xs, target = x[i : i + n], targets[i : i + n]
+            z = xs @ w.t()  # (m, V)
+            if db is not None:
+                z = z.to(wide)  # so that the sum over rows is one of float32's
+            part, hits, dz = cross_entropy(z, bias, target, smoothing, grad)
+            loss += part
+            correct += hits
             if db is not None:
                 db += dz.sum(0)
-            dz = dz.to(x.dtype)
             if dx is not None:
-                torch.mm(dz, w, out=dx[i : i + n])
-            if dw is not None:
-                dw += dz.t() @ xs
+                torch.mm(dz.to(x.dtype), w, out=dx[i : i + n])
+            if dw is not None and dw.dtype == x.dtype:
+                dw.addmm_(dz.t(), xs)
+            elif dw is not None:
+                dw += dz.to(x.dtype).t() @ xs
         ctx.save_for_backward(dx, dw, db)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor, _):
         return *(None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors), None, None
+
+
+def cross_entropy(
+    z: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, correct, dz) of the logits z (m, V) before their bias, which are overwritten; dz is None without grad."""
+    lib = native.kernel("loss", z)
+    if lib is None:
+        return reference(z, bias, targets, smoothing, grad)
+    if not 0 <= targets.min() <= targets.max() < z.shape[1]:
+        raise IndexError(f"a target is {targets.min()} or {targets.max()}; expected 0 to {z.shape[1] - 1}")
+    b, targets = None if bias is None else bias.float().contiguous(), targets.contiguous()
+    losses, hits = torch.empty(2, len(z), dtype=torch.float32).unbind()
+    at = native.pointer(b), targets.data_ptr(), smoothing, losses.data_ptr(), hits.data_ptr()
+    lib.cross_entropy(z.data_ptr(), *at, grad, *z.shape, native.CODES[z.dtype])
+    return losses.sum(), hits.sum().long(), z if grad else None
+
+
+def reference(
+    z: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The equations above, in at least float32."""
+    z, target = z.to(torch.promote_types(z.dtype, torch.float32)), targets[:, None]
+    if bias is not None:
+        z += bias
+    correct = (z.argmax(-1, keepdim=True) == target).sum()
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    loss = (lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)).sum()
+    if not grad:
+        return loss, correct, None
+    dz = z.sub_(lse).exp_()
+    dz.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=dz.dtype))
+    if smoothing:
+        dz -= smoothing / z.shape[1]
+    return loss, correct, dz

@@ -1,0 +1,137 @@
+"""Each operator forward and backward on the CPU: by its kernel, by its PyTorch reference, and by plain PyTorch.
+
+    python benchmarks/ops.py [--only norm,gelu] [--threads N] [--dtype bf16]
+
+Plain PyTorch is what a model would call without minift: F.dropout, F.layer_norm, F.gelu, F.cross_entropy. The three
+take turns and the fastest of many counts, so a busy machine slows all alike. Beside them stands what the native one
+amounts to: GB/s of the tensors that have to be read and written once, or GFLOP/s of the matrix products alone. The
+ceilings, a copy and a matrix product, are measured in the same run.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minift.batch import token_keys
+from minift.ops import native
+from minift.ops.dropout import Noise, dropout
+from minift.ops.gelu import gelu_erf, gelu_tanh
+from minift.ops.loss import linear_cross_entropy
+from minift.ops.norm import add_norm
+
+TOKENS, P, EPS = (512, 2048), 0.1, 1e-5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# a case: (operator, shape, ours, plain, bytes, FLOPs); both functions do forward and backward
+Case = tuple[str, str, Callable, Callable, float, float]
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return (0.1 * torch.randn(*shape)).to(dtype).requires_grad_()
+
+
+def passes(f: Callable, inputs: list[Tensor], dy: Tensor) -> Callable:
+    """Forward and backward of y = f(*inputs)."""
+    return lambda: torch.autograd.grad(f(*inputs), inputs, dy)
+
+
+def dropout_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for n in TOKENS:
+        x, noise, dy = draw(n, 768, dtype=dtype), tokens(n), torch.ones(n, 768, dtype=dtype)
+        ours = passes(lambda x, z=noise: dropout(x, P, z, 1), [x], dy)
+        yield "dropout", f"{n} x 768", ours, passes(lambda x: F.dropout(x, P), [x], dy), 4 * x.nbytes, 0
+
+
+def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for n in TOKENS:
+        x, r, w, b = *(draw(n, 768, dtype=dtype) for _ in range(2)), *(draw(768, dtype=torch.float32) for _ in range(2))
+        noise, dy = tokens(n), torch.randn(n, 768, dtype=dtype)
+        ours = passes(lambda x, r, w, b, z=noise: add_norm(x, r, w, b, EPS, P, z, 1)[1], [x, r, w, b], dy)
+        plain = passes(lambda x, r, w, b: torch_norm(r + F.dropout(x, P), w, b), [x, r, w, b], dy)
+        yield "norm", f"{n} x 768", ours, plain, 8 * x.nbytes, 0
+
+
+def gelu_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for n in TOKENS:
+        x, dy = draw(n, 3072, dtype=dtype), torch.randn(n, 3072, dtype=dtype)
+        for f, form in ((gelu_erf, "none"), (gelu_tanh, "tanh")):
+            plain = passes(lambda x, form=form: F.gelu(x, approximate=form), [x], dy)
+            yield "gelu", f"{n} x 3072 {f.__name__[5:]}", passes(f, [x], dy), plain, 5 * x.nbytes, 0
+
+
+def loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for n, v in ((128, 50257), (2048, 2)):
+        x, w, t, one = draw(n, 768, dtype=dtype), draw(v, 768, dtype=dtype), torch.randint(v, (n,)), torch.ones(())
+        ours = passes(lambda x, w, t=t: linear_cross_entropy(x, w, None, t)[0], [x, w], one)
+        plain = passes(lambda x, w, t=t: F.cross_entropy((x @ w.t()).float(), t, reduction="sum"), [x, w], one)
+        yield "loss", f"{n} x 768 to {v}", ours, plain, 0, 6 * n * 768 * v
+
+
+CASES = {"dropout": dropout_cases, "norm": norm_cases, "gelu": gelu_cases, "loss": loss_cases}
+
+
+def tokens(n: int) -> Noise:
+    """Dropout keys of n tokens."""
+    return Noise(1, 2, token_keys(torch.arange(n) // 64, torch.arange(n) % 64))
+
+
+def torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), EPS)
+
+
+def fastest(functions: list[Callable], seconds: float) -> list[float]:
+    """The shortest time of each, in seconds; they take turns."""
+    best, end = [float("inf")] * len(functions), time.perf_counter() + seconds
+    while time.perf_counter() < end or float("inf") in best:
+        for i, f in enumerate(functions):
+            start = time.perf_counter()
+            f()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def in_mode(mode: str, f: Callable) -> Callable:
+    def run():
+        native.mode = mode
+        f()
+
+    return run
+
+
+def ceilings(dtype: torch.dtype, seconds: float) -> tuple[float, float]:
+    """(bytes a second of a copy of 6 MB, FLOPs a second of a product of 512 x 768 and 768 x 3072)."""
+    x, y = torch.randn(512, 3072), torch.empty(512, 3072)
+    a, b = torch.randn(512, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
+    copy, product = fastest([lambda: y.copy_(x), lambda: a @ b], seconds)
+    return 2 * x.nbytes / copy, 2 * 512 * 768 * 3072 / product
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CASES), help="operators (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--seconds", type=float, default=2.0, help="spent on each case (default %(default)s)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    native.keep_memory()  # as in training
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; {native.use('native')}")
+    bandwidth, flops = ceilings(DTYPES[args.dtype], args.seconds)
+    print(f"ceilings: copy {bandwidth / 1e9:.1f} GB/s, matrix product {flops / 1e9:.1f} GFLOP/s\n")
+    columns = ("native", "reference", "plain", "plain/native", "achieved")
+    print(f"{'operator':10}{'shape':24}" + "".join(f"{c:>14}" for c in columns))
+    for name in args.only.split(","):
+        for op, shape, ours, plain, size, work in CASES[name](DTYPES[args.dtype]):
+            times = fastest([in_mode("native", ours), in_mode("reference", ours), plain], args.seconds)
+            rate = f"{size / times[0] / 1e9:.1f} GB/s" if size else f"{work / times[0] / 1e9:.1f} GFLOP/s"
+            shown = [f"{t * 1e3:.3f} ms" for t in times] + [f"{times[2] / times[0]:.2f}", rate]
+            print(f"{op:10}{shape:24}" + "".join(f"{s:>14}" for s in shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+// Attention over packed sequences, a tile of scores at a time (minift/ops/attention.py; Dao et al., arXiv 2205.14135).
+//
+//     P = softmax(scale * Q K^T)        O = drop(P) V        (per head and sequence; causal: key position <= query's)
+//     dV = drop(P)^T dO        dP = drop'(dO V^T)        dS = P * (dP - sum(dO * O))
+//     dQ = scale * dS K        dK = scale * dS^T Q
+//
+// N tokens, M query rows, S sequences, H heads, D head size. A tile of scores lies with keys down and queries across:
+// what belongs to a query (maximum, sum, position, dropout word) is one lane of a vector, and nothing is summed across
+// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end.
+// What one piece of work writes no other does, and no sum's order depends on the number of threads.
+
+#include <atomic>
+#include <cmath>  // INFINITY
+#include <initializer_list>
+#include <type_traits>
+
+#include "products.h"
+
+namespace {
+
+const int64_t QUERIES = 32, KEYS = 64;  // of a tile: 8 KB; longer sums are cut there, which keeps their rounding small
+const int64_t CHUNK = 256;               // queries of one piece of forward, so that one long sequence feeds many cores
+const int64_t FEW = 4;                   // queries that leave too many lanes idle
+
+// ---- one call, and what one worker holds
+
+inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+template <class T>
+struct Matrix {  // (rows, H, D); strides in elements
+    T* data;
+    int64_t row, head;
+    T* at(int64_t i, int64_t h) const { return data + i * row + h * head; }
+};
+
+template <class T>
+struct Call {
+    Matrix<T> q, k, v, out, dout, dq, dk, dv;
+    float *top, *sum;               // (M, H) each: the largest score, and the sum of exp(score - largest)
+    const int64_t *offsets, *rows;  // (S + 1,); (M,) token numbers of the queries, ascending, or null: all
+    int64_t M, S, H, D;
+    float scale;
+    bool causal;
+    const int32_t* keys;  // (M,) the query tokens' names, or null: no dropout
+    uint32_t salt_row, salt_col;
+    int32_t threshold;
+    float inverse;  // 1 / (1 - p)
+    int64_t width, longest;
+};
+
+struct Work {
+    float *k, *v, *dk, *dv;          // (longest, width)
+    float *q, *dout, *acc;           // (QUERIES, width); acc is O or dQ
+    float *q_t, *dout_t, *out_t;     // (width, QUERIES)
+    float *tile, *dtile;             // (KEYS, QUERIES)
+    float *top, *sum, *delta;        // (QUERIES,)
+    int32_t *position, *row;         // (QUERIES,) in the sequence; word of dropout
+    int32_t* col;                    // (longest,) words of dropout
+
+    static int64_t size(int64_t longest, int64_t width) {
+        return round_up(longest * (4 * width + 1) + 6 * QUERIES * width + 2 * KEYS * QUERIES + 5 * QUERIES);
+    }
+
+    Work(float* from, int64_t longest, int64_t width) {
+        auto take = [&](int64_t n) { return from += n, from - n; };
+        for (auto p : {&k, &v, &dk, &dv}) *p = take(longest * width);
+        for (auto p : {&q, &dout, &acc, &q_t, &dout_t, &out_t}) *p = take(QUERIES * width);
+        for (auto p : {&tile, &dtile}) *p = take(KEYS * QUERIES);
+        for (auto p : {&top, &sum, &delta}) *p = take(QUERIES);
+        for (auto p : {&position, &row}) *p = reinterpret_cast<int32_t*>(take(QUERIES));
+        col = reinterpret_cast<int32_t*>(take(longest));
+    }
+};
+
+struct Piece {  // the queries q0..q1 and the keys k0..k1 of one sequence, in one head
+    int64_t q0, q1, k0, k1, head;
+};
+
+// (n x width) = factor * x
+template <class T>
+void read(float* to, Matrix<T> x, int64_t first, int64_t n, int64_t head, int64_t D, int64_t width, float factor) {
+    for (int64_t i = 0; i < n; i++, to += width) {
+        const T* from = x.at(first + i, head);
+        for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(from + 8 * x.row + d);
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) to[d] = load(from + d) * factor;
+        for (int64_t d = D; d < width; d++) to[d] = 0;
+    }
+}
+
+template <class T>
+void write(const float* from, Matrix<T> x, int64_t first, int64_t n, int64_t head, int64_t D, int64_t width,
+           float factor) {
+    for (int64_t i = 0; i < n; i++, from += width) {
+        T* to = x.at(first + i, head);
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) store(to + d, from[d] * factor);
+    }
+}
+
+// ---- one piece of work
+
+template <class T>
+struct Attention {
+    const Call<T>& c;
+    const Piece piece;
+    Work w;
+    int64_t first, m, lanes, seen;  // the queries at hand: the first, how many, rounded up; the keys that the last sees
+
+    // Of query q: how many keys it sees.
+    int64_t sees(int64_t q) const { return c.causal ? (c.rows ? c.rows[q] : q) + 1 - piece.k0 : piece.k1 - piece.k0; }
+
+    void read_keys() {
+        const int64_t n = sees(piece.q1 - 1);
+        read(w.k, c.k, piece.k0, n, piece.head, c.D, c.width, 1);
+        read(w.v, c.v, piece.k0, n, piece.head, c.D, c.width, 1);
+        for (int64_t j = 0; c.keys && j < n; j++)
+            w.col[j] = int32_t(mix(uint32_t(j * c.H + piece.head) * GOLDEN ^ c.salt_col));
+    }
+
+    void read_queries(int64_t i) {
+        first = i, m = piece.q1 - i < QUERIES ? piece.q1 - i : QUERIES, lanes = round_up(m);
+        for (int64_t l = 0; l < lanes; l++) {
+            const int64_t q = first + (l < m ? l : m - 1);  // lanes past the last query repeat it, and are not used
+            w.position[l] = int32_t((c.rows ? c.rows[q] : q) - piece.k0);
+            w.row[l] = c.keys ? int32_t(mix(uint32_t(c.keys[q]) ^ c.salt_row)) : 0;
+        }
+        seen = sees(first + m - 1);
+        read(w.q, c.q, first, m, piece.head, c.D, c.width, c.scale);
+        if (m > FEW) transpose(m, c.width, w.q, w.q_t, QUERIES);
+    }
+
+    // tile (n x lanes) = x y^T, x (n, D) of keys, y (m, D) of queries
+    void times(int64_t n, const float* x, const float* y, const float* y_t, float* tile) {
+        if (m <= FEW) dots(n, m, c.width, x, y, tile, QUERIES);
+        else product<false>(n, lanes, c.D, x, c.width, y_t, QUERIES, tile, QUERIES, false);
+    }
+
+    // Scores of the keys j..j + n: scale * K Q^T, -inf where a causal query must not look.
+    void scores(int64_t j, int64_t n) {
+        times(n, w.k + j * c.width, w.q, w.q_t, w.tile);
+        if (!c.causal || j + n - 1 <= w.position[0]) return;
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t l = 0; l < lanes; l += LANES) {
+                Vec& s = at(w.tile + i * QUERIES + l);
+                s = at(w.position + l) < int32_t(j + i) ? Vec{} - INFINITY : s;
+            }
+    }
+
+    // 1 in the lanes that are not dropped at key j, else 0.
+    template <bool DROP>
+    Vec kept(Words row, int64_t j) const {
+        if (!DROP) return Vec{} + 1.0f;
+        Words x = row ^ uint32_t(w.col[j]);
+        x = (x ^ x >> 16) * MUL1;
+        x = (x ^ x >> 15) * MUL2;
+        return where((Ints)x < c.threshold, Vec{} + 1.0f);
+    }
+
+    // The scores become dropped exponentials, and acc is turned to the new maximum where that rose.
+    template <bool DROP>
+    void softmax(int64_t j, int64_t n) {
+        float turn[QUERIES];
+        for (int64_t l = 0; l < lanes; l += LANES) {
+            const Vec old = at(w.top + l);
+            const Words row = (Words)at(w.row + l);
+            Vec top = old, sum{};
+            for (int64_t i = 0; i < n; i++) {
+                const Vec s = at(w.tile + i * QUERIES + l);
+                top = s > top ? s : top;
+            }
+            for (int64_t i = 0; i < n; i++) {
+                Vec& s = at(w.tile + i * QUERIES + l);
+                const Vec p = exp_(s - top);
+                sum += p;
+                s = DROP ? p * kept<DROP>(row, j + i) : p;
+            }
+            at(turn + l) = exp_(old - top);
+            at(w.sum + l) = at(w.sum + l) * at(turn + l) + sum;
+            at(w.top + l) = top;
+        }
+        for (int64_t i = 0; j > 0 && i < m; i++)
+            for (int64_t d = 0; turn[i] != 1 && d < c.width; d += LANES) at(w.acc + i * c.width + d) *= turn[i];
+    }
+
+    void forward() {
+        if (piece.q0 < piece.q1) read_keys();
+        for (int64_t i = piece.q0; i < piece.q1; i += QUERIES) {
+            read_queries(i);
+            for (int64_t l = 0; l < lanes; l++) w.top[l] = -INFINITY, w.sum[l] = 0;
+            for (int64_t j = 0; j < seen; j += KEYS) {
+                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
+                scores(j, n);
+                c.keys ? softmax<true>(j, n) : softmax<false>(j, n);
+                product<true>(m, c.width, n, w.tile, QUERIES, w.v + j * c.width, c.width, w.acc, c.width, j > 0);
+            }
+            for (int64_t l = 0; l < m; l++) {
+                const int64_t i = (first + l) * c.H + piece.head;
+                c.top[i] = w.top[l], c.sum[i] = w.sum[l];
+                write(w.acc + l * c.width, c.out, first + l, 1, piece.head, c.D, c.width, c.inverse / w.sum[l]);
+            }
+        }
+    }
+
+    // tile: the scores become drop(P); dtile: dP becomes dS. The factor 1 / (1 - p) is in dout already.
+    template <bool DROP>
+    void softmax_backward(int64_t j, int64_t n) {
+        for (int64_t l = 0; l < lanes; l += LANES) {
+            const Vec top = at(w.top + l), part = 1 / at(w.sum + l), delta = at(w.delta + l);
+            const Words row = (Words)at(w.row + l);
+            for (int64_t i = 0; i < n; i++) {
+                Vec &s = at(w.tile + i * QUERIES + l), &ds = at(w.dtile + i * QUERIES + l);
+                const Vec p = exp_(s - top) * part, stays = kept<DROP>(row, j + i);
+                s = DROP ? p * stays : p;
+                ds = p * ((DROP ? ds * stays : ds) - delta);
+            }
+        }
+    }
+
+    // delta = sum(dO * O), in the order in which dP is summed: where P = 1, dS is 0.
+    void read_gradient() {
+        read(w.dout, c.dout, first, m, piece.head, c.D, c.width, c.inverse);
+        read(w.acc, c.out, first, m, piece.head, c.D, c.width, 1 / c.inverse);
+        if (m <= FEW) {
+            for (int64_t l = 0; l < m; l++)
+                dots(1, 1, c.width, w.acc + l * c.width, w.dout + l * c.width, w.delta + l, QUERIES);
+        } else {
+            transpose(m, c.width, w.dout, w.dout_t, QUERIES);
+            transpose(m, c.width, w.acc, w.out_t, QUERIES);
+            for (int64_t l = 0; l < lanes; l += LANES) {
+                Vec& delta = at(w.delta + l) = Vec{};
+                for (int64_t i = l; i < c.D * QUERIES; i += QUERIES) delta += at(w.out_t + i) * at(w.dout_t + i);
+            }
+        }
+        for (int64_t l = 0; l < m; l++) {
+            const int64_t i = (first + l) * c.H + piece.head;
+            w.top[l] = c.top[i], w.sum[l] = c.sum[i];
+        }
+    }
+
+    void backward() {
+        const int64_t all = piece.k1 - piece.k0, width = c.width;
+        for (int64_t i = 0; i < all * width; i++) w.dk[i] = w.dv[i] = 0;
+        if (piece.q0 < piece.q1) read_keys();
+        for (int64_t i = piece.q0; i < piece.q1; i += QUERIES) {
+            read_queries(i);
+            read_gradient();
+            for (int64_t j = 0; j < seen; j += KEYS) {
+                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
+                scores(j, n);
+                times(n, w.v + j * width, w.dout, w.dout_t, w.dtile);
+                c.keys ? softmax_backward<true>(j, n) : softmax_backward<false>(j, n);
+                product<false>(n, width, m, w.tile, QUERIES, w.dout, width, w.dv + j * width, width, true);
+                product<false>(n, width, m, w.dtile, QUERIES, w.q, width, w.dk + j * width, width, true);
+                product<true>(m, width, n, w.dtile, QUERIES, w.k + j * width, width, w.acc, width, j > 0);
+            }
+            write(w.acc, c.dq, first, m, piece.head, c.D, width, c.scale);
+        }
+        write(w.dk, c.dk, piece.k0, all, piece.head, c.D, width, 1);
+        write(w.dv, c.dv, piece.k0, all, piece.head, c.D, width, 1);
+    }
+};
+
+// ---- all pieces
+
+// The first query at or after this token.
+template <class T>
+int64_t query_at(const Call<T>& c, int64_t token) {
+    if (!c.rows) return c.M ? token : 0;  // an empty tensor's address is null, too
+    int64_t low = 0, high = c.M;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (c.rows[middle] < token) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+// Calls f(attention) for every sequence, chunk of its queries and head. A worker takes the next piece when it is free.
+template <class T, class F>
+void pieces(const Call<T>& c, int64_t chunk, float* scratch, int64_t workers, const F& f) {
+    const int64_t chunks = (c.longest + chunk - 1) / chunk;
+    std::atomic<int64_t> next{0};
+    parallel(workers, 1, [&](int64_t worker, int64_t) {
+        const Work work(scratch + worker * Work::size(c.longest, c.width), c.longest, c.width);
+        for (int64_t i; (i = next++) < c.S * chunks * c.H;) {
+            const int64_t s = i / c.H / chunks, k0 = c.offsets[s], k1 = c.offsets[s + 1];
+            const int64_t q0 = query_at(c, k0) + i / c.H % chunks * chunk, end = query_at(c, k1);
+            Attention<T> piece{c, {q0, q0 + chunk < end ? q0 + chunk : end, k0, k1, i % c.H}, work, 0, 0, 0, 0};
+            f(piece);
+        }
+    });
+}
+
+}  // namespace
+
+// longest: of the sequences, in tokens. per_worker: floats of scratch memory that a worker needs.
+extern "C" void attention_scratch(const int64_t* offsets, int64_t S, int64_t D, int64_t* longest, int64_t* per_worker) {
+    *longest = 0;
+    for (int64_t s = 0; s < S; s++)
+        if (offsets[s + 1] - offsets[s] > *longest) *longest = offsets[s + 1] - offsets[s];
+    *per_worker = Work::size(*longest, round_up(D));
+}
+
+// sizes: M, S, H, D, longest, workers, causal; two salts and the threshold of dropout; strides of q, k, v and dout, row
+// and head each. Forward (backward = 0) writes out and stats (2, M, H): the largest score and the sum of
+// exp(score - largest). Backward reads them and writes dq, dk, dv. What is written is contiguous.
+extern "C" void attention(const void* q, const void* k, const void* v, void* out, float* stats, const void* dout,
+                          void* dq, void* dk, void* dv, const int64_t* offsets, const int64_t* rows,
+                          const int32_t* keys, const int64_t* sizes, float scale, float inverse, float* scratch,
+                          int64_t backward, int64_t dtype) {
+    typed(dtype, [&](auto* null) {
+        using T = std::remove_pointer_t<decltype(null)>;
+        const int64_t M = sizes[0], S = sizes[1], H = sizes[2], D = sizes[3], longest = sizes[4], workers = sizes[5];
+        auto given = [&](const void* x, int i) {
+            return Matrix<T>{static_cast<T*>(const_cast<void*>(x)), sizes[10 + 2 * i], sizes[11 + 2 * i]};
+        };
+        auto written = [&](void* x) { return Matrix<T>{static_cast<T*>(x), H * D, D}; };
+        const Call<T> c{given(q, 0), given(k, 1), given(v, 2), written(out), given(dout, 3), written(dq), written(dk),
+                        written(dv), stats, stats + M * H, offsets, rows, M, S, H, D, scale, sizes[6] != 0, keys,
+                        uint32_t(sizes[7]), uint32_t(sizes[8]), int32_t(sizes[9]), inverse, round_up(D), longest};
+        if (backward) pieces(c, at_least_1(longest), scratch, workers, [](auto& piece) { piece.backward(); });
+        else pieces(c, CHUNK, scratch, workers, [](auto& piece) { piece.forward(); });
+    });
+}

@@ -1,0 +1,119 @@
+// What all CPU kernels share: element types, torch's threads, the dropout hash, exp. Everything is internal to one file.
+//
+// A kernel is one .cpp file that includes this one and offers `extern "C" void f(...)` with pointers, int64_t sizes,
+// float or double settings, and a dtype code. It allocates nothing and knows nothing of torch. Loops are plain, for the
+// compiler to vectorise; `#pragma omp simd` (no OpenMP runtime) promises that pointers do not overlap, and permits the
+// reductions named there, and no others, to be reordered.
+//
+// minift/ops/native.py reads the argument types of each extern "C" function from its source.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// ---- bits
+
+inline uint32_t to_bits(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+inline float from_bits(uint32_t u) {
+    float x;
+    std::memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+// ---- element types: float (dtype code 0) and bf16 (1), computed in float
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(const float* p) { return *p; }
+
+inline float load(const bf16* p) { return from_bits(uint32_t(p->bits) << 16); }
+
+inline void store(float* p, float x) { *p = x; }
+
+// Rounds to nearest, ties to even; a NaN stays one.
+inline void store(bf16* p, float x) {
+    uint32_t u = to_bits(x), rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    p->bits = uint16_t(x != x ? 0x7FC0 : rounded);
+}
+
+// Calls f with a null pointer of the element type of that code: typed(dtype, [&](auto* null) { ... decltype(null) ... }).
+template <class F>
+void typed(int64_t dtype, const F& f) {
+    if (dtype == 0) f(static_cast<float*>(nullptr));
+    else f(static_cast<bf16*>(nullptr));
+}
+
+// ---- threads: torch's own, whose `torch_parallel_for` native.py hands in; without it one thread does all
+
+typedef void (*Body)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+ParallelFor torch_parallel_for = nullptr;
+
+// f(begin, end) on pieces of 0..n, each of `grain` or more. Results must not depend on where pieces end.
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+    Body body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+    if (torch_parallel_for) torch_parallel_for(0, n, grain, body, const_cast<F*>(&f));
+    else if (n > 0) f(0, n);
+}
+
+const int64_t GRAIN = 1 << 15;  // elements worth a thread of their own
+
+inline int64_t at_least_1(int64_t n) { return n > 1 ? n : 1; }
+
+// ---- dropout's hash, bit for bit as minift/ops/dropout.py specifies it
+
+const uint32_t GOLDEN = 0x9E3779B1, MUL1 = 0x7FEB352D, MUL2 = 0x846CA68B;
+
+// lowbias32 without its last step.
+inline uint32_t hash(uint32_t x) {
+    x = (x ^ x >> 16) * MUL1;
+    return (x ^ x >> 15) * MUL2;
+}
+
+// lowbias32.
+inline uint32_t mix(uint32_t x) {
+    x = hash(x);
+    return x ^ x >> 16;
+}
+
+// What the element at these words is multiplied by: `scale`, which is 1 / (1 - p), or 0. A product, not a choice, so that
+// an inf or NaN that is dropped shows. threshold is round((1 - p) 2^32) - 2^31.
+inline float kept(int32_t row, int32_t col, int32_t threshold, float scale) {
+    return int32_t(hash(uint32_t(row) ^ uint32_t(col))) < threshold ? scale : 0.0f;
+}
+
+// ---- exp
+
+// e^x for x <= 16 (softmax and sigmoid need no more), relative error near 1e-7; 0 at -inf, NaN at NaN, rounded once where
+// the result is subnormal. x = n ln 2 + r with |r| <= ln 2 / 2; e^r by Taylor's polynomial, its end adjusted; times
+// 2^(n + 64), whose exponent bits are n + 191, times 2^-64.
+inline float exp_(float x) {
+    const float LOG2E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+    const float MAGIC = 12582912.0f + 191.0f;  // added to n it has n + 191 in its low bits: 1.5 * 2^23 leaves no fraction
+    x = -104.0f > x ? -104.0f : x;             // written so that a NaN stays
+    float shifted = x * LOG2E + MAGIC;
+    float n = shifted - MAGIC;
+    float r = x - n * LN2_HIGH - n * LN2_LOW;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 5.0000000e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * from_bits(to_bits(shifted) << 23) * 5.42101086e-20f;
+}
+
+}  // namespace
+
+extern "C" void set_parallel_for(void* f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); }

@@ -1,0 +1,258 @@
+"""The kernels of `kernels/cpu/`: compiled by the machine's C++ compiler at first use, cached, loaded, called by ctypes.
+
+    lib = native.kernel("gelu", x)          the library of kernels/cpu/gelu.cpp, or None: run the PyTorch reference
+    lib.gelu_forward(native.pointer(x), ...)
+
+One operator is one shared object, a C interface over pointers (kernels/README.md). It is kept in the user's cache
+folder under a key of all that it was made from, the CPU included, and runs on torch's own threads, by the C symbol
+`torch_parallel_for` of libtorch_cpu (torch/csrc/stable/c/shim.h). Nothing happens when this file is imported.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# never -ffast-math: linking with it makes GCC before 13 turn subnormals off in the whole process
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -std=c++17 -fPIC -shared"
+MODES = ("auto", "native", "reference")
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: None}  # what kernels take; the code of floating-point ones
+PLAIN = {Tensor, nn.Parameter}  # kinds of tensor whose data_ptr is their data
+C_TYPES = {"*": ctypes.c_void_p, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
+
+mode = "auto"  # `use` sets it
+loaded: dict[str, ctypes.CDLL | None] = {}  # by operator; None: it could not be made, and that was said
+
+
+class Unavailable(Exception):
+    """Why there is no native kernel, in one line."""
+
+
+def use(wanted: str) -> str:
+    """Sets the mode: `auto` falls back to the reference, `native` refuses to, `reference` compiles nothing.
+
+    Returns what will run, in words. Raises ValueError for another mode, and where `native` finds no way.
+    """
+    global mode
+    if wanted not in MODES:
+        raise ValueError(f"--kernels is {wanted!r}; expected one of {', '.join(MODES)}")
+    mode = wanted
+    if mode == "reference":
+        return "PyTorch reference (asked for)"
+    try:
+        version = compiler()[1]
+    except Unavailable as e:
+        if mode == "native":
+            raise refusal(e) from None
+        return f"PyTorch reference ({e})"
+    for source in sorted(sources().glob("cpu/*.cpp")) if mode == "native" else ():
+        load(source.stem)
+    return f"native on the CPU, compiled at first use ({version})"
+
+
+def kernel(name: str, *tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The library of kernels/cpu/NAME.cpp, if it can work on all these tensors; else None, and the reference runs.
+
+    It takes plain CPU tensors of one dtype: float32, bfloat16, or int32. Raises ValueError in mode `native` where it
+    cannot be made.
+    """
+    if mode == "reference":
+        return None
+    dtype = tensors[0].dtype
+    for t in tensors:
+        if t is not None and not (t.dtype is dtype and dtype in CODES and t.is_cpu and type(t) in PLAIN):
+            return None
+    return loaded[name] if name in loaded else load(name)
+
+
+def pointer(t: Tensor | None) -> int | None:
+    """The address of a contiguous tensor's first element; null for None."""
+    return None if t is None else t.data_ptr()
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """Makes or finds the library, once; where that fails says so, once. Raises ValueError in mode `native`."""
+    try:
+        library = build(name)
+    except (Unavailable, OSError) as e:  # OSError: no sources, or nowhere to compile
+        if mode == "native":
+            raise refusal(e) from None
+        library = None
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name} runs on its PyTorch reference: {e}", file=sys.stderr)
+    loaded[name] = library
+    return library
+
+
+def refusal(why: Exception) -> ValueError:
+    return ValueError(f"--kernels is 'native', but {why}; expected auto or reference")
+
+
+def keep_memory() -> None:
+    """Makes glibc keep what is freed, for the next step, instead of giving it back to the kernel.
+
+    Else every step's activations and gradients are paid for in page faults. Another C library is left as it is.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
+
+
+# ---- making one
+
+
+def build(name: str) -> ctypes.CDLL:
+    """The library from the cache, or compiled and put there. Raises Unavailable."""
+    folder, stem = cache_folder(), f"{name}-{key(name)}"
+    for path in folder.glob(f"{stem}-*.so") if private(folder) else ():
+        if private(path) and path.stem == f"{stem}-{digest(path.read_bytes())}":
+            try:
+                return opened(path, name)
+            except OSError:
+                continue  # made anew below
+    with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
+        made = compile_(name, Path(scratch, f"{stem}.so"))
+        path = keep(made, folder, stem) or made  # a library stays loaded when its file is deleted
+        try:
+            return opened(path, name)
+        except OSError as e:
+            raise Unavailable(f"{path.parent}: the library made there does not load ({e})") from e
+
+
+def compile_(name: str, out: Path) -> Path:
+    """Runs the compiler on one kernel. Raises Unavailable with its first complaint."""
+    command = [*compiler()[0], *FLAGS.split(), "-o", str(out), str(sources() / f"cpu/{name}.cpp")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as e:
+        raise Unavailable(f"{command[0]} does not run ({e})") from e
+    if done.returncode or not out.exists():
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        complaint = next((line for line in lines if "error" in line), lines[0])
+        raise Unavailable(f"{command[0]} cannot compile {name}.cpp ({complaint})")
+    return out
+
+
+def keep(made: Path, folder: Path, stem: str) -> Path | None:
+    """A copy in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
+    content = made.read_bytes()
+    path, aside = folder / f"{stem}-{digest(content)}.so", folder / f"{stem}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not private(folder):
+            return None
+        with open(aside, "wb") as f:
+            os.fchmod(f.fileno(), 0o700)
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+        return path
+    except OSError:  # read-only or full: this process does without
+        with suppress(OSError):
+            aside.unlink()
+        return None
+
+
+def private(path: Path) -> bool:
+    """Whether a file or folder is this user's and nobody else can write to it: what is loaded from there runs."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def opened(path: Path, name: str) -> ctypes.CDLL:
+    """The library with torch's thread pool handed in and the types of its functions set. Raises OSError."""
+    library = ctypes.CDLL(str(path))
+    library.set_parallel_for.argtypes, library.set_parallel_for.restype = [ctypes.c_void_p], None
+    library.set_parallel_for(torch_parallel_for())
+    for function, types in signatures((sources() / f"cpu/{name}.cpp").read_text()).items():
+        f = getattr(library, function)
+        f.argtypes, f.restype = types, None
+    return library
+
+
+def signatures(source: str) -> dict[str, list]:
+    """The ctypes of the arguments of every `extern "C" void f(...)` in a C++ source."""
+    found = re.findall(r'^extern "C" void (\w+)\(([^)]*)\)', source, re.MULTILINE)
+    return {f: [next(t for word, t in C_TYPES.items() if word in a) for a in args.split(",")] for f, args in found}
+
+
+@cache
+def torch_parallel_for() -> int | None:
+    """The address of torch's function that shares a loop out to its threads; None where this torch has none."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+# ---- what a library is made from
+
+
+def sources() -> Path:
+    """The folder with cpu/: in the installed package, or beside it in the repository."""
+    package = Path(__file__).parents[1]
+    return package / "kernels" if (package / "kernels").is_dir() else package.parent / "kernels"
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept between processes."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "minift" / "kernels"
+
+
+def key(name: str) -> str:
+    """A name for everything that the library depends on: source, headers, flags, compiler, CPU."""
+    files = [sources() / f"cpu/{name}.cpp", *sorted((sources() / "cpu").glob("*.h"))]
+    command, version = compiler()
+    parts = [FLAGS, *command, version, cpu(), *(f.read_text() for f in files)]
+    return digest("\0".join(parts).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+@cache
+def cpu() -> str:
+    """The CPU's model and what it can do, for -march=native makes code for this one alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.platform()} {platform.processor()}"
+    words = ("model", "flags", "CPU", "Features")  # x86, x86, ARM, ARM; also "model name"
+    return "\n".join(sorted({line for line in lines if line.startswith(words)}))
+
+
+@cache
+def compiler() -> tuple[list[str], str]:
+    """(command, version): that of the environment variable CXX, else c++, g++ or clang++. Raises Unavailable."""
+    if os.name != "posix":
+        raise Unavailable(f"kernels are compiled on Linux and macOS alone, not on {platform.system()}")
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else (["c++"], ["g++"], ["clang++"]):
+        if shutil.which(command[0]):
+            try:
+                done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
+            except OSError as e:
+                raise Unavailable(f"{command[0]} does not run ({e})") from e
+            return command, (done.stdout.splitlines() or ["no version"])[0]
+    raise Unavailable(f"no C++ compiler was found (looked for {' '.join(asked) or 'c++, g++, clang++'})")

@@ -1,0 +1,314 @@
+"""Native kernels against float64 and plain PyTorch: values, every gradient, odd sizes, views, extremes, threads.
+
+python -m pytest tests/ops/test_kernels.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minift.batch import token_keys
+from minift.ops import native
+from minift.ops.dropout import Noise, dropout, mix_tensor
+from minift.ops.gelu import gelu_erf, gelu_tanh
+from minift.ops.loss import linear_cross_entropy
+from minift.ops.norm import add_norm
+
+ROOT = Path(__file__).parents[2]
+try:
+    native.compiler()
+except native.Unavailable as e:
+    pytest.skip(str(e), allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES = [(1, 2), (7, 63), (63, 7), (33, 768), (5, 1023), (3, 1500), (130, 17)]  # (N, C)
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def native_mode(monkeypatch):
+    monkeypatch.setattr(native, "mode", "native")
+    monkeypatch.setattr(native, "loaded", {})
+
+
+def noise(n: int) -> Noise:
+    """Dropout keys for n tokens."""
+    return Noise(5, 6, token_keys(torch.arange(n), torch.zeros(n, dtype=torch.int64)))
+
+
+def draw(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(*shape)).to(dtype).requires_grad_()
+
+
+def both(f, inputs, dout, native_mode):
+    """Outputs of f and gradients of all inputs that want one, by a kernel or by PyTorch."""
+    before, native.mode = native.mode, native_mode
+    outputs = f(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [t for t in inputs if t.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, [d.to(o.dtype) for o, d in zip(outputs, dout, strict=True)])
+    native.mode = before
+    return [*outputs, *gradients]
+
+
+def judge(f, inputs, dout):
+    """Error against float64 at most twice that of PyTorch in the same dtype, for outputs and gradients alike."""
+    exact = both(f, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], dout, "reference")
+    ours, plain = both(f, inputs, dout, "native"), both(f, inputs, dout, "reference")
+    for i, (a, b, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if a.numel():
+            floor = torch.finfo(torch.float32).eps * e.abs().max().item()  # where plain PyTorch happens to be exact
+            error, allowed = ((t.double() - e).abs().max().item() for t in (a, b))
+            assert error <= 2 * max(allowed, floor), f"{i}: {error:.2e}, PyTorch {allowed:.2e}"
+
+
+def dropping(p):
+    """add_norm with this dropout rate."""
+
+    def f(x, residual, weight, bias):
+        return add_norm(x, residual, weight, bias, EPS, p, noise(len(x)), 3)
+
+    return f
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("n,width", SIZES)
+def test_add_norm(n, width, p, dtype):
+    torch.manual_seed(n + width)
+    x, residual, weight, bias = draw(n, width, dtype=dtype), draw(n, width, dtype=dtype), draw(width), draw(width)
+    judge(dropping(p), [x, residual, weight, bias], [torch.randn(n, width) for _ in range(2)])
+
+
+def test_a_norm_over_one_channel_is_the_bias():
+    """1 / deviation is 316 there, and no gradient passes."""
+    x, weight, bias = draw(5, 1), draw(1), draw(1)
+    y = add_norm(x, x, weight, bias, EPS, 0.1, noise(5), 1)[1]
+    assert torch.equal(y, bias.expand(5, 1)) and torch.autograd.grad(y.sum(), x)[0].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_norm_where_one_result_is_used(used):
+    """BERT goes on with y alone."""
+    weight, bias = torch.randn(65), torch.randn(65)
+
+    def f(x, residual):
+        return add_norm(x, residual, weight.to(x.dtype), bias.to(x.dtype), EPS, 0.2, noise(9), 1)[used]
+
+    judge(f, [draw(9, 65), draw(9, 65)], [torch.randn(9, 65)])
+
+
+def test_frozen_weights_get_no_gradient():
+    x, residual, weight, bias = draw(9, 65), draw(9, 65), torch.randn(65), torch.randn(65)
+    judge(dropping(0.1), [x, residual, weight, bias], [torch.randn(9, 65) for _ in range(2)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("f", [gelu_erf, gelu_tanh])
+@pytest.mark.parametrize("size", [1, 7, 63, 1023, 1500, 70000])
+@pytest.mark.parametrize("scale", [0.1, 1, 4])
+def test_gelu(f, size, scale, dtype):
+    torch.manual_seed(size)
+    judge(f, [draw(size, dtype=dtype, scale=scale)], [torch.randn(size)])
+
+
+@pytest.mark.parametrize("f", [gelu_erf, gelu_tanh])
+def test_gelu_keeps_the_digits_of_its_tail(f):
+    """Where PyTorch's 1 + erf has lost them all."""
+    x = torch.linspace(-9, -0.1, 5001)
+    xd = x.double()
+    u2 = (8 / torch.pi) ** 0.5 * (xd + 0.044715 * xd**3)
+    want = xd * (torch.special.erfc(-xd / 2**0.5) / 2 if f is gelu_erf else torch.sigmoid(u2))
+    assert ((f(x).double() - want) / want).abs().max() < 2e-5
+    plain = F.gelu(x, approximate="none" if f is gelu_erf else "tanh").double()
+    assert ((plain - want) / want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [1e-12, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("n,width", SIZES)
+def test_dropout_is_the_reference_to_the_bit(n, width, p, dtype):
+    x, dout = draw(n, width, dtype=dtype), [torch.randn(n, width)]
+    ours, want = (both(lambda x: dropout(x, p, noise(n), 2), [x], dout, mode) for mode in ("native", "reference"))
+    for a, b in zip(ours, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_words_are_the_reference_to_the_bit():
+    words = torch.arange(-70000, 70000, 3, dtype=torch.int32)
+    ours = mix_tensor(words)
+    native.mode = "reference"
+    assert torch.equal(ours, mix_tensor(words))
+
+
+def test_the_norm_drops_what_dropout_drops():
+    x = torch.ones(40, 100)
+    h = add_norm(x, torch.zeros(40, 100), torch.ones(100), torch.zeros(100), EPS, 0.3, noise(40), 7)[0]
+    assert torch.equal(h, dropout(x, 0.3, noise(40), 7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("vocabulary", [2, 7, 63, 1500])
+def test_loss(vocabulary, with_bias, smoothing, dtype):
+    torch.manual_seed(vocabulary)
+    rows, width = 37, 24
+    targets = torch.randint(vocabulary, (rows,))
+    inputs = [draw(rows, width, dtype=dtype), draw(vocabulary, width), *([draw(vocabulary)] if with_bias else [])]
+
+    def f(x, weight, bias=None):
+        return linear_cross_entropy(x, weight, bias, targets, smoothing)[0]
+
+    judge(f, inputs, [torch.ones(())])
+
+
+def test_hits_are_argmaxs_first():
+    """Of equal logits the first is the answer, as with argmax."""
+    x, targets = torch.eye(5), torch.tensor([0, 1, 2, 3, 4])
+    weight = torch.tensor([[1.0, 1, 0, 0, 2], [1, 1, 0, 0, 2], [0, 0, 3, 0, 2], [0, 0, 0, 3, 2], [0, 0, 3, 0, 2]])
+    rows = list(zip(x.split(1), targets.split(1), strict=True))
+    for native.mode in ("native", "reference"):
+        assert [linear_cross_entropy(a, weight, None, t)[1].item() for a, t in rows] == [1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("target", [-1, 63])
+def test_a_target_outside_is_an_error(target):
+    with pytest.raises(IndexError, match="expected 0 to 62"):
+        linear_cross_entropy(draw(3, 5), draw(63, 5), None, torch.tensor([0, target, 5]))
+
+
+OPERATORS = {
+    "add_norm": lambda x: add_norm(x, x * 0.5, *torch.ones(2, x.shape[1]), EPS, 0.1, noise(len(x)), 1),
+    "gelu_erf": gelu_erf,
+    "gelu_tanh": gelu_tanh,
+    "dropout": lambda x: dropout(x, 0.1, noise(len(x)), 1),
+    "loss": lambda x: linear_cross_entropy(x, torch.eye(x.shape[1]), None, torch.arange(len(x)) % x.shape[1], 0.1)[0],
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("view", ["one element in", "transposed", "every other", "expanded"])
+def test_views(name, view):
+    """A view gives what its copy gives, also as a gradient."""
+    base = torch.randn(4000)
+    x = {
+        "one element in": lambda: base[1:1501].view(20, 75),
+        "transposed": lambda: base[:1500].view(75, 20).t(),
+        "every other": lambda: base[:3000].view(20, 150)[:, ::2],
+        "expanded": lambda: base[:75].expand(20, 75),
+    }[view]()
+    results = []
+    for v in (x, x.contiguous()):
+        v = v.detach().requires_grad_()
+        y = OPERATORS[name](v)
+        y = y if isinstance(y, tuple) else (y,)
+        results.append([*y, *torch.autograd.grad([t.sum() for t in y], v)])  # dy is expanded
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 1), (1, 1)])
+def test_empty(name, shape):
+    x = torch.randn(shape, requires_grad=True)
+    y = OPERATORS[name](x)
+    (y[0] if isinstance(y, tuple) else y).sum().backward()
+    assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes(name, dtype):
+    """Large values, subnormals and zeros as in float64; an inf or NaN shows in its row and nowhere else."""
+    x = torch.randn(12, 75)
+    x[0] *= 1e4
+    x[1] = torch.where(x[1] > 0, 1e4, -1e4)
+    x[2] *= 1e-39
+    x[3] = 0
+    x[4] = 1e4
+    x = x.to(dtype)
+    results = []
+    for v in (x, x.double()):
+        v = v.clone().requires_grad_()
+        y = OPERATORS[name](v)
+        y = y if isinstance(y, tuple) else (y,)
+        results.append([*y, *torch.autograd.grad(y[-1].sum(), v)])
+    for a, e in zip(*results, strict=True):
+        tolerance = (2e-5 if dtype == torch.float32 else 2e-2) * e.abs().clamp_min(1)
+        assert ((a - e).abs() <= tolerance).all()
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        v = x.clone()
+        v[5, 3] = bad
+        y = OPERATORS[name](v)
+        for t in y if isinstance(y, tuple) else (y,):
+            rows = t.isfinite().view(-1, t.shape[-1] if t.dim() else 1).all(1)
+            assert not rows[5 if t.dim() else 0] and rows.sum() == len(rows) - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    torch.manual_seed(0)
+    before, results = torch.get_num_threads(), []
+    x, weight, bias = draw(611, 333, dtype=dtype), draw(333), draw(333)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = [add_norm(x, x, weight, bias, EPS, 0.1, noise(611), 1)[1], gelu_erf(x), gelu_tanh(x)]
+            out += [dropout(x, 0.1, noise(611), 1)]
+            gradients = [torch.autograd.grad(y.sum(), [x, weight, bias], allow_unused=True) for y in out]
+            results.append(out + [g for gs in gradients for g in gs if g is not None])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_is_saved_that_can_be_made_again():
+    def saved(f):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            f()
+        return sorted(sizes)
+
+    x, weight, bias = draw(50, 300), draw(300), draw(300)
+    assert saved(lambda: gelu_tanh(x)) == [15000]
+    assert saved(lambda: add_norm(x, x, weight, bias, EPS, 0.1, noise(50), 1)) == [50, 50, 50, 300, 300, 15000]
+
+
+def test_a_second_derivative_is_refused():
+    x = draw(4, 8)
+    (g,) = torch.autograd.grad(gelu_erf(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        g.sum().backward()
+    (g,) = torch.autograd.grad(gelu_erf(x), x, draw(4, 8), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """Odd sizes, views and extremes once more, in a process with the address and undefined-behaviour checks."""
+    compiler = native.compiler()[0]
+    found = [subprocess.run([*compiler, f"-print-file-name=lib{n}.so"], capture_output=True, text=True).stdout.strip()
+             for n in ("asan", "ubsan")]  # fmt: skip
+    if not all(os.path.isabs(f) for f in found):
+        pytest.skip(f"{compiler[0]} has no sanitizer libraries")
+    code = (
+        "import sys, pytest; from minift.ops import native;"
+        "native.FLAGS += ' -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all';"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_kernels.py', '-k', sys.argv[1]]))"
+    )
+    preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "views or empty or extremes or threads or hits or dropout or tail"],
+        cwd=ROOT, env=os.environ | preload, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert list(tmp_path.glob("minift/kernels/norm-*.so"))

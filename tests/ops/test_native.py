@@ -1,0 +1,326 @@
+"""The loader of native kernels: what it caches, what it distrusts, and what it says where there is no way.
+
+python -m pytest tests/ops/test_native.py
+"""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minift.config import KERNELS, TrainConfig
+from minift.ops import native
+from minift.ops.gelu import gelu_erf
+
+ROOT = Path(__file__).parents[2]
+try:
+    native.compiler()
+except native.Unavailable as e:
+    pytest.skip(str(e), allow_module_level=True)
+
+ADD = """
+#include "common.h"
+extern "C" void add(const float* x, float* y, double by, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] + float(by);
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """A loader that has loaded nothing, with an empty cache and one small kernel, `add`."""
+    folder = tmp_path / "kernels/cpu"
+    folder.mkdir(parents=True)
+    (folder / "add.cpp").write_text(ADD)
+    (folder / "common.h").write_text((ROOT / "kernels/cpu/common.h").read_text())
+    monkeypatch.setattr(native, "sources", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(native, "loaded", {})
+    monkeypatch.setattr(native, "mode", "auto")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    find = native.compiler
+    find.cache_clear()
+    yield
+    find.cache_clear()
+
+
+def adds(library) -> bool:
+    """Whether `add` works."""
+    x, y = torch.ones(5), torch.empty(5)
+    library.add(x.data_ptr(), y.data_ptr(), 2.5, 5)
+    return y.tolist() == [3.5] * 5
+
+
+def cached() -> list[Path]:
+    return sorted(native.cache_folder().glob("*"))
+
+
+def compiles(monkeypatch) -> list[str]:
+    """The names of what is compiled from here on."""
+    names, compile_ = [], native.compile_
+    monkeypatch.setattr(native, "compile_", lambda name, out: (names.append(name), compile_(name, out))[1])
+    return names
+
+
+def again(monkeypatch):
+    """`add` as a new process would load it."""
+    monkeypatch.setattr(native, "loaded", {})
+    return native.kernel("add", torch.ones(1))
+
+
+def test_a_kernel_is_compiled_once_and_then_found(monkeypatch):
+    names = compiles(monkeypatch)
+    assert adds(native.kernel("add", torch.ones(1))) and names == ["add"]
+    (path,) = cached()
+    assert path.stat().st_mode & 0o077 == 0 and path.suffix == ".so"
+    assert adds(again(monkeypatch)) and names == ["add"]
+    assert native.kernel("add", torch.ones(1)) is native.kernel("add", torch.ones(1))
+
+
+@pytest.mark.parametrize("what", ["source", "header", "flags", "compiler", "cpu"])
+def test_whatever_it_is_made_from_is_in_the_key(what, monkeypatch):
+    before = native.key("add")
+    if what in ("source", "header"):
+        path = native.sources() / {"source": "cpu/add.cpp", "header": "cpu/common.h"}[what]
+        path.write_text(path.read_text() + "\n")
+    elif what == "flags":
+        monkeypatch.setattr(native, "FLAGS", native.FLAGS.replace("-O3", "-O2"))
+    elif what == "compiler":
+        monkeypatch.setattr(native, "compiler", lambda: (["c++"], "another version"))
+    else:
+        monkeypatch.setattr(native, "cpu", lambda: "another CPU")
+    assert native.key("add") != before
+
+
+def test_the_cpu_is_told_from_others():
+    assert len(native.cpu()) > 20
+
+
+def test_a_cache_made_for_another_cpu_is_not_used(monkeypatch):
+    assert native.kernel("add", torch.ones(1))
+    names = compiles(monkeypatch)
+    monkeypatch.setattr(native, "cpu", lambda: "another CPU")
+    assert adds(again(monkeypatch)) and names == ["add"] and len(cached()) == 2
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_others_can_write_is_not_loaded(what, monkeypatch):
+    assert native.kernel("add", torch.ones(1))
+    (path,) = cached()
+    loose = path if what == "file" else path.parent
+    loose.chmod(0o777)
+    names, opened = compiles(monkeypatch), []
+    load = native.opened
+    monkeypatch.setattr(native, "opened", lambda path, name: (opened.append(path), load(path, name))[1])
+    assert adds(again(monkeypatch)) and names == ["add"]
+    assert what == "file" or opened[0].parent != path.parent
+
+
+def test_what_belongs_to_others_is_not_loaded(monkeypatch):
+    assert native.kernel("add", torch.ones(1))
+    names, me = compiles(monkeypatch), os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    assert not native.private(cached()[0])
+    assert adds(again(monkeypatch)) and names == ["add"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF but no more", "half"])
+def test_a_damaged_file_is_made_again(content, monkeypatch):
+    assert native.kernel("add", torch.ones(1))
+    (path,) = cached()
+    whole = path.read_bytes()
+    path.unlink()  # not written over: this process has it mapped
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    names = compiles(monkeypatch)
+    assert adds(again(monkeypatch)) and names == ["add"]
+
+
+@pytest.mark.parametrize("why", ["read-only", "full", "no folder"])
+def test_without_a_cache_it_is_compiled_aside(why, monkeypatch, tmp_path):
+    if why == "full":
+
+        def full(fd):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+    elif why == "read-only":  # root may write anywhere: a file where the folder should be stops root too
+
+        def denied(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "mkdir", denied)
+    else:
+        (tmp_path / "cache").write_text("a file where the folder should be")
+    assert adds(native.kernel("add", torch.ones(1)))
+    assert why == "no folder" or not cached()
+
+
+def test_nothing_is_left_in_the_temporary_folder(monkeypatch, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert native.kernel("add", torch.ones(1)) and not list((tmp_path / "temporary").iterdir())
+
+
+def test_two_processes_may_compile_at_once(tmp_path):
+    code = (
+        "import torch; from minift.ops import native; from pathlib import Path;"
+        f"native.sources = lambda: Path({str(native.sources())!r});"
+        "x, y = torch.ones(5), torch.empty(5);"
+        "native.kernel('add', x).add(x.data_ptr(), y.data_ptr(), 2.5, 5); assert y.tolist() == [3.5] * 5"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [(r.communicate()[1], r.returncode) for r in runs] == [(b"", 0)] * 3
+    assert cached() and all(p.suffix == ".so" for p in cached())
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("no compiler", "no C++ compiler was found (looked for no-such-compiler)"),
+        ("no source", "add.cpp"),
+        ("an error", "cannot compile add.cpp"),
+        ("a compiler that fails", "false cannot compile add.cpp (exit code 1)"),
+        ("a library that does not load", "does not load"),
+    ],
+)
+def test_where_there_is_no_way_it_is_said_once_and_the_reference_runs(broken, reason, monkeypatch, capsys, tmp_path):
+    source = native.sources() / "cpu/add.cpp"
+    if broken == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif broken == "no source":
+        source.unlink()
+    elif broken == "an error":
+        source.write_text(ADD.replace("y[i] =", "z[i] ="))
+    elif broken == "a compiler that fails":
+        monkeypatch.setenv("CXX", "false")
+    else:
+        source.write_text("float missing(double);\n" + ADD.replace("float(by)", "missing(by)"))
+        monkeypatch.setattr(native, "FLAGS", native.FLAGS + " -Wl,-z,now")
+    assert native.kernel("add", torch.ones(1)) is None and native.kernel("add", torch.ones(1)) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("add runs on its PyTorch reference: ") and reason in said
+    monkeypatch.setattr(native, "loaded", {})
+    with pytest.raises(ValueError, match="--kernels is 'native', but .*; expected auto or reference"):
+        native.use("native")
+        native.kernel("add", torch.ones(1))
+
+
+def test_the_modes(monkeypatch):
+    names = compiles(monkeypatch)
+    assert native.use("reference") == "PyTorch reference (asked for)"
+    assert native.kernel("add", torch.ones(1)) is None and not names
+    assert native.use("auto").startswith("native on the CPU") and not names
+    assert native.use("native").startswith("native on the CPU") and names == ["add"]
+    with pytest.raises(ValueError, match="--kernels is 'fast'; expected one of auto, native, reference"):
+        native.use("fast")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.compiler.cache_clear()
+    assert native.use("auto") == "PyTorch reference (no C++ compiler was found (looked for no-such-compiler))"
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+        native.use("native")
+
+
+def test_what_kernels_do_not_take_goes_to_the_reference():
+    x = torch.ones(3)
+    assert native.kernel("add", x, None, x)
+    for other in (x.double(), x.half(), x.to("meta"), x.bfloat16(), x.int(), x.as_subclass(Odd)):
+        assert native.kernel("add", x, other) is None
+    assert native.kernel("add", x.double()) is None
+    assert native.kernel("add", x.bfloat16()) and native.kernel("add", torch.nn.Parameter(x), x)
+
+
+class Odd(torch.Tensor):
+    """A subclass, whose data_ptr may mean nothing."""
+
+
+def test_the_compiler_is_the_one_asked_for(monkeypatch, tmp_path):
+    log, wrapper = tmp_path / "log", tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {log}\nshift\nexec {native.compiler()[0][0]} "$@"\n')
+    wrapper.chmod(0o700)
+    native.compiler.cache_clear()
+    monkeypatch.setenv("CXX", f"{wrapper} --first")
+    assert adds(native.kernel("add", torch.ones(1)))
+    assert all(line.startswith("--first") for line in log.read_text().splitlines())
+
+
+def test_signatures_are_those_of_the_source():
+    types = native.signatures(ADD)
+    assert types == {"add": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_int64]}
+    for source in (ROOT / "kernels/cpu").glob("*.cpp"):
+        found = native.signatures(source.read_text())
+        assert len(found) == source.read_text().count('extern "C" void') > 0, source.name
+
+
+def test_torchs_threads_are_used():
+    """torch's own parallel loop is there, and obeys torch.set_num_threads."""
+    source = native.sources() / "cpu/pieces.cpp"
+    source.write_text(
+        '#include "common.h"\n'
+        'extern "C" void pieces(int64_t* starts, int64_t n) {\n'
+        "    parallel(n, 1, [&](int64_t begin, int64_t end) {\n"
+        "        for (int64_t i = begin; i < end; i++) starts[i] = begin;\n"
+        "    });\n"
+        "}\n"
+    )
+    library, before = native.kernel("pieces", torch.ones(1)), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            starts = torch.full((12,), -1)
+            library.pieces(starts.data_ptr(), 12)
+            assert len(set(starts.tolist())) == threads and starts.min() == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_torchs_loop_one_thread_does_all(monkeypatch):
+    monkeypatch.setattr(native, "torch_parallel_for", lambda: None)
+    assert adds(native.kernel("add", torch.ones(1)))
+
+
+def test_subnormals_stay_after_loading_every_kernel(monkeypatch):
+    monkeypatch.setattr(native, "sources", lambda: ROOT / "kernels")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    names = sorted(p.stem for p in (ROOT / "kernels/cpu").glob("*.cpp"))
+    assert names and all(native.kernel(name, torch.ones(1)) for name in names)
+    assert 1e-40 * torch.ones(1).numpy()[0] != 0 and float.fromhex("0x1p-1070") * 1.0 != 0
+    assert (torch.full((8,), 1e-40) * 1).min() > 0
+    assert gelu_erf(torch.full((8,), 1e-38)).min() > 0  # half of it is subnormal
+
+
+def test_nothing_is_compiled_at_import(tmp_path):
+    code = "import minift, minift.cli, minift.train; from minift.ops import native; assert not native.loaded"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert not cached()
+
+
+def test_the_option_takes_the_modes():
+    assert KERNELS == native.MODES
+    with pytest.raises(ValueError, match="--kernels is 'fast'"):
+        TrainConfig(kernels="fast").check()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_memory_is_kept_from_step_to_step():
+    """Page faults of 96 MB in six blocks that were there before: hardly any with keep_memory, one a page without."""
+    code = """
+import resource, sys, torch
+from minift.ops import native
+if sys.argv[1] == "keep": native.keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(2**22) for _ in range(6)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(4):
+    last = faults()
+print(last)
+"""
+    count = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, check=True).stdout)
+        for how in ("keep", "give back")
+    }
+    assert count["keep"] < 32 <= count["give back"], count  # 48 huge pages at least
