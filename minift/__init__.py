@@ -10,6 +10,9 @@ import types
 __version__ = "0.1.0"
 
 _HOME = {
+    "add_lora": "adapters",
+    "quantize": "quantize",
+    "merge": "merge",
     "load": "hub",
     "save": "hub",
     "train": "train",
@@ -21,6 +24,7 @@ _HOME = {
     "GenerateConfig": "config",
     "EvalConfig": "config",
     "PredictConfig": "config",
+    "MergeConfig": "config",
     "InputError": "config",
 }
 __all__ = [*_HOME]

@@ -1,4 +1,4 @@
-"""The command line: minift train | eval | predict | generate | check | inspect.
+"""The command line: minift train | eval | predict | generate | merge | check | inspect.
 
 Results go to standard output, progress and messages to standard error.
 Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.
@@ -16,6 +16,7 @@ from .config import (
     GenerateConfig,
     InputError,
     InspectConfig,
+    MergeConfig,
     PredictConfig,
     TrainConfig,
     add_options,
@@ -25,15 +26,14 @@ from .config import (
 
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
-    from . import data, hub
+    from . import data
     from .track import say, speaks
-    from .train import Interrupted, read_examples
+    from .train import Interrupted, load_model, read_examples
     from .train import train as run
 
     examples = read_examples(config)
     labels = data.label_names(examples[0], config.labels) if config.task == "classify" else None
-    model, tokenizer = hub.load(config.model, config.task, labels, dropout=config.dropout, seed=config.seed)
-    say(f"{config.model}: {model.report}")
+    model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:
         done = run(model, tokenizer, config, examples)
@@ -99,24 +99,55 @@ def check(config: CheckConfig) -> int:
     return 0 if report.ok else 1
 
 
-def inspect(config: InspectConfig) -> None:
-    """Prints every parameter, then the sums."""
-    from . import hub
+def merge(config: MergeConfig) -> None:
+    """Merges, and prints what it cost."""
+    from .merge import write as run
 
-    folder = hub.resolve(config.model)
-    settings = hub.read_settings(folder)
-    model, _ = hub.load(folder, task_of(settings))
-    head = ("parameter", "shape", "dtype", "bytes", "trainable")
-    rows = [describe(name, p) for name, p in model.named_parameters()]
+    cost = run(config)
+    print_columns(("layer", "relative error"), [(name, f"{error:.2e}") for name, error in cost.layers.items()], "<>")
+    print(
+        f"logits: relative error {cost.logits:.2e}, divergence {cost.divergence:.2e} nats; the model is in {config.out}"
+    )
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints every tensor, then the sums; of an adapter, what it learned."""
+    from . import hub
+    from .adapters.learned import learned
+
+    model, _ = hub.load(config.model, task_of(config.model))
+    tensors = {name: t for name, t in model.named_parameters()} | dict(model.named_buffers())
+    rows = [describe(name, tensor) for name, tensor in tensors.items()]
+    print_columns(("tensor", "shape", "dtype", "bytes", "trainable"), rows, "<<<><")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{model.size():,} parameters, {trainable:,} trainable, {sum(t.nbytes for t in tensors.values()):,} bytes")
+    kind = model.settings["model_type"]
+    print(
+        f"{kind}, "
+        + (f"{model.task}: {', '.join(model.labels)}" if model.task == "classify" else model.task or "no head")
+    )
+    print(model.report)
+    if model.adapter:
+        print(f"\nlearned on top of {model.adapter.base}:")
+        head = ("layer", "rank", "effective", "|update|/|W|", "singular values")
+        rows = [
+            (
+                u.layer,
+                f"{u.rank}",
+                f"{u.effective_rank:.2f}",
+                f"{u.norm:.2e}",
+                " ".join(f"{s:.2g}" for s in u.singular[:8]),
+            )
+            for u in learned(model)
+        ]
+        print_columns(head, rows, "<>>><")
+
+
+def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str) -> None:
+    """An aligned table; sides: < or > for each column."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
-        print("  ".join(f"{cell:{'>' if i == 3 else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip())
-    everything = list(model.parameters())
-    trainable = sum(p.numel() for p in everything if p.requires_grad)
-    print(f"{sum(p.numel() for p in everything):,} parameters, {trainable:,} trainable, ", end="")
-    print(f"{sum(p.nbytes for p in everything):,} bytes")
-    print(f"{settings['model_type']}, " + (f"{model.task}: {', '.join(model.labels)}" if model.task else "no head"))
-    print(model.report)
+        print("  ".join(f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)).rstrip())
 
 
 def describe(name: str, p) -> tuple[str, ...]:
@@ -124,10 +155,15 @@ def describe(name: str, p) -> tuple[str, ...]:
     return name, "x".join(map(str, p.shape)), str(p.dtype)[6:], f"{p.nbytes:,}", "yes" if p.requires_grad else "no"
 
 
-def task_of(settings: dict) -> str | None:
-    """The task that a checkpoint's head is for, by its architecture."""
+def task_of(source: str) -> str | None:
+    """The task that a model folder's head is for, by its architecture; None also where an adapter says it."""
+    from . import hub
     from .models import FAMILIES
 
+    folder = hub.resolve(source)
+    if not (folder / "config.json").is_file():
+        return None
+    settings = hub.read_settings(folder)
     heads = {head.architecture: task for task, head in FAMILIES[settings["model_type"]].HEADS.items()}
     return next((heads[name] for name in settings.get("architectures") or [] if name in heads), None)
 
@@ -160,6 +196,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "eval": (EvalConfig, evaluate),
     "predict": (PredictConfig, predict),
     "generate": (GenerateConfig, generate),
+    "merge": (MergeConfig, merge),
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
 }

@@ -6,11 +6,13 @@ A field `max_length: int = option(0, "...")` is the option `--max-length N` and 
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
+METHODS = r"full|lora|dora|pissa|loftq|lora-fa|head|bias|norm|last-\d+"
 
 
 class InputError(ValueError):
@@ -57,6 +59,24 @@ class TrainConfig(Config):
     columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
     labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
     limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
+    method: str = option("full", "what is trained: full, lora, dora, pissa, loftq, lora-fa, head, bias, norm, last-K")
+    rank: int = option(8, "of an adapter's two matrices", at_least=1)
+    alpha: float = option(32.0, "an adapter's update is scaled by alpha / rank", at_least=0)
+    adapter_dropout: float = option(0.1, "rate of dropout on an adapter's input", at_least=0)
+    targets: str = option(
+        "", "layers to adapt: query,value or all-linear or a regular expression; none: PEFT's default"
+    )
+    exclude: str = option("", "layers not to adapt, named the same way")
+    layers: str = option("", "numbers of the transformer layers to adapt, as 0,1,5; none: all")
+    rank_pattern: str = option("", "other ranks for some layers, as c_proj=4,layer.0.*=16 (regular expressions)")
+    alpha_pattern: str = option("", "other alphas for some layers, the same way")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    lora_plus: float = option(
+        1.0, "learning rate of an adapter's B as a multiple of A's (LoRA+ advises 16)", at_least=0
+    )
+    base: str = option(
+        "auto", "how frozen weights are kept; auto: as activations", choices=("auto", "fp32", "bf16", "nf4")
+    )
     epochs: int = option(3, "passes over the data", at_least=1)
     steps: int = option(0, "stop after N optimizer steps; 0: after the epochs", at_least=0)
     batch: int = option(8, "sequences an optimizer step", at_least=1)
@@ -64,7 +84,9 @@ class TrainConfig(Config):
     max_length: int = option(
         0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
     )
-    lr: float = option(5e-5, "learning rate at its peak", at_least=0)
+    lr: float = option(
+        0.0, "learning rate at its peak; 0: 5e-5 where all is trained, 5e-4 for adapters, 1e-3 for a part", at_least=0
+    )
     warmup: float = option(0.0, "steps of linear warm-up, or below 1 the fraction of all steps", at_least=0)
     schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = option(0.0, "AdamW's decay; not for biases and layer norms", at_least=0)
@@ -94,6 +116,23 @@ class TrainConfig(Config):
         for name in filter(None, self.log.split(",")):
             if name not in ("tensorboard", "wandb"):
                 raise ValueError(f"--log is {self.log!r}; expected tensorboard, wandb, or both with a comma between")
+        if not re.fullmatch(METHODS, self.method):
+            raise ValueError(f"--method is {self.method!r}; expected one of {METHODS.replace('|', ', ')}")
+        if self.base == "nf4" and re.match("full|last", self.method):
+            raise ValueError(
+                f"--base is 'nf4' with --method {self.method}; weights in 4 bits do not learn, expected lora..."
+            )
+        if self.method == "loftq" and self.base != "nf4":
+            raise ValueError(
+                f"--method is 'loftq' with --base {self.base}; it makes up for 4 bits, expected --base nf4"
+            )
+        if not self.adapter_dropout < 1:
+            raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
+        if not re.fullmatch(r"(\d+(,\d+)*)?", self.layers):
+            raise ValueError(f"--layers is {self.layers!r}; expected numbers with commas between")
+        for flag, text in (("--rank-pattern", self.rank_pattern), ("--alpha-pattern", self.alpha_pattern)):
+            if not re.fullmatch(r"([^=,]+=\d+(,[^=,]+=\d+)*)?", text):
+                raise ValueError(f"{flag} is {text!r}; expected NAME=NUMBER, with commas between")
         if self.shard and self.precision == "fp16":
             raise ValueError("--shard is True with --precision fp16; expected fp32 or bf16")
         if not self.label_smoothing < 1:
@@ -180,8 +219,23 @@ class CheckConfig(Config):
 
 
 @dataclass
+class MergeConfig(Config):
+    """Make one model of a base and its adapter, and print what it costs: per layer and on the logits of a sample."""
+
+    model: str = option("", "run folder or adapter folder (required)")
+    out: str = option("", "folder for the merged model (required)")
+    into: str = option(
+        "dequantized",
+        "of a base in 4 bits: what those bits say (keeps what was trained), the weights before packing, or 4 bits",
+        choices=("original", "dequantized", "nf4"),
+    )
+    data: str = option("", "file of examples to compare the logits on; none: random tokens")
+    columns: str = option("", "its columns or keys, as text,label")
+
+
+@dataclass
 class InspectConfig(Config):
-    """Show the module tree of a model: shapes, dtypes, bytes, trainable or not."""
+    """Show the module tree of a model: shapes, dtypes, bytes, trainable or not; of an adapter, what it learned."""
 
     model: str = option("", "run folder, model folder or hub id (required)")
 

@@ -3,8 +3,10 @@
     model, tokenizer = load("bert-base-uncased", task="classify", labels=["negative", "positive"])
     save(model, tokenizer, "reviews-model")
 
-The model is built on the meta device, without memory, and filled tensor by tensor; what the file lacks and may lack (a
-new task's head) is drawn at random. Everything else that does not fit is an error that names the tensor.
+The model is built on the meta device, without memory, and filled tensor by tensor; what the file lacks and may lack
+(a new task's head) is drawn at random. Everything else that does not fit is an error that names the tensor. With
+base="nf4" the layers of the body are packed into four bits as they arrive, so that loading never takes more than the
+result and one tensor. A PEFT adapter folder is its base model with the adapter put around its layers.
 """
 
 import json
@@ -23,9 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import tokenizer as tokenizers
+from .adapters import peft_format
+from .adapters.lora import put as replace_module
+from .adapters.lora import wrappers
 from .config import InputError
 from .distributed import whole
 from .models import FAMILIES, Model
+from .quantize import PARTS, STATE, NF4Linear, linears, quantization_config, swap
 from .tokenizer import Tokenizer
 
 WEIGHT_FILES = (
@@ -41,6 +47,7 @@ class Report:
     """What loading met, in the hub's names."""
 
     loaded: int = 0
+    adapter: int = 0  # tensors of an adapter, put around them
     fresh: list[str] = field(default_factory=list)  # missing in the file, drawn at random
     reshaped: list[str] = field(
         default_factory=list
@@ -48,7 +55,7 @@ class Report:
     unused: list[str] = field(default_factory=list)  # in the file, for another task
 
     def __str__(self) -> str:
-        lines = [f"{self.loaded} tensors loaded"]
+        lines = [f"{self.loaded} tensors loaded" + f", {self.adapter} of an adapter" * bool(self.adapter)]
         for names, what in (
             (self.fresh, "missing, freshly initialised"),
             (self.reshaped, "of another shape, freshly initialised"),
@@ -64,27 +71,46 @@ def load(
     task: str | None = None,
     labels: list[str] | None = None,
     *,
+    base: str = "",
     fresh_head: bool = True,
     dropout: float = -1,
     seed: int = 42,
     device: str | torch.device = "cpu",
 ) -> tuple[Model, Tokenizer | None]:
-    """The model in `source` (a folder, a run folder or a hub id), and its tokenizer or None.
+    """The model in `source` (a folder, a run folder, an adapter folder or a hub id), and its tokenizer or None.
 
     task: which head to put on it; None for the body alone.
     labels: names of the classes; None takes the checkpoint's own.
+    base: "nf4" packs the layers of the body into four bits; "" leaves them as the checkpoint (or the adapter's run)
+    had them.
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
-    folder = resolve(source)
+    given = folder = resolve(source)
+    is_adapter = (given / peft_format.CONFIG).is_file()
+    if is_adapter:
+        adapter, kind = peft_format.read_config(given)
+        if not adapter.base:
+            raise InputError(f"{given / peft_format.CONFIG}: no base_model_name_or_path; expected the model to adapt")
+        task, folder = task or kind, resolve(adapter.base)
     settings = read_settings(folder)
+    if is_adapter and (given / "config.json").is_file():  # a run's; the shape of the model is its base's affair
+        of_run = read_settings(given)
+        settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
+    packed = settings.get("minift", {}).pop("base", "")  # how the run kept its base
     model = build(settings, folder, task, labels, dropout)
-    model.report = fill(model, folder, fresh_head, seed)
-    tokenizer = tokenizers.load(folder) if any((folder / name).is_file() for name in tokenizers.FILES) else None
+    prepare(model, folder, base or packed)
+    model.report = fill(model, folder, fresh_head or is_adapter, seed)
+    if is_adapter:
+        peft_format.load(model, given)
+        if model.report.fresh and not fresh_head:
+            raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
+    found = next((place for place in (given, folder) if any((place / n).is_file() for n in tokenizers.FILES)), None)
+    tokenizer = tokenizers.load(found) if found else None
     if tokenizer and tokenizer.vocab_size > model.config.vocabulary:
         raise InputError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
+            f"{found}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
             f"{model.config.vocabulary}, the rows of the model's embedding"
         )
     return model.to(device), tokenizer
@@ -103,6 +129,11 @@ def resolve(source: str | Path) -> Path:
     return download(str(source))
 
 
+def address(source: str | Path) -> str:
+    """How another folder's files name a model: the whole path of a local one, or its hub id."""
+    return str(resolve(source).resolve()) if Path(source).is_dir() else str(source)
+
+
 def download(repo: str) -> Path:
     """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
 
@@ -116,7 +147,10 @@ def download(repo: str) -> Path:
         except (HfHubHTTPError, HFValidationError) as e:
             raise InputError(f"{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
 
-    config = fetch("config.json")
+    config = fetch(peft_format.CONFIG)
+    if config is not None:
+        fetch(peft_format.WEIGHTS)
+    config = fetch("config.json") or config
     if config is None:
         raise InputError(
             f"{repo}: no such folder, and no config.json of it on the hub or, if the hub is out of reach, in its cache"
@@ -169,6 +203,25 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
         return Model(settings, config, task, labels)
 
 
+def prepare(model: Model, folder: Path, base: str) -> None:
+    """Puts NF4Linears where weights are to be packed (base "nf4"), or are packed in the file."""
+    packed = read_settings(folder).get("quantization_config") or {}
+    if packed and (packed.get("quant_method"), packed.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+        raise InputError(
+            f"{folder / 'config.json'}: quantization_config is {packed}; expected bitsandbytes' nf4, or none"
+        )
+    model.settings = {k: v for k, v in model.settings.items() if k != "quantization_config"}
+    layers = {name for name, _ in linears(model)} if base == "nf4" else set()
+    if packed:
+        ours = {hub: name for name, hub in hub_names(model).items()}
+        for raw, *_ in tensors(folder):
+            weight, is_state, _ = raw.partition(f".{STATE}")
+            name = ours.get(modern(weight, ours, model.family.PREFIX))
+            layers |= {name.removesuffix(".weight")} if is_state and name else set()
+    for name in sorted(layers):
+        swap(model, name)
+
+
 # the weights
 
 
@@ -176,15 +229,27 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
     """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError."""
     names, report, faults = hub_names(model), Report(), []
     ours = {hub: name for name, hub in names.items()}
+    packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
     for raw, shape, read in tensors(folder):
-        hub = modern(raw, ours, model.family.PREFIX)
-        if hub in ours:
+        weight, part = split_part(raw)
+        hub = modern(weight, ours, model.family.PREFIX)
+        if hub in ours and not part and can_pack(model, ours[hub]) and shape == tuple(get(model, ours[hub]).shape):
+            part = "weight"
+        if hub in ours and part:
+            packed.setdefault(hub, {})[part] = read()
+        elif hub in ours:
             faults += place(model, ours[hub], hub, raw, shape, read, report)
         elif re.fullmatch(model.family.OTHER_HEADS, hub):
             report.unused.append(hub)
         elif not re.fullmatch(model.family.IGNORED, hub):
             faults.append(f"{raw} {shape} is in the file, but not in the model")
-    missing = [n for n in names if model.get_parameter(n).is_meta and names[n] not in report.reshaped]
+    for hub, parts in packed.items():
+        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
+        if can_pack(model, ours[hub]):
+            fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
+        faults += [f"{hub} {fault}"] if fault else []
+        report.loaded += 1
+    missing = [n for n in names if get(model, n).is_meta and names[n] not in (*report.reshaped, *packed)]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
     faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:
@@ -200,12 +265,31 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
     return report
 
 
+def split_part(raw: str) -> tuple[str, str]:
+    """(name of the weight, part of it) of a tensor that belongs to a weight in four bits; else (raw, "")."""
+    for part in PARTS:
+        if raw.endswith(f".weight.{part}"):
+            return raw.removesuffix(f".{part}"), part
+    return raw, ""
+
+
+def can_pack(model: Model, name: str) -> bool:
+    """Whether `name` is the weight of a layer that keeps it in four bits."""
+    return name.endswith(".weight") and isinstance(model.get_submodule(name[:-7]), NF4Linear)
+
+
+def get(model: Model, name: str) -> Tensor:
+    """The parameter or buffer called `name`."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
 def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report) -> list[str]:
     """Puts one tensor of the file where it belongs; returns what is wrong with it, if anything."""
-    flip = is_transposed(model, hub)
-    parameter = model.get_parameter(name)
-    want = tuple(parameter.shape)[::-1] if flip else tuple(parameter.shape)
-    if not parameter.is_meta:
+    layer, flip, pack = model.get_submodule(name.rpartition(".")[0]), is_transposed(model, hub), can_pack(model, name)
+    want = (layer.out_features, layer.in_features) if pack else tuple(get(model, name).shape)
+    want = want[::-1] if flip else want
+    if not get(model, name).is_meta:
         return [f"{hub} is in the file twice, the second time as {raw}"]
     if shape != want and name.startswith("head.out."):
         report.reshaped.append(hub)
@@ -215,7 +299,11 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
     tensor = read()
     if not tensor.is_floating_point():
         return [f"{raw} is {tensor.dtype} in the file; expected floating-point numbers"]
-    put(model, name, (tensor.t() if flip else tensor).to(torch.float32, copy=True).contiguous())
+    tensor = tensor.t() if flip else tensor
+    if pack:
+        layer.pack(tensor)
+    else:
+        put(model, name, tensor.to(torch.float32, copy=True).contiguous())
     report.loaded += 1
     return []
 
@@ -226,17 +314,12 @@ def is_transposed(model: Model, hub: str) -> bool:
 
 
 def hub_names(model: Model) -> dict[str, str]:
-    """Our name -> the hub's, for every parameter with a tensor of its own in a file."""
-    table = (*getattr(model.head, "rename", ()), *model.family.RENAME)
-    tied = model.head.tied[0] if model.tied else None
-    names = {}
-    for name in model.state_dict():
-        hub = name
-        for mine, theirs in table:
-            hub = hub.replace(mine, theirs)
-        if name != tied:
-            names[name] = hub
-    return names
+    """Our name -> the hub's, for every weight and bias with a tensor of its own in a file."""
+    tied, modules = model.head.tied[0] if model.tied else None, model.named_modules()
+    found = (
+        f"{n}.{leaf}" for n, m in modules for leaf in ("weight", "bias") if isinstance(getattr(m, leaf, None), Tensor)
+    )
+    return {name: model.hub_name(name) for name in found if name != tied}
 
 
 def modern(name: str, known: dict, prefix: str) -> str:
@@ -338,6 +421,8 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
 def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, write: bool = True) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
+    Of a model with an adapter, the adapter alone: a PEFT folder, with config.json and the tokenizer's files beside
+    it. Layers in four bits are written as bitsandbytes writes them.
     It is written aside and renamed, so that `folder` is never half a model. An older model there is replaced; raises
     InputError where something else is.
     write: whether this process does; of a sharded model, all have to give their parts.
@@ -345,19 +430,50 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, write: b
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: holds something else than a model; expected a new folder, or an older model")
+    if model.adapter:
+        parameters = peft_format.tensors(model)
+        state = {name: whole(p.detach()).cpu().contiguous() for name, p in parameters.items()}
+        weights, texts = peft_format.WEIGHTS, {peft_format.CONFIG: peft_format.settings(model)}
+    else:
+        state, weights, texts = weights_of(model), "model.safetensors", {}
+    if write:
+        write_folder(folder, texts | {"config.json": settings_of(model)}, weights, state, tokenizer)
+
+
+def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bool = True) -> None:
+    """Saves the frozen model under an adapter, and makes its folder the adapter's base."""
+    adapter, model.adapter, layers = model.adapter, None, wrappers(model)
+    for name, layer in layers.items():
+        replace_module(model, name, layer.frozen)
+    save(model, tokenizer, folder, write)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    model.adapter = replace(adapter, base=address(folder))
+
+
+def weights_of(model: Model) -> dict[str, Tensor]:
+    """The tensors of model.safetensors."""
     state = {}
     for name, hub in hub_names(model).items():
-        tensor = whole(model.get_parameter(name).detach())
-        state[hub] = (tensor.t() if is_transposed(model, hub) else tensor).contiguous().cpu()
-    if not write:
-        return
+        tensor = whole(get(model, name).detach())
+        packed = can_pack(model, name)
+        state[hub] = (tensor.t() if is_transposed(model, hub) and not packed else tensor).contiguous().cpu()
+        if packed:
+            parts = model.get_submodule(name.removesuffix(".weight")).parts()
+            state |= {f"{hub}.{part}": tensor.clone().cpu() for part, tensor in parts.items()}
+    return state
+
+
+def write_folder(folder: Path, texts: dict[str, dict], weights: str, state: dict, tokenizer: Tokenizer | None) -> None:
+    """A folder of JSON files, one of tensors and a tokenizer's, complete or not at all. Raises OSError (disk full)."""
     aside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (aside, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        (aside / "config.json").write_text(json.dumps(settings_of(model), indent=2, sort_keys=True) + "\n")
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        for name, content in texts.items():
+            (aside / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        save_file(state, aside / weights, metadata={"format": "pt"})
         if tokenizer:
             tokenizer.save(aside)
     except (OSError, SafetensorError) as e:
@@ -384,4 +500,12 @@ def settings_of(model: Model) -> dict:
         }
         if settings.get("pad_token_id") is None:  # transformers wants one to find the last token of a padded batch
             settings["pad_token_id"] = settings.get("eos_token_id")
+    packed = [name for name, m in model.named_modules() if isinstance(m, NF4Linear)]
+    if packed and model.adapter:  # the base is packed as it is loaded
+        settings["minift"] = settings.get("minift", {}) | {"base": "nf4"}
+    elif packed:
+        skipped = [
+            model.hub_name(n) for n in ("head.pooler", "head.out") if n not in packed and hasattr(model.head, n[5:])
+        ]
+        settings["quantization_config"] = quantization_config(skipped)
     return settings

@@ -1,5 +1,8 @@
 """The parameters of a network and what they compute: Linear, Embedding, LayerNorm.
 
+A linear layer is whatever has in_features, out_features, bias, matrix(dtype) and forward(x, noise): Linear here,
+NF4Linear in quantize.py. An adapter wraps one of them, and is one itself.
+
 All of mixed precision is that weights are cast to the dtype of the activations where they are used.
 Weights are created uninitialised: hub.py streams a checkpoint in, or draws them. N tokens, C width.
 """
@@ -24,7 +27,7 @@ def recomputed(f: Callable, *args):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. What adapters wrap: anything with in_features, out_features and forward(x, noise)."""
+    """y = x W^T + b."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -32,9 +35,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (out_features, in_features) in `dtype`."""
+        return self.weight.to(dtype)
+
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Embedding(nn.Module):

@@ -9,18 +9,22 @@ from .distributed import whole
 from .layers import LayerNorm
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, lora_plus: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) over what is trainable.
 
-    Biases and layer norms are not decayed; embeddings are, as in transformers.
+    Biases, layer norms and DoRA's lengths are not decayed; embeddings are, as in transformers.
+    lora_plus: a group's learning rate is its "ratio" times the step's: this for an adapter's B (LoRA+, Hayou et al.,
+    https://arxiv.org/abs/2402.12354), else 1.
     """
     plain = {id(p) for m in model.modules() if isinstance(m, LayerNorm) for p in m.parameters()}
-    groups: dict[bool, list] = {True: [], False: []}
+    groups: dict[tuple[float, float], list] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[not name.endswith("bias") and id(p) not in plain].append(p)
+            decayed = not name.endswith(("bias", "magnitude")) and id(p) not in plain
+            ratio = lora_plus if name.endswith(".B") else 1.0
+            groups.setdefault((weight_decay if decayed else 0.0, ratio), []).append(p)
     return torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        [{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ps in groups.items()],
         lr=lr,
         betas=(0.9, 0.999),
         eps=1e-8,

@@ -15,15 +15,19 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, data, hub
+from .adapters import CHANGES_BASE, apply
+from .adapters.lora import names
 from .batch import Sequence, order, pack
 from .config import InputError, TrainConfig
 from .distributed import ALONE, World, join
 from .evaluate import check_length, measure
+from .layers import Embedding, Linear
 from .models import Model
 from .ops import native
 from .ops.dropout import Noise
 from .optim import clip, make_optimizer, schedule, warmup_steps
 from .precision import choose_device, choose_dtype
+from .quantize import quantize
 from .tasks import TASKS
 from .tokenizer import Tokenizer
 from .track import Tracker, make_loggers, peak_memory, say, stop_signals
@@ -74,6 +78,40 @@ def read_examples(config: TrainConfig) -> tuple[list, list]:
     return data.sample(examples, config.limit, config.seed) if config.limit else examples, valid
 
 
+def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, Tokenizer | None]:
+    """The model of a configuration, made ready for `--method`, and its tokenizer. Raises InputError."""
+    base, method = Path(config.out, "base"), config.method
+    source = config.model
+    if config.resume and base.is_dir():  # a variant that changed the frozen weights kept them there
+        source, method = str(base), "lora"
+    before = "" if config.base != "nf4" or method in CHANGES_BASE else "nf4"
+    model, tokenizer = hub.load(source, config.task, labels, base=before, dropout=config.dropout, seed=config.seed)
+    say(f"{config.model}: {model.report}")
+    pairs = (
+        dict(pair.split("=") for pair in text.split(",") if pair)
+        for text in (config.rank_pattern, config.alpha_pattern)
+    )
+    ranks, alphas = ({key: int(value) for key, value in pattern.items()} for pattern in pairs)
+    apply(
+        model,
+        method,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.adapter_dropout,
+        targets=names(config.targets),
+        exclude=names(config.exclude),
+        layers=tuple(int(n) for n in config.layers.split(",") if n),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        rslora=config.rslora,
+        seed=config.seed,
+        base=hub.address(source),
+    )
+    if config.base == "nf4" and method in CHANGES_BASE:
+        quantize(model)
+    return model, tokenizer
+
+
 def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tuple[list, list] | None = None) -> Run:
     """Trains `model` in place as `config` says (its `model` option is only recorded) and writes the run folder.
 
@@ -102,12 +140,31 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
         dataclasses.replace(config, resume=False).save(out / "config.json")
     world.wait()
     model.settings["minift"] = {"max_length": max_length}  # eval and predict cut where training cut
+    if model.adapter and model.adapter.variant in CHANGES_BASE and not config.resume:
+        hub.save_base(model, tokenizer, out / "base", world.first)
     model.to(device)
+    keep_frozen(model, dtype if config.base == "auto" else torch.bfloat16 if config.base == "bf16" else torch.float32)
     model.body.dtype, model.body.recompute = dtype, config.recompute
     world.shard(model, model.family.SHARDED)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    config = dataclasses.replace(config, lr=config.lr or default_lr(model))
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return loop(Job(model, config, optimizer, scaler, world), tokenizer, sequences, valid)
+
+
+def keep_frozen(model: Model, dtype: torch.dtype) -> None:
+    """Stores the frozen weights of linear layers and embeddings in `dtype`; what is trained stays float32."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, Linear | Embedding) and not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+
+
+def default_lr(model: Model) -> float:
+    """The learning rate where none is given: the more of a model is trained, the smaller."""
+    if model.adapter:
+        return 5e-4
+    return 5e-5 if all(p.requires_grad for p in model.parameters()) else 1e-3
 
 
 def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[Sequence]) -> Run:
@@ -176,7 +233,7 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     job.scaler.unscale_(job.optimizer)
     norm = clip(parameters, config.clip)
     for group in job.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["ratio"]
     job.scaler.step(job.optimizer)  # float16: not where a gradient overflowed
     job.scaler.update()
     job.optimizer.zero_grad(set_to_none=False)  # keeps the memory: it is needed again in the next step
@@ -232,12 +289,11 @@ def describe(
     model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], max_length: int
 ) -> None:
     """Says what is about to happen."""
-    everything = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, cut = [len(s) for s in sequences], sum(s.cut for s in sequences)
     mean = sum(tokens) / len(tokens)
     labels = f"; labels: {', '.join(model.labels)}" if config.task == "classify" else ""
-    say(f"{trainable:,} of {everything:,} parameters are trained{labels}")
+    say(f"{trainable:,} of {model.size():,} parameters are trained{labels}")
     say(
         f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step; {cut:,} cut to {max_length} tokens"

@@ -1,5 +1,7 @@
 """A model: the body of a family (bert.py, gpt2.py) and, for a task, its head."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ class Model(nn.Module):
         self.settings, self.config, self.task, self.labels = settings, config, task, labels
         self.body = self.family.Body(config)
         self.head = self.family.HEADS[task](config, len(labels)) if task else None
+        self.adapter = None  # the LoRAConfig of what adapters/ put around its layers
         self.tie()
 
     def tie(self) -> None:
@@ -29,10 +32,30 @@ class Model(nn.Module):
         if self.tied:
             self.head.out.weight = self.get_parameter(self.head.tied[1])
 
+    def untie(self) -> None:
+        """Gives a tied head a weight of its own, equal to the embedding's."""
+        self.config = replace(self.config, tie_word_embeddings=False)
+        self.settings = self.settings | {"tie_word_embeddings": False}
+        self.head.out.weight = nn.Parameter(self.head.out.weight.detach().clone())
+
     @property
     def tied(self) -> bool:
         """Whether the head has no weight of its own."""
         return hasattr(self.head, "tied") and self.config.tie_word_embeddings
+
+    def hub_name(self, name: str) -> str:
+        """What the hub calls the parameter or module that is called `name` here."""
+        name += "."  # the tables end in dots
+        for mine, theirs in (*getattr(self.head, "rename", ()), *self.family.RENAME):
+            name = name.replace(mine, theirs)
+        return name[:-1]
+
+    def size(self) -> int:
+        """The number of weights, packed ones too."""
+        packed = (
+            m.in_features * m.out_features for m in self.modules() if "weight" in dict(m.named_buffers(recurse=False))
+        )
+        return sum(p.numel() for p in self.parameters()) + sum(packed)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,36 @@
+"""LoftQ: LoRA that begins by undoing what four bits lose (Li et al., https://arxiv.org/abs/2310.08659).
+
+    five times:   Q = nf4(W - s B A)        s B A = the best rank-R approximation of W - Q
+
+On CPU and CUDA alike (PEFT's needs CUDA). The weight is left as the last W - s B A, which quantize() then packs into
+that Q.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import nf4
+from .lora import adapters, check_float
+
+ROUNDS = 5
+
+
+@torch.no_grad()
+def add(model: nn.Module) -> None:
+    """Splits each adapted weight into what will be packed and an adapter that makes up for its error."""
+    for name, lora in adapters(model):
+        check_float(name, lora)
+        w, rank = lora.base.matrix(torch.float32), len(lora.A)
+        for _ in range(ROUNDS):
+            rest = w - lora.delta()
+            u, s, vt = torch.linalg.svd(w - roundtrip(rest), full_matrices=False)
+            root = (s[:rank] / lora.scale).sqrt()
+            lora.A.copy_(root[:, None] * vt[:rank])
+            lora.B.copy_(u[:, :rank] * root)
+        lora.base.weight.copy_(rest)
+
+
+def roundtrip(w: Tensor) -> Tensor:
+    """What four bits keep of a matrix, with double quantisation."""
+    codes, absmax = nf4.quantize(w)
+    return nf4.dequantize(codes, nf4.expand(*nf4.compress(absmax)), torch.empty_like(w))

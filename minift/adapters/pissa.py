@@ -1,0 +1,25 @@
+"""PiSSA: LoRA that begins at the principal part of the weight (Meng et al., https://arxiv.org/abs/2404.02948).
+
+    W = U S V^T        A = sqrt(S_R / s) V_R^T        B = U_R sqrt(S_R / s)        the frozen rest: W - s B A
+
+The model computes what it did; what learns are the directions in which W is largest. The frozen weight changes, so a
+run keeps it beside the adapter (base/). With `--base nf4` the rest is packed after this, and is smaller than W was.
+"""
+
+import torch
+from torch import nn
+
+from .lora import adapters, check_float
+
+
+@torch.no_grad()
+def add(model: nn.Module) -> None:
+    """Moves the principal part of each adapted weight into its adapter."""
+    for name, lora in adapters(model):
+        check_float(name, lora)
+        rank, scale = len(lora.A), lora.scale
+        u, s, vt = torch.linalg.svd(lora.base.matrix(torch.float32), full_matrices=False)
+        root = (s[:rank] / scale).sqrt()
+        lora.A.copy_(root[:, None] * vt[:rank])
+        lora.B.copy_(u[:, :rank] * root)
+        lora.base.weight -= lora.delta().to(lora.base.weight.dtype)

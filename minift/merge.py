@@ -1,0 +1,135 @@
+"""One model of a base and its adapter, and what that costs.
+
+    original      W + s B A        W as it was before it was packed
+    dequantized   W' + s B A       W' what the four bits say: the model as it was trained, in float32
+    nf4           NF4(W' + s B A)  as small as the base, with a rounding error larger than most updates
+
+The adapter was trained beside W', so only `dequantized` computes what was trained; for a base that is not packed the
+first two are one. DoRA's layers are m V / |V| in place of W + s B A.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import hub
+from .adapters.lora import put, wrappers
+from .batch import Batch, Sequence, pack
+from .config import InputError, MergeConfig
+from .evaluate import check_length
+from .layers import Linear
+from .models import Model
+from .quantize import NF4Linear, swap
+from .tasks import TASKS
+from .tokenizer import Tokenizer
+
+SAMPLE = 16  # sequences that the logits are compared on
+
+
+@dataclass
+class Cost:
+    """Relative errors against the model as it was trained: norms of the difference over norms of what it should be."""
+
+    layers: dict[str, float]  # of the weight of each adapted layer, by its hub name
+    logits: float
+    divergence: float  # mean Kullback-Leibler divergence of the predicted distributions, in nats
+
+
+def merge(config: MergeConfig) -> tuple[Model, Tokenizer | None, Cost]:
+    """Loads the adapted model that `config` names, merges it and compares the two. Raises InputError."""
+    config.check()
+    model, tokenizer = hub.load(config.model, fresh_head=False)
+    if not model.adapter:
+        raise InputError(f"{config.model}: has no adapter; expected a run trained with one, or an adapter folder")
+    batch = sample(model, tokenizer, config)
+    with torch.no_grad():
+        want = model.logits(batch).double()
+        cost = Cost(merge_layers(model, config.into), 0.0, 0.0)
+        got = model.logits(batch).double()
+    cost.logits = ((got - want).norm() / want.norm()).item()
+    p, q = want.log_softmax(-1), got.log_softmax(-1)
+    cost.divergence = (p.exp() * (p - q)).sum(-1).mean().item()
+    return model, tokenizer, cost
+
+
+def merge_layers(model: Model, into: str) -> dict[str, float]:
+    """Replaces each adapted layer, in place, and unpacks (or packs) the others; each adapted layer's relative error."""
+    originals = original_weights(model) if into == "original" else {}
+    errors = {}
+    for name, layer in wrappers(model).items():
+        want, old = layer.matrix(torch.float32), layer.frozen
+        if name in originals:
+            old = linear(originals[name], layer.bias)
+            rebase(layer, old)
+        new = linear(layer.matrix(torch.float32), layer.bias)
+        put(model, name, new)
+        if into == "nf4":
+            new = swap(model, name)
+            new.pack(want)
+        errors[model.hub_name(name)] = ((new.matrix(torch.float32) - want).norm() / want.norm()).item()
+    if into != "nf4":
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Linear)]:
+            weight = originals.get(name)
+            put(model, name, linear(layer.matrix(torch.float32).clone() if weight is None else weight, layer.bias))
+    model.adapter = None
+    model.requires_grad_()
+    return errors
+
+
+def original_weights(model: Model) -> dict[str, Tensor]:
+    """Our name -> the weight before packing, of every layer that is packed."""
+    packed = {name for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    if not packed:
+        return {}
+    source = hub.resolve(model.adapter.base)
+    if "quantization_config" in hub.read_settings(source):
+        raise InputError(f"--into is original, but {source} is in 4 bits itself; expected dequantized or nf4")
+    base, _ = hub.load(source, model.task, model.labels, base="fp32")
+    return {name.removesuffix(".base").removesuffix(".lora"): base.get_parameter(weight_name(name)) for name in packed}
+
+
+def weight_name(name: str) -> str:
+    """What the weight of a layer was called before an adapter wrapped it."""
+    return name.removesuffix(".base").removesuffix(".lora") + ".weight"
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """A Linear of this weight and bias."""
+    layer = Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().float())
+    return layer
+
+
+def rebase(layer: nn.Module, base: Linear) -> None:
+    """Puts another layer under an adapter."""
+    getattr(layer, "lora", layer).base = base
+
+
+def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Batch:
+    """Examples of config.data, or sequences of random tokens."""
+    length = min(32, model.config.longest)
+    if config.data:
+        if tokenizer is None:
+            raise InputError(f"{config.model}: no tokenizer to read --data with")
+        task = TASKS[model.task]
+        examples = task.read(config.data, config.columns, **({"need_label": False} if model.task == "classify" else {}))
+        labelled = {"labelled": False} if model.task == "classify" else {}
+        return pack(task.encode(examples[:SAMPLE], model, tokenizer, check_length(model, 0), **labelled))
+    ids = torch.randint(model.config.vocabulary, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
+    at = {"first": [0], "last": [length - 1]}[model.family.ASKED] if model.task == "classify" else range(length)
+    rows, targets = torch.tensor(list(at)).int().numpy(), torch.zeros(len(at), dtype=torch.int64).numpy()
+    return pack([Sequence(i, x.int().numpy(), None, rows, targets) for i, x in enumerate(ids)])
+
+
+def write(config: MergeConfig) -> Cost:
+    """merge, and the model saved in config.out. Raises InputError, also where something else is there."""
+    out = Path(config.out)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"--out {out}: is there already; expected a new or empty folder")
+    model, tokenizer, cost = merge(config)
+    hub.save(model, tokenizer, out)
+    return cost

@@ -1,0 +1,148 @@
+"""NF4, four bits a weight (Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314), to the bit as in bitsandbytes.
+
+    weights, in blocks of 64 of the flat matrix   a = max |w|        c = the level nearest to w / a
+    double quantisation, in blocks of 256 of a    b = max |a - m|    d = the level nearest to (a - m) / b    m = mean(a)
+    dequantised                                   w ~ LEVELS[c] * (dynamic_levels[d] * b + m)
+
+Two codes share a byte, the first in its high half. LEVELS are quantiles of N(0, 1); the 256 levels of d are an 8-bit
+float of their own (Dettmers, https://arxiv.org/abs/1511.04561). A weight costs 4 + 8 / 64 + 32 / (64 * 256) = 4.127
+bits.
+
+n weights, N tokens.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK, NESTED, GRID = 64, 256, 1 << 16
+CHUNK = 1 << 18  # weights worked on at once; a multiple of BLOCK
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@cache
+def levels(device: torch.device) -> Tensor:
+    """The 16 levels of a code, (16,) float32."""
+    return torch.tensor(LEVELS, device=device)
+
+
+@cache
+def pairs(device: torch.device) -> Tensor:
+    """The two levels of each byte, (256, 2) float32."""
+    byte = torch.arange(256, device=device)
+    return levels(device)[torch.stack([byte >> 4, byte & 15], 1)]
+
+
+@cache
+def dynamic_levels(device: torch.device) -> Tensor:
+    """The 256 levels of double quantisation, (256,) float32: seven decades, each twice as fine as the one below."""
+    found = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        means = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        found += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(found), device=device)
+
+
+def nearest(x: Tensor, level: Tensor) -> Tensor:
+    """The number of the level nearest to each x, the lower one at a midpoint. uint8, of x's shape."""
+    return torch.bucketize(x, (level[:-1] + level[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) of a matrix: (ceil(n / 2), 1) uint8 and (ceil(n / 64),) float32. Any floating-point dtype."""
+    flat, n = w.reshape(-1), w.numel()
+    codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // BLOCK), device=w.device)
+    for i in range(0, n, CHUNK):
+        x = flat[i : i + CHUNK].float()
+        full = len(x) // BLOCK * BLOCK
+        blocks = x[:full].view(-1, BLOCK)
+        a = blocks.abs().amax(1)
+        parts = [(blocks * (1 / a.clamp(min=1e-38))[:, None]).view(-1)]
+        if full < len(x):  # the last block is cut short; bitsandbytes divides there
+            rest = x[full:].abs().amax().clamp(min=1e-38)
+            a, parts = torch.cat([a, rest[None]]), [*parts, x[full:] / rest]
+        c = nearest(torch.cat(parts).clamp_(-1, 1), levels(w.device))
+        c = F.pad(c, (0, 1), value=7) if len(c) % 2 else c  # level 7 is 0
+        codes[i // 2 : (i + len(c)) // 2, 0] = c[0::2] << 4 | c[1::2]
+        absmax[i // BLOCK : i // BLOCK + len(a)] = a
+    return codes, absmax
+
+
+@cache
+def grid(device: torch.device) -> Tensor:
+    """The byte for each of 65,536 evenly spaced numbers from -1 to 1: bitsandbytes' CPU code rounds to these first."""
+    x = 2.0 * torch.arange(GRID, dtype=torch.float32, device=device) / (GRID - 1) - 1
+    return nearest(x, dynamic_levels(device))
+
+
+def compress(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: (bytes uint8, nested absmax (ceil(len / 256),), mean ()) of absmax (float32)."""
+    mean = absmax.mean()
+    x = F.pad(absmax - mean, (0, -len(absmax) % NESTED)).view(-1, NESTED)
+    nested = x.abs().amax(1)
+    scaled = (x * (1 / nested)[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)  # 0 / 0 in a block of zeros: its bytes are 0
+    at = ((scaled + 1) * 0.5).double() * (GRID - 1) + 0.5  # in one rounding, as a fused multiply-add
+    return grid(absmax.device)[at.float().int()].view(-1)[: len(absmax)], nested, mean
+
+
+def expand(d: Tensor, nested: Tensor, mean: Tensor) -> Tensor:
+    """absmax (float32) from its bytes: the inverse of compress, but for what they lost."""
+    found = dynamic_levels(d.device)[d.int()]
+    return found * nested.repeat_interleave(NESTED)[: len(d)] + mean
+
+
+def dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
+    """Fills `out` (contiguous, any floating-point dtype) with the weights: products in float32, rounded once."""
+    flat = out.view(-1)
+    for i in range(0, len(flat), CHUNK):
+        part = flat[i : i + CHUNK]
+        bytes_ = codes.view(-1)[i // 2 : -(-(i + len(part)) // 2)]
+        w = F.embedding(bytes_.int(), pairs(codes.device)).view(-1)[: len(part)]
+        a, full = absmax[i // BLOCK :], len(part) // BLOCK * BLOCK
+        torch.mul(w[:full].view(-1, BLOCK), a[: full // BLOCK, None], out=w[:full].view(-1, BLOCK))
+        if full < len(part):
+            w[full:] *= a[full // BLOCK]
+        part.copy_(w)
+    return out
+
+
+_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The memory that all dequantised matrices use, one after the other: (rows, columns), valid until the next call."""
+    key, n = (device, dtype), rows * columns
+    if key not in _scratch or _scratch[key].numel() < n:
+        _scratch.pop(key, None)  # before the larger one is there
+        with torch.inference_mode(False):  # or it could not be used in training later
+            _scratch[key] = torch.empty(n, dtype=dtype, device=device)
+    return _scratch[key][:n].view(rows, columns)
+
+
+class Frozen(torch.autograd.Function):
+    """y = x W^T + b, where W does not learn: saves nothing; backward asks for W again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.matrix = matrix
+        return F.linear(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = dy @ ctx.matrix(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, dy.float().sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+def frozen_linear(x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """x (N, in) -> (N, out) by the frozen matrix(dtype) (out, in), made where it is needed. bias (out,) or None."""
+    return Frozen.apply(x, bias, matrix)
