@@ -2,10 +2,11 @@
 
     python benchmarks/ops.py [--only norm,gelu] [--threads N] [--dtype bf16]
 
-Plain PyTorch is what a model would call without minift: F.dropout, F.layer_norm, F.gelu, F.cross_entropy. The three
-take turns and the fastest of many counts, so a busy machine slows all alike. Beside them stands what the native one
-amounts to: GB/s of the tensors that have to be read and written once, or GFLOP/s of the matrix products alone. The
-ceilings, a copy and a matrix product, are measured in the same run.
+Plain PyTorch is what a model would call without minift: F.dropout, F.layer_norm, F.gelu, F.cross_entropy,
+F.scaled_dot_product_attention, for LoRA F.dropout before the small product, for NF4 bitsandbytes
+where it is installed. The three take turns and the fastest of many counts, so a busy machine slows all alike. Beside
+them stands what the native one amounts to: GB/s of the tensors that have to be read and written once, or GFLOP/s of the
+matrix products alone. The ceilings, a copy and a matrix product, are measured in the same run.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minift.batch import token_keys
-from minift.ops import native
+from minift.ops import lora, native, nf4
+from minift.ops.attention import attention
 from minift.ops.dropout import Noise, dropout
 from minift.ops.gelu import gelu_erf, gelu_tanh
 from minift.ops.loss import linear_cross_entropy
@@ -71,7 +73,63 @@ def loss_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield "loss", f"{n} x 768 to {v}", ours, plain, 0, 6 * n * 768 * v
 
 
-CASES = {"dropout": dropout_cases, "norm": norm_cases, "gelu": gelu_cases, "loss": loss_cases}
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """12 heads of 64: BERT-base's sequences, and GPT-2's. The six products; causal ones by half."""
+    for count, length, causal in ((8, 128, False), (2, 512, False), (2, 1024, True)):
+        n = count * length
+        qkv, dy = [draw(n, 12, 64, dtype=dtype) for _ in range(3)], torch.randn(n, 12, 64, dtype=dtype)
+        padded = [t.detach().view(count, length, 12, 64).transpose(1, 2).requires_grad_() for t in qkv]
+        options = dict(scale=0.125, causal=causal, p=P, noise=tokens(n))
+        offsets = torch.arange(count + 1) * length
+        ours = passes(lambda q, k, v, o=offsets, s=options: attention(q, k, v, o, **s), qkv, dy)
+        dy = dy.view(count, length, 12, 64).transpose(1, 2)
+        plain = passes(lambda q, k, v, c=causal: F.scaled_dot_product_attention(q, k, v, None, P, c), padded, dy)
+        work = 6 * 2 * n * length * 768 / (2 if causal else 1)
+        yield "attention", f"{count} x {length}{' causal' * causal}", ours, plain, 0, work
+
+
+def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products with x and A alone: h, dA, and the update's part of dx."""
+    for n, rank in ((512, 8), (2048, 8), (512, 16)):
+        x, A, noise = torch.randn(n, 768).to(dtype), torch.randn(rank, 768), tokens(n)
+        g, dx = torch.randn(n, rank).to(dtype), torch.zeros(n, 768, dtype=dtype)
+
+        def ours(x=x, A=A, g=g, dx=dx, noise=noise):
+            words = noise.rows(1), noise.cols(1, 768)
+            lora.shrink(x, A, P, words)
+            lora.spread(x, g, A, dx, P, words)
+
+        low = [x.clone().requires_grad_(), A.to(dtype).clone().requires_grad_()]
+        plain = passes(lambda x, A: F.dropout(x, P) @ A.t(), low, g)
+        yield "lora", f"{n} x 768 rank {rank}", ours, plain, 4 * x.nbytes, 0
+
+
+def nf4_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """There and back, for a matrix of 768 x 3072, as bytes of the matrix and its codes."""
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError:
+        bnb = None
+    w = (0.02 * torch.randn(1, 768 * 3072)).to(dtype)
+    out, (codes, absmax) = torch.empty_like(w), nf4.quantize(w)
+    d, nested, mean = nf4.compress(absmax)
+    packed, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True) if bnb else (None, None)
+    nothing, size = (lambda: None), w.nbytes + codes.nbytes
+    plain = (lambda: bnb.dequantize_4bit(packed, state)) if bnb else nothing
+    yield "nf4", "768 x 3072 to weights", lambda: nf4.dequantize(codes, d, out, nested, mean), plain, size, 0
+    plain = (lambda: bnb.quantize_4bit(w, quant_type="nf4")) if bnb else nothing
+    yield "nf4", "768 x 3072 to codes", lambda: nf4.quantize(w), plain, size, 0
+
+
+CASES = {
+    "attention": attention_cases,
+    "lora": lora_cases,
+    "nf4": nf4_cases,
+    "dropout": dropout_cases,
+    "norm": norm_cases,
+    "gelu": gelu_cases,
+    "loss": loss_cases,
+}
 
 
 def tokens(n: int) -> Noise:

@@ -42,9 +42,9 @@ class NF4Linear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`, in memory that the next layer will use for its own: use it at once."""
-        absmax = nf4.expand(self.absmax, self.nested, self.mean) if self.absmax.dtype == torch.uint8 else self.absmax
         out = nf4.scratch(self.out_features, self.in_features, dtype, self.weight.device)
-        return nf4.dequantize(self.weight, absmax, out)
+        twice = (self.nested, self.mean) if self.absmax.dtype == torch.uint8 else ()
+        return nf4.dequantize(self.weight, self.absmax, out, *twice)
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""

@@ -126,7 +126,7 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     world = join(device, config.shard)
     dtype, reason = choose_dtype(config.precision, device)
     say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {world.size} process{'es' * (world.size > 1)}")
-    say(f"kernels: {native.use(config.kernels)}")
+    say(f"kernels: {native.use(config.kernels, device)}")
     if device.type == "cpu":
         native.keep_memory()
     max_length = check_length(model, config.max_length)

@@ -26,8 +26,9 @@ extern "C" void dropout(const void* x, void* y, const int32_t* row, const int32_
     });
 }
 
-// y = mix(x), both (n,): the words of rows and columns
-extern "C" void mix_words(const int32_t* x, int32_t* y, int64_t n) {
+// y = mix(x ^ salt), both (n,): the words of rows, and, where x is null and i GOLDEN stands for it, of columns
+extern "C" void mix_words(const int32_t* x, int32_t* y, int64_t salt, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = int32_t(mix(uint32_t(x[i])));
+    for (int64_t i = 0; i < n; i++)
+        y[i] = int32_t(mix((x ? uint32_t(x[i]) : uint32_t(i) * GOLDEN) ^ uint32_t(salt)));
 }

@@ -33,4 +33,5 @@ def add(model: nn.Module) -> None:
 def roundtrip(w: Tensor) -> Tensor:
     """What four bits keep of a matrix, with double quantisation."""
     codes, absmax = nf4.quantize(w)
-    return nf4.dequantize(codes, nf4.expand(*nf4.compress(absmax)), torch.empty_like(w))
+    d, nested, mean = nf4.compress(absmax)
+    return nf4.dequantize(codes, d, torch.empty_like(w), nested, mean)

@@ -105,7 +105,8 @@ class Attention(nn.Module):
         asked, at = (x, noise) if rows is None else (x.index_select(0, rows), noise.at(rows))
         q, k, v = self.query(asked, at), self.key(x, noise), self.value(x, noise)  # (M, C), (N, C), (N, C)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # (.., H, D)
-        a = attention(q, k, v, batch.offsets, rows, scale=q.shape[-1] ** -0.5, p=self.p_probs, noise=at, site=self.site)
+        settings = dict(longest=batch.longest, scale=q.shape[-1] ** -0.5, p=self.p_probs, noise=at, site=self.site)
+        a = attention(q, k, v, batch.offsets, rows, **settings)
         return self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)[1]
 
 

@@ -105,7 +105,9 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x, noise).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (N, H, D) each
         q, at = (q, noise) if rows is None else (q.index_select(0, rows), noise.at(rows))
         k, v, offsets, rows = (k, v, batch.offsets, rows) if past is None else past.join(k, v, rows)
-        a = attention(q, k, v, offsets, rows, scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
+        settings = dict(scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
+        longest = batch.longest if past is None else len(k)
+        a = attention(q, k, v, offsets, rows, longest=longest, **settings)
         return self.c_proj(a.flatten(1), at)
 
 

@@ -8,7 +8,8 @@ backward, with P made again from the kept log-sum-exp instead of being saved (Da
 
 N tokens, M query rows, S sequences, H heads, D head size. Dropout's channel number of (head h, key position j) is
 j * H + h, which does not depend on the packing (see dropout.py). On the CPU, float32 and bfloat16 run
-kernels/cpu/attention.cpp, which holds a tile of scores at a time; `reference` says what it has to compute.
+kernels/cpu/attention.cpp, which holds a tile of scores at a time; on CUDA, bfloat16 and float16 run PyTorch's own
+flash kernel (flash.py), with a mask of its own. `reference` says what they have to compute.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import flash, native
 from .dropout import SILENT, Noise, keep, threshold
 
 SCORES = 1 << 18  # scores at hand at once (1 MB in float32): as many heads of a sequence as fit
@@ -33,6 +34,7 @@ def attention(
     offsets: Tensor,
     rows: Tensor | None = None,
     *,
+    longest: int | None = None,
     scale: float,
     causal: bool = False,
     p: float = 0.0,
@@ -42,10 +44,12 @@ def attention(
     """Attention of each sequence to itself, (M, H, D).
 
     q (M, H, D) are the queries at `rows` (ascending token numbers; None: all tokens), with noise.keys (M,);
-    k, v (N, H, D); sequence s holds tokens offsets[s] to offsets[s + 1].
+    k, v (N, H, D); sequence s holds tokens offsets[s] to offsets[s + 1], `longest` at most (None: not known).
     """
     if p == 0 or noise.keys is None:
         p, noise = 0.0, SILENT
+    if flash.takes(q, k, v):
+        return flash.flash(q, k, v, offsets, rows, longest, scale, causal, p, noise, site)
     return Attention.apply(q, k, v, offsets, rows, scale, causal, p, noise, site)
 
 

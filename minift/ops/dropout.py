@@ -47,15 +47,15 @@ def hash_(x: Tensor, scratch: Tensor) -> Tensor:
     return x
 
 
-def mix_tensor(x: Tensor) -> Tensor:
-    """lowbias32 of int32 words, as a new tensor."""
+def mix_tensor(x: Tensor, salt: int = 0) -> Tensor:
+    """lowbias32 of int32 words ^ salt, as a new tensor."""
     lib = native.kernel("dropout", x)
     if lib is None:
-        x = hash_(x.clone(), torch.empty_like(x))
+        x = hash_(x ^ signed(salt), torch.empty_like(x))
         return x ^ (x >> 16 & 0xFFFF)
     x = x.contiguous()
     y = torch.empty_like(x)
-    lib.mix_words(x.data_ptr(), y.data_ptr(), x.numel())
+    lib.mix_words(x.data_ptr(), y.data_ptr(), salt, x.numel())
     return y
 
 
@@ -81,12 +81,15 @@ class Noise:
 
     def rows(self, site: int) -> Tensor:
         """The words of the tokens, (N,) int32."""
-        return mix_tensor(self.keys ^ signed(self.salts(site)[0]))
+        return mix_tensor(self.keys, self.salts(site)[0])
 
     def cols(self, site: int, n: int) -> Tensor:
         """The words of the first n channels, (n,) int32."""
-        channel = torch.arange(n, dtype=torch.int32, device=self.keys.device)
-        return mix_tensor(channel * signed(GOLDEN) ^ signed(self.salts(site)[1]))
+        salt, y = self.salts(site)[1], self.keys.new_empty(n)
+        if lib := native.kernel("dropout", y):
+            lib.mix_words(None, y.data_ptr(), salt, n)
+            return y
+        return mix_tensor(torch.arange(n, dtype=torch.int32, device=y.device) * signed(GOLDEN), salt)
 
 
 SILENT = Noise()

@@ -4,6 +4,9 @@
     g = s dy B                  dA = g^T drop(x)       dB = s dy^T h       dx = dy W + drop'(g A)
 
 Every product goes through rank R, so no matrix of W's size is made. W is whatever `matrix` gives; it does not learn.
+On the CPU, in float32 and bfloat16, those with dropout and a small rank run in kernels/cpu/lora.cpp: drop(x) is never
+there whole.
+
 N tokens, R rank; A (R, in), B (out, R), x (N, in), y (N, out).
 """
 
@@ -12,8 +15,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .dropout import Noise, reference
+from . import native
+from .dropout import Noise, drop, threshold
+
+MOST = 16  # ranks that the kernel takes; beyond, and without dropout, torch.mm is as fast
+STRIP = 64  # columns that it works on at once
 
 
 class LoRA(torch.autograd.Function):
@@ -21,30 +29,67 @@ class LoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, A, B, matrix, scale, p, words) -> Tensor:
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        h = (reference(x, *words, p) if words else x) @ a.t()  # (N, R)
+        h = shrink(x, A, p, words)  # (N, R)
         y = F.linear(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, A, B)
         ctx.settings = matrix, scale, p, words
-        return y.addmm_(h, b.t(), alpha=scale)
+        return y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, h, A, B = ctx.saved_tensors
         matrix, scale, p, words = ctx.settings
-        dx = dA = dB = None
         g = (dy @ B.to(dy.dtype)) * scale  # (N, R)
-        if ctx.needs_input_grad[2]:
-            dA = (g.t() @ (reference(x, *words, p) if words else x)).to(A.dtype)
-        if ctx.needs_input_grad[3]:
-            dB = (dy.t() @ h).to(B.dtype) * scale
-        if ctx.needs_input_grad[0]:
-            dx = dy @ matrix(dy.dtype)
-            if words:
-                dx += reference(g @ A.to(dy.dtype), *words, p)
-            else:
-                dx.addmm_(g, A.to(dy.dtype))
+        dx = dy @ matrix(dy.dtype) if ctx.needs_input_grad[0] else None
+        dA = spread(x, g, A, dx, p, words)
+        dB = (dy.t() @ h).to(B.dtype) * scale if ctx.needs_input_grad[3] else None
         return dx, dy.float().sum(0) if ctx.needs_input_grad[1] else None, dA, dB, None, None, None, None
+
+
+def shrink(x: Tensor, A: Tensor, p: float, words: tuple[Tensor, Tensor] | None) -> Tensor:
+    """drop(x) A^T, (N, R). words: of dropout, for rows and channels, or None without it."""
+    lib = native.kernel("lora", x) if words and len(A) <= MOST else None
+    if lib is None:
+        return (drop(x, *words, p) if words else x) @ A.to(x.dtype).t()
+    x, a = x.contiguous(), padded(A)
+    h = x.new_empty(len(x), len(A))
+    lib.lora_forward(*map(native.pointer, (x, a, h)), *settings(words, p), *sizes(x, A, a))
+    return h
+
+
+def spread(
+    x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, p: float, words: tuple[Tensor, Tensor] | None
+) -> Tensor | None:
+    """Adds drop'(g A) to dx (N, in), where there is one; returns g^T drop(x), where there is an x."""
+    lib = native.kernel("lora", g, x, dx) if words and len(A) <= MOST else None
+    if lib is None:
+        if dx is not None and words:
+            dx += drop(g @ A.to(g.dtype), *words, p)
+        elif dx is not None:
+            dx.addmm_(g, A.to(g.dtype))
+        return None if x is None else (g.t() @ (drop(x, *words, p) if words else x)).to(A.dtype)
+    x, a, wide = None if x is None else x.contiguous(), padded(A), g.float().contiguous()
+    dA = None if x is None else torch.zeros_like(a)
+    if dx is not None or x is not None:
+        given = map(native.pointer, (x, wide, a, dA, dx))
+        lib.lora_backward(*given, *settings(words, p), *sizes(dx if x is None else x, A, a))
+    return None if dA is None else dA[: len(A), : A.shape[1]].to(A.dtype)
+
+
+def padded(A: Tensor) -> Tensor:
+    """A in float32 with zeros below and beside, up to the kernel's blocks; itself where it fits."""
+    return F.pad(A.detach().float(), (0, -A.shape[1] % STRIP, 0, len(A) % 2)).contiguous()
+
+
+def settings(words: tuple[Tensor, Tensor], p: float) -> tuple:
+    """Dropout, as the kernel wants it."""
+    return *map(native.pointer, words), threshold(p), 1 / (1 - p)
+
+
+def sizes(x: Tensor, A: Tensor, a: Tensor) -> tuple:
+    """N, C, R, the padded width of A, and the dtype's code."""
+    return *x.shape, len(A), a.shape[1], native.CODES[x.dtype]
 
 
 def lora_linear(

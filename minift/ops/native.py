@@ -28,7 +28,8 @@ from torch import Tensor, nn
 # never -ffast-math: linking with it makes GCC before 13 turn subnormals off in the whole process
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -std=c++17 -fPIC -shared"
 MODES = ("auto", "native", "reference")
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: None}  # what kernels take; the code of floating-point ones
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: None}  # dtypes that kernels take
+HERE = CODES.keys() - {torch.float16}  # on the CPU
 PLAIN = {Tensor, nn.Parameter}  # kinds of tensor whose data_ptr is their data
 C_TYPES = {"*": ctypes.c_void_p, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
 
@@ -40,10 +41,11 @@ class Unavailable(Exception):
     """Why there is no native kernel, in one line."""
 
 
-def use(wanted: str) -> str:
+def use(wanted: str, device: torch.device | None = None) -> str:
     """Sets the mode: `auto` falls back to the reference, `native` refuses to, `reference` compiles nothing.
 
-    Returns what will run, in words. Raises ValueError for another mode, and where `native` finds no way.
+    Returns what will run on the device (None: the CPU), in words. Raises ValueError for another mode, and where
+    `native` finds no way.
     """
     global mode
     if wanted not in MODES:
@@ -51,6 +53,10 @@ def use(wanted: str) -> str:
     mode = wanted
     if mode == "reference":
         return "PyTorch reference (asked for)"
+    if device is not None and device.type == "cuda":
+        from . import cuda  # which imports this file
+
+        return cuda.describe(device)
     try:
         version = compiler()[1]
     except Unavailable as e:
@@ -65,14 +71,18 @@ def use(wanted: str) -> str:
 def kernel(name: str, *tensors: Tensor | None) -> ctypes.CDLL | None:
     """The library of kernels/cpu/NAME.cpp, if it can work on all these tensors; else None, and the reference runs.
 
-    It takes plain CPU tensors of one dtype: float32, bfloat16, or int32. Raises ValueError in mode `native` where it
-    cannot be made.
+    It takes plain CPU tensors of one dtype: float32, bfloat16, or int32. On CUDA tensors it is that of
+    kernels/cuda/NAME.cu (cuda.py), with the same functions. Raises ValueError in mode `native` where it cannot be made.
     """
     if mode == "reference":
         return None
+    if tensors[0].is_cuda:
+        from . import cuda  # which imports this file
+
+        return cuda.kernel(name, *tensors)
     dtype = tensors[0].dtype
     for t in tensors:
-        if t is not None and not (t.dtype is dtype and dtype in CODES and t.is_cpu and type(t) in PLAIN):
+        if t is not None and not (t.dtype is dtype and dtype in HERE and t.is_cpu and type(t) in PLAIN):
             return None
     return loaded[name] if name in loaded else load(name)
 
@@ -149,7 +159,7 @@ def compile_(name: str, out: Path) -> Path:
 def keep(made: Path, folder: Path, stem: str) -> Path | None:
     """A copy in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
     content = made.read_bytes()
-    path, aside = folder / f"{stem}-{digest(content)}.so", folder / f"{stem}.{os.getpid()}.tmp"
+    path, aside = folder / f"{stem}-{digest(content)}{made.suffix}", folder / f"{stem}.{os.getpid()}.tmp"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not private(folder):

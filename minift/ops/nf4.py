@@ -6,7 +6,7 @@
 
 Two codes share a byte, the first in its high half. LEVELS are quantiles of N(0, 1); the 256 levels of d are an 8-bit
 float of their own (Dettmers, https://arxiv.org/abs/1511.04561). A weight costs 4 + 8 / 64 + 32 / (64 * 256) = 4.127
-bits.
+bits. On the CPU, float32 and bfloat16 run kernels/cpu/nf4.cpp; the reference here is the specification.
 
 n weights, N tokens.
 """
@@ -17,6 +17,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import native
 
 BLOCK, NESTED, GRID = 64, 256, 1 << 16
 CHUNK = 1 << 18  # weights worked on at once; a multiple of BLOCK
@@ -42,6 +44,12 @@ def pairs(device: torch.device) -> Tensor:
 
 
 @cache
+def middles(device: torch.device) -> Tensor:
+    """What lies halfway between neighbouring levels, (15,) float32."""
+    return (levels(device)[:-1] + levels(device)[1:]) / 2
+
+
+@cache
 def dynamic_levels(device: torch.device) -> Tensor:
     """The 256 levels of double quantisation, (256,) float32: seven decades, each twice as fine as the one below."""
     found = [0.0, 1.0]
@@ -52,9 +60,12 @@ def dynamic_levels(device: torch.device) -> Tensor:
     return torch.tensor(sorted(found), device=device)
 
 
-def nearest(x: Tensor, level: Tensor) -> Tensor:
-    """The number of the level nearest to each x, the lower one at a midpoint. uint8, of x's shape."""
-    return torch.bucketize(x, (level[:-1] + level[1:]) / 2, out_int32=True).to(torch.uint8)
+def nearest(x: Tensor, middle: Tensor) -> Tensor:
+    """The number of the level nearest to each x, given what lies halfway between levels; the lower one at a midpoint.
+
+    uint8, of x's shape.
+    """
+    return torch.bucketize(x, middle, out_int32=True).to(torch.uint8)
 
 
 def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +73,18 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     flat, n = w.reshape(-1), w.numel()
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // BLOCK), device=w.device)
-    for i in range(0, n, CHUNK):
+    lib = native.kernel("nf4", flat)
+    if lib is None:
+        reference_quantize(flat, codes, absmax)
+    else:
+        given = flat.data_ptr(), middles(w.device).data_ptr()
+        lib.quantize(*given, codes.data_ptr(), absmax.data_ptr(), n, native.CODES[w.dtype])
+    return codes, absmax
+
+
+def reference_quantize(flat: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """The equations above: fills codes and absmax for the weights `flat` (n,), a chunk of them at a time."""
+    for i in range(0, len(flat), CHUNK):
         x = flat[i : i + CHUNK].float()
         full = len(x) // BLOCK * BLOCK
         blocks = x[:full].view(-1, BLOCK)
@@ -71,18 +93,18 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
         if full < len(x):  # the last block is cut short; bitsandbytes divides there
             rest = x[full:].abs().amax().clamp(min=1e-38)
             a, parts = torch.cat([a, rest[None]]), [*parts, x[full:] / rest]
-        c = nearest(torch.cat(parts).clamp_(-1, 1), levels(w.device))
+        c = nearest(torch.cat(parts).clamp_(-1, 1), middles(flat.device))
         c = F.pad(c, (0, 1), value=7) if len(c) % 2 else c  # level 7 is 0
         codes[i // 2 : (i + len(c)) // 2, 0] = c[0::2] << 4 | c[1::2]
         absmax[i // BLOCK : i // BLOCK + len(a)] = a
-    return codes, absmax
 
 
 @cache
 def grid(device: torch.device) -> Tensor:
     """The byte for each of 65,536 evenly spaced numbers from -1 to 1: bitsandbytes' CPU code rounds to these first."""
     x = 2.0 * torch.arange(GRID, dtype=torch.float32, device=device) / (GRID - 1) - 1
-    return nearest(x, dynamic_levels(device))
+    level = dynamic_levels(device)
+    return nearest(x, (level[:-1] + level[1:]) / 2)
 
 
 def compress(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +123,25 @@ def expand(d: Tensor, nested: Tensor, mean: Tensor) -> Tensor:
     return found * nested.repeat_interleave(NESTED)[: len(d)] + mean
 
 
-def dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
-    """Fills `out` (contiguous, any floating-point dtype) with the weights: products in float32, rounded once."""
+def dequantize(
+    codes: Tensor, absmax: Tensor, out: Tensor, nested: Tensor | None = None, mean: Tensor | None = None
+) -> Tensor:
+    """Fills `out` (contiguous, any floating-point dtype) with the weights: products in float32, rounded once.
+
+    absmax (float32), or with nested and mean its bytes, as compress gave them.
+    """
+    if lib := native.kernel("nf4", out):
+        twice, device = nested is not None, out.device
+        scales = (None, absmax, nested, mean) if twice else (absmax, None, None, None)
+        tables = pairs(device), *scales, dynamic_levels(device) if twice else None
+        given = (codes.contiguous(), *(t if t is None else t.contiguous() for t in tables))
+        lib.dequantize(*map(native.pointer, given), out.data_ptr(), out.numel(), native.CODES[out.dtype])
+        return out
+    return reference_dequantize(codes, absmax if nested is None else expand(absmax, nested, mean), out)
+
+
+def reference_dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
+    """The same with PyTorch, a chunk at a time; absmax float32."""
     flat = out.view(-1)
     for i in range(0, len(flat), CHUNK):
         part = flat[i : i + CHUNK]

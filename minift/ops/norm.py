@@ -28,7 +28,7 @@ class AddNorm(torch.autograd.Function):
         x, residual = x.contiguous(), residual.contiguous()
         w, b = weight.float().contiguous(), bias.float().contiguous()
         h, y = torch.empty_like(x), torch.empty_like(x)
-        mean, rstd = torch.empty(2, x.shape[0], dtype=torch.float32).unbind()
+        mean, rstd = torch.empty(2, x.shape[0], dtype=torch.float32, device=x.device).unbind()
         drop = *map(native.pointer, words), threshold(p), 1 / (1 - p)
         given = x.data_ptr(), residual.data_ptr(), *drop, w.data_ptr(), b.data_ptr(), eps
         lib.norm_forward(*given, *map(native.pointer, (h, y, mean, rstd)), *x.shape, native.CODES[x.dtype])

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from minift.batch import token_keys
-from minift.ops import native
+from minift.ops import lora as lora_module
+from minift.ops import native, nf4
 from minift.ops.dropout import Noise, dropout, mix_tensor
 from minift.ops.gelu import gelu_erf, gelu_tanh
+from minift.ops.lora import lora_linear
 from minift.ops.loss import linear_cross_entropy
 from minift.ops.norm import add_norm
 
@@ -184,7 +186,63 @@ def test_a_target_outside_is_an_error(target):
         linear_cross_entropy(draw(3, 5), draw(63, 5), None, torch.tensor([0, target, 5]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", ["x", "A", "x and A"])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 16])
+@pytest.mark.parametrize("n,width", SIZES)
+def test_lora(n, width, rank, trained, dtype):
+    torch.manual_seed(n + width)
+    W, B = torch.randn(61, width).bfloat16(), torch.randn(61, rank)
+    x, A = draw(n, width, dtype=dtype), draw(rank, width)
+    for name, t in (("x", x), ("A", A)):
+        t.requires_grad_(name in trained)
+
+    def f(x, A):
+        return lora_linear(x, None, A, B, lambda dtype: W.to(dtype), 2.0, 0.2, noise(n), 1)
+
+    judge(f, [x, A], [torch.randn(n, 61)])
+
+
+def test_lora_drops_what_dropout_drops():
+    x, A = torch.randn(50, 130), torch.zeros(3, 130)
+    A[0, 129], A[2, 5] = 1, 1
+    words = noise(50).rows(4), noise(50).cols(4, 130)
+    h = lora_module.shrink(x, A, 0.3, words)
+    want = dropout(x, 0.3, noise(50), 4)
+    assert torch.equal(h[:, 0], want[:, 129]) and torch.equal(h[:, 2], want[:, 5]) and not h[:, 1].any()
+    g, dx = torch.eye(3)[torch.arange(50) % 3], torch.zeros(50, 130)
+    dA = lora_module.spread(x, g, A, dx, 0.3, words)
+    assert torch.equal(dx[0::3, 129] != 0, want[0::3, 129] != 0) and torch.equal(dx[2::3, 5] != 0, want[2::3, 5] != 0)
+    assert torch.allclose(dA[1], want[1::3].sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 16384, 16385, 40000])
+@pytest.mark.parametrize("kind", ["plain", "one element in", "inf and nan"])
+def test_nf4_is_the_reference_to_the_bit(kind, n, dtype):
+    torch.manual_seed(n)
+    w = torch.randn(n + 1).to(dtype)
+    w = w[1:] if kind == "one element in" else w[:n]
+    if kind == "inf and nan":
+        w[n // 2 : n // 2 + 1], w[n // 3 : n // 3 + 1], w[:1] = torch.nan, -torch.inf, torch.inf
+    made = []
+    for native.mode in ("native", "reference"):
+        codes, absmax = nf4.quantize(w)
+        scales = [(absmax,), nf4.compress(absmax)] if n and absmax.isfinite().all() else [(absmax,)]
+        outs = [nf4.dequantize(codes, a, torch.empty(n + 1, dtype=dtype)[1:], *more) for a, *more in scales]
+        made.append([codes, *(t.nan_to_num(7.0) for t in (absmax, *outs))])
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)
+
+
+def lora_of_ones(x):
+    """x + drop(x) 1 1^T / C."""
+    A, W = torch.ones(1, x.shape[1]) / x.shape[1], torch.eye(x.shape[1])
+    return lora_linear(x, None, A, torch.ones(x.shape[1], 1), lambda dtype: W.to(dtype), 1.0, 0.1, noise(len(x)), 1)
+
+
 OPERATORS = {
+    "lora": lora_of_ones,
     "add_norm": lambda x: add_norm(x, x * 0.5, *torch.ones(2, x.shape[1]), EPS, 0.1, noise(len(x)), 1),
     "gelu_erf": gelu_erf,
     "gelu_tanh": gelu_tanh,
@@ -256,13 +314,18 @@ def test_extremes(name, dtype):
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     torch.manual_seed(0)
     before, results = torch.get_num_threads(), []
-    x, weight, bias = draw(611, 333, dtype=dtype), draw(333), draw(333)
+    x, weight, bias, W = draw(611, 333, dtype=dtype), draw(333), draw(333), torch.eye(333)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             out = [add_norm(x, x, weight, bias, EPS, 0.1, noise(611), 1)[1], gelu_erf(x), gelu_tanh(x)]
             out += [dropout(x, 0.1, noise(611), 1)]
-            gradients = [torch.autograd.grad(y.sum(), [x, weight, bias], allow_unused=True) for y in out]
+            out += [lora_linear(x, None, weight[None], bias[:, None], lambda d: W.to(d), 1, 0.1, noise(611), 1)]
+            codes, absmax = nf4.quantize(x.detach())
+            out += [codes, absmax, nf4.dequantize(codes, absmax, torch.empty(611, 333, dtype=dtype))]
+            gradients = [
+                torch.autograd.grad(y.sum(), [x, weight, bias], allow_unused=True) for y in out if y.requires_grad
+            ]
             results.append(out + [g for gs in gradients for g in gs if g is not None])
     finally:
         torch.set_num_threads(before)
@@ -306,9 +369,11 @@ def test_sanitizers_find_nothing(tmp_path):
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_kernels.py', '-k', sys.argv[1]]))"
     )
     preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
+    chosen = "views or empty or extremes or threads or hits or dropout or tail or lora_drops or nf4"
     done = subprocess.run(
-        [sys.executable, "-c", code, "views or empty or extremes or threads or hits or dropout or tail"],
+        [sys.executable, "-c", code, chosen],
         cwd=ROOT, env=os.environ | preload, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert list(tmp_path.glob("minift/kernels/norm-*.so"))
+    made = {path.name.partition("-")[0] for path in tmp_path.glob("minift/kernels/*.so")}
+    assert made >= {"norm", "gelu", "loss", "dropout", "lora", "nf4"}

@@ -73,8 +73,27 @@ def test_nothing_of_size_rows_times_vocabulary_is_saved():
     x, weight, bias, targets = inputs(rows=500, vocabulary=400)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        linear_cross_entropy(x, weight, bias, targets)
-    assert sum(sizes) == x.numel() + weight.numel() + bias.numel()
+        loss, _ = linear_cross_entropy(x, weight, bias, targets)
+    assert sizes == [] and [g.shape for g in loss.grad_fn.gradients] == [x.shape, weight.shape, bias.shape]
+
+
+def test_gradients_are_handed_over_without_a_copy():
+    x, weight, bias, targets = inputs()
+    loss, _ = linear_cross_entropy(x, weight, bias, targets)
+    kept = [g.data_ptr() for g in loss.grad_fn.gradients]
+    (loss / 23).backward()
+    assert kept == [t.grad.data_ptr() for t in (x, weight, bias)]
+
+
+def test_a_second_backward_is_refused():
+    """They were scaled in place: a second time would give wrong numbers."""
+    x, weight, bias, targets = inputs()
+    loss, _ = linear_cross_entropy(x, weight, bias, targets)
+    (loss / 23).backward(retain_graph=True)
+    before = [t.grad.clone() for t in (x, weight, bias)]
+    with pytest.raises(RuntimeError, match="compute it again"):
+        (loss / 23).backward()
+    assert all(torch.equal(a, t.grad) for a, t in zip(before, (x, weight, bias), strict=True))
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.9])

@@ -7,10 +7,10 @@ import hashlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.ops import nf4
+from minift.ops import native, nf4
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 CPU = torch.device("cpu")
@@ -19,6 +19,17 @@ SHAPES = [(64, 64), (192, 64), (7, 9), (1, 1), (3, 5), (100, 33), (513, 1000), (
 
 def digest(t: torch.Tensor) -> str:
     return hashlib.sha256(t.numpy().tobytes()).hexdigest()
+
+
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def kernels(request, monkeypatch):
+    """Everything twice: by PyTorch, and by the kernel in C++."""
+    if request.param == "native":
+        try:
+            native.compiler()
+        except native.Unavailable as e:
+            pytest.skip(str(e))
+    monkeypatch.setattr(native, "mode", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +48,15 @@ def check(w: torch.Tensor) -> None:
     theirs, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=False)
     codes, absmax = nf4.quantize(w)
     assert torch.equal(codes, theirs) and torch.equal(absmax, state.absmax)
-    assert torch.equal(nf4.dequantize(codes, absmax, torch.empty_like(w)), bnb.dequantize_4bit(theirs, state))
+    want = bnb.dequantize_4bit(theirs, state).reshape(1, -1)  # it turns what has one byte
+    assert torch.equal(nf4.dequantize(codes, absmax, torch.empty_like(w)), want)
     theirs, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
     d, nested, mean = nf4.compress(absmax)
     assert torch.equal(mean, state.offset) and torch.equal(nested, state.state2.absmax) and torch.equal(d, state.absmax)
-    found = nf4.dequantize(codes, nf4.expand(d, nested, mean), torch.empty_like(w))
-    assert torch.equal(found, bnb.dequantize_4bit(theirs, state))
+    want = bnb.dequantize_4bit(theirs, state).reshape(1, -1)
+    for scales in ((nf4.expand(d, nested, mean),), (d, nested, mean)):
+        found = nf4.dequantize(codes, scales[0], torch.empty_like(w), *scales[1:])
+        assert torch.equal(found, want)
 
 
 def test_the_two_tables_are_the_published_ones():
@@ -74,7 +88,7 @@ def test_hard_cases(name, dtype):
     check(w.to(dtype))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**20), st.floats(1e-6, 1e6))
 def test_any_matrix(rows, columns, seed, scale):
     check(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale)

@@ -1,0 +1,323 @@
+"""On an NVIDIA GPU: every CUDA test, then training steps of minift, of transformers, and of transformers compiled.
+
+    python benchmarks/gpu.py --assets ../shared --write benchmarks/RESULTS.md       about ten minutes
+    python benchmarks/gpu.py --dry-run --engines minift,eager                       small, on the CPU: does it run?
+
+bert-128    BERT-base, one label a sequence, 32 sequences of 128 random tokens: no padding, the peers' best case
+bert-imdb   the same on 32 IMDB reviews, cut at 512 tokens: the peers pad each batch to its longest (needs --assets)
+gpt2-1024   GPT-2, the next token, 8 sequences of 1,024 random tokens, all asked about
+
+full, lora (r=8, PEFT's default targets) and nf4 (lora over a base in NF4 with double quantisation), dropout 0.1, random
+weights of the published sizes, bfloat16: minift as --precision bf16 has it, the peers under autocast (the base of lora
+in bfloat16; bitsandbytes for nf4), scaled-dot-product attention, fused AdamW, gradients clipped; a plain loop, no
+Trainer.
+
+Each engine runs in a fresh process. Time is the median step, all of it; tokens are real ones. MFU: model FLOPs (no
+recomputation, nothing for padding) over the device's peak. Launches are counted by torch.profiler in one step.
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CASES = {
+    "bert-128": dict(family="bert", batch=32, length=128),
+    "bert-imdb": dict(family="bert", batch=32, length=512),
+    "gpt2-1024": dict(family="gpt2", batch=8, length=1024),
+}
+METHODS, ENGINES = ("full", "lora", "nf4"), ("minift", "eager", "compiled")
+LAYERS, WIDTH, VOCABULARY, WARM, SEED = 12, 768, {"bert": 30522, "gpt2": 50257}, 4, 42
+PEAK = {
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "L4": 121,
+}  # bf16 TFLOP/s, dense
+COLUMNS = ("case", "method", "engine", "ms a step", "tokens/s", "MFU", "peak MB", "launches a step")
+
+Step = Callable[[int], int]  # number of the step -> its real tokens
+
+
+def batches(case: dict, steps: int, a: argparse.Namespace) -> list[list[np.ndarray]]:
+    """The token ids of the sequences of each step."""
+    rng, n, length = np.random.default_rng(SEED), steps * case["batch"], case["length"]
+    if case is CASES["bert-imdb"] and a.assets:
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(
+            str(a.assets / "weights/tokenizers/bert-base-uncased/tokenizer.json")
+        )
+        tokenizer.enable_truncation(length)
+        with gzip.open(a.assets / "data/imdb/train.jsonl.gz", "rt", encoding="utf-8") as f:
+            texts = [json.loads(line)["text"] for line in f]
+        chosen = rng.permutation(len(texts))[:n]
+        rows = [np.array(e.ids, np.int32) for e in tokenizer.encode_batch([texts[i] for i in chosen])]
+    else:
+        rows = [rng.integers(5, VOCABULARY[case["family"]], length, dtype=np.int32) for _ in range(n)]
+    if a.dry_run:
+        rows = [row[:16] for row in rows]
+    return [rows[i : i + case["batch"]] for i in range(0, n, case["batch"])]
+
+
+def make_model(family: str, folder: Path, small: bool) -> None:
+    """A random model as a hub folder."""
+    import transformers
+
+    torch.manual_seed(SEED)
+    if family == "bert":
+        sizes = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128) if small else {}
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2, **sizes))
+    else:
+        sizes = dict(n_layer=2, n_embd=64, n_head=2) if small else {}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.save_pretrained(folder)
+
+
+def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch.device) -> Step:
+    """Steps by minift's own train_step."""
+    import minift
+    from minift.batch import Sequence
+    from minift.ops import native
+    from minift.optim import make_optimizer
+    from minift.train import Job, keep_frozen, load_model, train_step
+
+    bert = case["family"] == "bert"
+    config = minift.TrainConfig(
+        model=str(folder),
+        task="classify" if bert else "complete",
+        data="unused",
+        out="unused",
+        method="full" if method == "full" else "lora",
+        base="nf4" if method == "nf4" else "auto",
+        seed=SEED,
+    )
+    model, _ = load_model(config, ["0", "1"] if bert else None)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(native.use("auto", device), file=sys.stderr)
+    model.to(device)
+    keep_frozen(model, dtype)
+    model.body.dtype = dtype
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    job = Job(model, config, make_optimizer(model, 5e-5, 0.01), scaler)
+
+    def sequence(number: int, ids: np.ndarray) -> Sequence:
+        n = 1 if bert else len(ids) - 1
+        targets = np.array([number % 2]) if bert else ids[1:].astype(np.int64)
+        return Sequence(number, ids, None, np.arange(n, dtype=np.int32), targets)
+
+    def step(i: int) -> int:
+        train_step(job, [sequence(i * case["batch"] + j, ids) for j, ids in enumerate(rows[i])], i, 5e-5)
+        return sum(map(len, rows[i]))
+
+    return step
+
+
+def peer_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, compiled: bool) -> Step:
+    """Steps by transformers, PEFT and bitsandbytes."""
+    import transformers
+
+    bert, cuda = case["family"] == "bert", device.type == "cuda"
+    kind = transformers.AutoModelForSequenceClassification if bert else transformers.AutoModelForCausalLM
+    half = torch.bfloat16 if cuda else torch.float32
+    options = {"dtype": torch.float32 if method == "full" else half}
+    if method == "nf4":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half,
+            llm_int8_skip_modules=["classifier", "pooler", "lm_head"],
+        )
+        options["device_map"] = {"": device.type}
+    model = kind.from_pretrained(folder, **options)
+    if method != "full":
+        import peft
+
+        task = "SEQ_CLS" if bert else "CAUSAL_LM"
+        lora = dict(r=8, lora_alpha=32, lora_dropout=0.1, task_type=task, fan_in_fan_out=not bert)
+        model = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    model = model.to(device).train()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=5e-5, weight_decay=0.01, fused=True)
+    run = torch.compile(model) if compiled else model
+
+    def step(i: int) -> int:
+        longest = max(map(len, rows[i]))
+        ids = torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows[i]])).long()
+        mask = torch.from_numpy(np.stack([np.arange(longest) < len(row) for row in rows[i]])).long()
+        labels = torch.arange(len(rows[i])) % 2 if bert else ids
+        given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            loss = run(**{k: v.to(device, non_blocking=True) for k, v in given.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # as a log line would
+        return int(mask.sum())
+
+    return step
+
+
+def flops(case: dict, method: str, rows: list[np.ndarray]) -> float:
+    """Model FLOPs of a step: linear layers, attention, head; forward, gradients of inputs, and, full, of weights."""
+    n, causal = sum(map(len, rows)), 0.5 if case["family"] == "gpt2" else 1.0
+    linear, head = 24 * WIDTH**2 * LAYERS * n, 2 * WIDTH * VOCABULARY["gpt2"] * n if case["family"] == "gpt2" else 0
+    attention = sum(4 * len(row) ** 2 * WIDTH * LAYERS * causal for row in rows)
+    return (3 if method == "full" else 2) * (linear + head) + 3 * attention
+
+
+def peak(device: torch.device) -> float:
+    """FLOP/s of bfloat16 products: the data sheet's, else those of a large product here."""
+    name = torch.cuda.get_device_name(device)
+    if known := [p for n, p in PEAK.items() if n in name]:
+        return max(known) * 1e12
+    x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    times = [timed(lambda: x @ x, device) for _ in range(10)]
+    return 2 * 8192**3 / min(times)
+
+
+def timed(f: Callable, device: torch.device) -> float:
+    """Seconds of f, all its kernels included."""
+    start = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def launches(f: Callable) -> int:
+    """Kernels that f launches."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with torch.profiler.profile(activities=activities) as profile:
+        f()
+    return sum(e.count for e in profile.key_averages() if e.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+
+
+def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Namespace) -> dict:
+    """One engine on one case, in this process."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() and not a.dry_run else torch.device("cpu")
+    case, steps = CASES[name], a.steps + WARM + 1
+    rows = batches(case, steps, a)
+    given = case, method, folder / case["family"], rows, device
+    step = minift_step(*given) if engine == "minift" else peer_step(*given, engine == "compiled")
+    for i in range(WARM):
+        step(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    timing = [timed(lambda i=i: step(i), device) for i in range(WARM, WARM + a.steps)]
+    tokens = statistics.mean(sum(map(len, rows[i])) for i in range(WARM, WARM + a.steps))
+    found = {"ms": statistics.median(timing) * 1e3, "tokens_per_second": tokens * a.steps / sum(timing)}
+    if device.type == "cuda":
+        work = statistics.mean(flops(case, method, rows[i]) for i in range(WARM, WARM + a.steps))
+        found["mfu"] = work * a.steps / sum(timing) / peak(device)
+        found["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return found | {"launches": launches(lambda: step(steps - 1))}
+
+
+def table(rows: list[dict]) -> str:
+    """A line a run; one that failed says why."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---:|" * (len(COLUMNS) - 3)]
+    for r in rows:
+        head = f"| {r['case']} | {r['method']} | {r['engine']} | "
+        if "why" in r:
+            lines.append(f"{head}{r['why']} | | | | |")
+            continue
+        mfu, memory = (format(r[k], form) if k in r else "-" for k, form in (("mfu", ".1%"), ("peak_mb", ",.0f")))
+        lines.append(f"{head}{r['ms']:.1f} | {r['tokens_per_second']:,.0f} | {mfu} | {memory} | {r['launches']:,} |")
+    return "\n".join(lines)
+
+
+def write(path: Path, rows: list[dict], tests: str) -> None:
+    """Replaces this script's section of the results file."""
+    import transformers
+
+    begin, end = "<!-- gpu -->", "<!-- end gpu -->"
+    name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, transformers {transformers.__version__}"
+    section = f"""{begin}
+## On a GPU: minift, transformers, and transformers compiled
+
+`python benchmarks/gpu.py --assets ../shared` on {time.strftime("%Y-%m-%d")}: {name}; {versions}. bfloat16, dropout 0.1.
+Tests: {tests}
+
+{table(rows)}
+{end}
+"""
+    old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
+    before, _, rest = old.partition(begin)
+    path.write_text(before + section + (rest.partition(end)[2].lstrip("\n") if rest else ""))
+
+
+def plan(a: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """The runs, what matters most first: compiling takes longest."""
+    engines, cases, methods = (x.split(",") for x in (a.engines, a.cases, a.methods))
+    skipped = set() if a.assets or a.dry_run else {"bert-imdb"}
+    return [(c, m, e) for e in engines for c in cases for m in methods if c not in skipped]
+
+
+def main() -> None:
+    """The tests, then every run in a process of its own; one JSON line each, and a table at the end."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--assets", type=Path, help="the folder with data/ and weights/; without it, no bert-imdb")
+    p.add_argument("--cases", default=",".join(CASES))
+    p.add_argument("--methods", default=",".join(METHODS))
+    p.add_argument("--engines", default=",".join(ENGINES))
+    p.add_argument("--steps", type=int, default=20, help=f"timed, after {WARM} (default %(default)s)")
+    p.add_argument("--minutes", type=float, default=10, help="after which no further run begins (default %(default)s)")
+    p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
+    p.add_argument("--dry-run", action="store_true", help="small models on the CPU, two steps each, no tests")
+    p.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # the folder with the models; one run in this process
+    a = p.parse_args()
+    a.steps = min(a.steps, 2) if a.dry_run else a.steps
+    if a.here:
+        print(json.dumps(measure(a.cases, a.methods, a.engines, a.here, a)))
+        return
+    if not a.dry_run and not torch.cuda.is_available():
+        p.error("torch finds no CUDA device; expected one, or --dry-run")
+    start, tests, rows = time.monotonic(), "not run", []
+    if not a.dry_run:
+        root = Path(__file__).parents[1]
+        command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cuda.py"]
+        lines = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()
+        tests = lines[-1] if lines else "nothing printed"
+        print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))) or tests, flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        for family in VOCABULARY:
+            make_model(family, Path(work, family), a.dry_run)
+        for case, method, engine in plan(a):
+            row = {"case": case, "method": method, "engine": engine}
+            if time.monotonic() - start > 60 * a.minutes:
+                row["why"] = f"not run: {a.minutes:g} minutes were over"
+            else:
+                command = [sys.executable, __file__, "--cases", case, "--methods", method, "--engines", engine]
+                command += ["--steps", str(a.steps), "--here", work, *(["--dry-run"] if a.dry_run else [])]
+                command += ["--assets", str(a.assets)] if a.assets else []
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    row["why"] = (done.stderr.strip().splitlines() or ["failed"])[-1][:160].replace("|", "/")
+                else:
+                    row |= json.loads(done.stdout.strip().splitlines()[-1])
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print(table(rows))
+    if a.write:
+        write(a.write, rows, tests)
+
+
+if __name__ == "__main__":
+    main()
