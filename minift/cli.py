@@ -27,6 +27,7 @@ from .config import (
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
     from . import data
+    from .distributed import leave
     from .track import say, speaks
     from .train import Interrupted, load_model, read_examples
     from .train import train as run
@@ -40,6 +41,8 @@ def train(config: TrainConfig) -> int:
     except Interrupted as e:
         say(f"{e}\nto go on: minift train --resume --out {config.out}")
         return 128 + e.number
+    finally:
+        leave()
     say(f"{done.steps} steps in {done.seconds:.1f} s; the model is in {done.model}")
     if done.metrics and speaks():
         print_table({f"valid {name}": value for name, value in done.metrics.items()})

@@ -81,7 +81,8 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
     """The model of a configuration, made ready for `--method`, and its tokenizer. Raises InputError."""
     base, method = Path(config.out, "base"), config.method
     source = config.model
-    if config.resume and base.is_dir():  # a variant that changed the frozen weights kept them there
+    if config.resume and base.is_dir() and checkpoint.latest(Path(config.out)):
+        # a variant that changed the frozen weights kept them there; the checkpoint has the rest
         source, method = str(base), "lora"
     before = "" if config.base != "nf4" or method in CHANGES_BASE else "nf4"
     model, tokenizer = hub.load(source, config.task, labels, base=before, dropout=config.dropout, seed=config.seed)
@@ -136,7 +137,7 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
         dataclasses.replace(config, resume=False).save(out / "config.json")
     world.wait()
     model.settings["minift"] = {"max_length": max_length}  # eval and predict cut where training cut
-    if model.adapter and model.adapter.variant in CHANGES_BASE and not config.resume:
+    if model.adapter and model.adapter.variant in CHANGES_BASE:
         hub.save_base(model, tokenizer, out / "base", world.first)
     model.to(device)
     keep_frozen(model, dtype if config.base == "auto" else torch.bfloat16 if config.base == "bf16" else torch.float32)
