@@ -58,24 +58,33 @@ def nearest(x: Tensor, level: Tensor) -> Tensor:
 
 
 def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, absmax) of a matrix: (ceil(n / 2), 1) uint8 and (ceil(n / 64),) float32. Any floating-point dtype."""
-    flat, n = w.reshape(-1), w.numel()
+    """(codes, absmax) of a matrix: (ceil(n / 2), 1) uint8 and (ceil(n / 64),) float32. Any floating-point dtype.
+
+    A piece of rows at a time: of a transposed or half-precision matrix no whole copy is made.
+    """
+    n, columns = w.numel(), w.shape[-1]
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // BLOCK), device=w.device)
-    for i in range(0, n, CHUNK):
-        x = flat[i : i + CHUNK].float()
-        full = len(x) // BLOCK * BLOCK
-        blocks = x[:full].view(-1, BLOCK)
-        a = blocks.abs().amax(1)
-        parts = [(blocks * (1 / a.clamp(min=1e-38))[:, None]).view(-1)]
-        if full < len(x):  # the last block is cut short; bitsandbytes divides there
-            rest = x[full:].abs().amax().clamp(min=1e-38)
-            a, parts = torch.cat([a, rest[None]]), [*parts, x[full:] / rest]
-        c = nearest(torch.cat(parts).clamp_(-1, 1), levels(w.device))
-        c = F.pad(c, (0, 1), value=7) if len(c) % 2 else c  # level 7 is 0
+    rows = max(1, CHUNK // (BLOCK * columns)) * BLOCK  # whole blocks
+    for k in range(0, w.shape[0], rows):
+        i = k * columns
+        c, a = quantize_piece(w[k : k + rows].reshape(-1).float())
         codes[i // 2 : (i + len(c)) // 2, 0] = c[0::2] << 4 | c[1::2]
         absmax[i // BLOCK : i // BLOCK + len(a)] = a
     return codes, absmax
+
+
+def quantize_piece(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) of numbers in a row, (n,) float32: one code a byte, an even number of them."""
+    full = len(x) // BLOCK * BLOCK
+    blocks = x[:full].view(-1, BLOCK)
+    a = blocks.abs().amax(1)
+    parts = [(blocks * (1 / a.clamp(min=1e-38))[:, None]).view(-1)]
+    if full < len(x):  # the last block is cut short; bitsandbytes divides there
+        rest = x[full:].abs().amax().clamp(min=1e-38)
+        a, parts = torch.cat([a, rest[None]]), [*parts, x[full:] / rest]
+    c = nearest(torch.cat(parts).clamp_(-1, 1), levels(x.device))
+    return F.pad(c, (0, 1), value=7) if len(c) % 2 else c, a  # level 7 is 0
 
 
 @cache
