@@ -330,6 +330,15 @@ def stop_after(out, step) -> None:
             shutil.rmtree(path)
 
 
+def test_a_run_from_python_can_be_repeated_by_its_config(folder, tmp_path):
+    data = str(reviews(tmp_path / "train.tsv", 40))
+    model, tokenizer = minift.load(folder, task="classify", labels=["blame", "praise"], base="nf4")
+    minift.add_lora(model, rank=3, alpha=6, targets="query,key", rank_pattern={"key": 2}, rslora=True)
+    minift.train(model, tokenizer, minift.TrainConfig(data=data, out=str(tmp_path / "a"), epochs=1))
+    assert cli.main(["train", "--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
 def test_training_goes_on_from_an_adapter(folder, tmp_path):
     assert cli.main(options(folder, tmp_path / "a", "--method", "lora")) == 0
     assert cli.main(options(tmp_path / "a", tmp_path / "b", "--method", "lora")) == 0
