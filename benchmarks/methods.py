@@ -57,7 +57,8 @@ def run_minift(method: str, assets: Path, seed: int, steps: int) -> dict:
         trained = time.perf_counter()
         test = minift.EvalConfig(data=str(files[1]))
         accuracy = None if steps else minift.evaluate(model, tokenizer, test)["accuracy"]
-    return measured(accuracy, run.steps, start, trained)
+        losses = [json.loads(line)["train/loss"] for line in open(run.out / "metrics.jsonl")]
+    return measured(accuracy, run.steps, start, trained) | {"train_loss": sum(losses) / len(losses)}
 
 
 def run_peft(assets: Path, seed: int, steps: int) -> dict:
@@ -108,7 +109,8 @@ def run_peft(assets: Path, seed: int, steps: int) -> dict:
         trainer.train()
         trained = time.perf_counter()
         accuracy = None if steps else trainer.evaluate()["eval_accuracy"]
-    return measured(accuracy, trainer.state.global_step, start, trained)
+    loss = next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry)
+    return measured(accuracy, trainer.state.global_step, start, trained) | {"train_loss": loss}
 
 
 def main() -> None:

@@ -139,7 +139,8 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     if model.adapter and model.adapter.variant in CHANGES_BASE:
         hub.save_base(model, tokenizer, out / "base", world.first)
     model.to(device)
-    keep_frozen(model, dtype if config.base == "auto" else torch.bfloat16 if config.base == "bf16" else torch.float32)
+    if config.base == "bf16" or config.base == "auto" and model.adapter:  # else they are saved with the model
+        keep_frozen(model, torch.bfloat16 if config.base == "bf16" else dtype)
     model.body.dtype, model.body.recompute = dtype, config.recompute
     world.shard(model, model.family.SHARDED)
     config = dataclasses.replace(config, lr=config.lr or default_lr(model))

@@ -5,6 +5,7 @@ python -m pytest tests/test_adapters.py
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -337,6 +338,27 @@ def test_a_run_from_python_can_be_repeated_by_its_config(folder, tmp_path):
     minift.train(model, tokenizer, minift.TrainConfig(data=data, out=str(tmp_path / "a"), epochs=1))
     assert cli.main(["train", "--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_frozen_weights_are_kept_in_the_activations_dtype(folder, tmp_path, monkeypatch):
+    """Under an adapter; but not where they are saved with the model, which would round them."""
+    module, kinds = sys.modules["minift.train"], {}  # minift.train is the function of that name
+    loop = module.loop
+
+    def watched(job, *rest):
+        kinds.update({name: p.dtype for name, p in job.model.named_parameters()})
+        return loop(job, *rest)
+
+    monkeypatch.setattr(module, "loop", watched)
+    assert cli.main(options(folder, tmp_path / "lora", "--method", "lora", "--precision", "bf16")) == 0
+    assert {t for n, t in kinds.items() if n.endswith(("base.weight", "key.weight", "word.weight"))} == {torch.bfloat16}
+    assert {t for n, t in kinds.items() if n.endswith((".A", ".B", "head.out.weight", "norm.weight"))} == {
+        torch.float32
+    }
+    assert cli.main(options(folder, tmp_path / "head", "--method", "head", "--precision", "bf16")) == 0
+    model, _ = minift.load(tmp_path / "head", task="classify")
+    plain, _ = minift.load(folder, task="classify")
+    assert torch.equal(model.body.embeddings.word.weight, plain.body.embeddings.word.weight)
 
 
 def test_training_goes_on_from_an_adapter(folder, tmp_path):
