@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import CASES, measured, sst2, table
+from peers import CASES, machine, measured, replace_section, sst2, table
 
 CASE = CASES["sst2"]
 OPTIONS = {
@@ -57,7 +57,8 @@ def run_minift(method: str, assets: Path, seed: int, steps: int) -> dict:
         trained = time.perf_counter()
         test = minift.EvalConfig(data=str(files[1]))
         accuracy = None if steps else minift.evaluate(model, tokenizer, test)["accuracy"]
-    return measured(accuracy, run.steps, start, trained)
+        losses = [json.loads(line)["train/loss"] for line in open(run.out / "metrics.jsonl")]
+    return measured(accuracy, run.steps, start, trained) | {"train_loss": sum(losses) / len(losses)}
 
 
 def run_peft(assets: Path, seed: int, steps: int) -> dict:
@@ -108,7 +109,8 @@ def run_peft(assets: Path, seed: int, steps: int) -> dict:
         trainer.train()
         trained = time.perf_counter()
         accuracy = None if steps else trainer.evaluate()["eval_accuracy"]
-    return measured(accuracy, trainer.state.global_step, start, trained)
+    loss = next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry)
+    return measured(accuracy, trainer.state.global_step, start, trained) | {"train_loss": loss}
 
 
 def main() -> None:
@@ -118,6 +120,9 @@ def main() -> None:
     p.add_argument("--methods", default="lora,qlora,head,bias,peft-lora")
     p.add_argument("--seeds", default="42")
     p.add_argument("--steps", type=int, default=0, help="time N steps alone, without the test; 0: the whole job")
+    p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
+    p.add_argument("--rows", type=Path, help="with --write: JSON lines of earlier runs, to put with those of this one")
+    p.add_argument("--note", default="", help="with --write: what a reader should know of the circumstances")
     p.add_argument("--here", action="store_true", help="run one case in this process")
     a = p.parse_args()
     if a.here:
@@ -126,8 +131,8 @@ def main() -> None:
         row = run_peft(a.assets, seed, a.steps) if peft else run_minift(a.methods, a.assets, seed, a.steps)
         print(json.dumps({"engine": a.methods, "seed": seed, **row}))
         return
-    rows = []
-    for seed in a.seeds.split(","):
+    rows = [json.loads(line) for line in open(a.rows) if line.startswith('{"engine')] if a.rows else []
+    for seed in filter(None, a.seeds.split(",")):
         for method in a.methods.split(","):
             options = [
                 "--assets",
@@ -146,6 +151,11 @@ def main() -> None:
             rows.append(json.loads(out.strip().splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
+    if a.write:
+        methods, seeds = (",".join(dict.fromkeys(str(r[k]) for r in rows)) for k in ("engine", "seed"))
+        command = f"python benchmarks/methods.py --assets ../shared --methods {methods} --seeds {seeds}"
+        text = f"`{command}` on {machine()}; float32, dropout 0.1. {a.note}\n\n{OPTIONS}\n\n{table(rows)}"
+        replace_section(a.write, "methods", f"## SST-2: what is trained, beside PEFT\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import csv
 import gzip
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -185,23 +186,28 @@ def table(rows: list[dict]) -> str:
 
 def write(path: Path, data: str, steps: int, rows: list[dict]) -> None:
     """Replaces this data set's section of the results file."""
+    engines, seeds = (",".join(dict.fromkeys(str(r[k]) for r in rows)) for k in ("engine", "seed"))
+    command = f"python benchmarks/peers.py --data {data} --assets ../shared --engines {engines} --seeds {seeds}"
+    command += f" --steps {steps}" if steps else ""
+    title = f"{data}: minift and the Hugging Face Trainer{f', {steps} steps' if steps else ''}"
+    text = f"`{command}` on {machine()}; float32, dropout 0.1. {CASES[data]}\n\n{table(rows)}"
+    replace_section(path, f"peers {data} {steps}", f"## {title}\n\n{text}")
+
+
+def machine() -> str:
+    """The day, the machine and the libraries that figures belong to."""
     import torch
     import transformers
 
     cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
-    engines, seeds = (",".join(dict.fromkeys(str(r[k]) for r in rows)) for k in ("engine", "seed"))
-    command = f"python benchmarks/peers.py --data {data} --assets ../shared --engines {engines} --seeds {seeds}"
-    command += f" --steps {steps}" if steps else ""
-    begin, end = f"<!-- peers {data} {steps} -->", f"<!-- end {data} {steps} -->"
-    section = f"""{begin}
-## {data}: minift and the Hugging Face Trainer{f", {steps} steps" if steps else ""}
+    day = time.strftime("%Y-%m-%d")
+    return f"{day}: {cpu}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}"
 
-`{command}` on {time.strftime("%Y-%m-%d")}: {cpu}, {torch.get_num_threads()} cores; torch {torch.__version__},
-transformers {transformers.__version__}; float32, dropout 0.1. {CASES[data]}
 
-{table(rows)}
-{end}
-"""
+def replace_section(path: Path, key: str, text: str) -> None:
+    """Puts `text` where an older section of that key stands in a results file, or at its end."""
+    begin, end = f"<!-- {key} -->", f"<!-- end {key} -->"
+    section = f"{begin}\n{text}\n{end}\n"
     old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
     before, _, rest = old.partition(begin)
     path.write_text(before + section + (rest.partition(end)[2].lstrip("\n") if rest else ""))

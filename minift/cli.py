@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from .config import (
     CheckConfig,
@@ -27,6 +28,7 @@ from .config import (
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
     from . import data
+    from .distributed import leave
     from .track import say, speaks
     from .train import Interrupted, load_model, read_examples
     from .train import train as run
@@ -40,6 +42,8 @@ def train(config: TrainConfig) -> int:
     except Interrupted as e:
         say(f"{e}\nto go on: minift train --resume --out {config.out}")
         return 128 + e.number
+    finally:
+        leave()
     say(f"{done.steps} steps in {done.seconds:.1f} s; the model is in {done.model}")
     if done.metrics and speaks():
         print_table({f"valid {name}": value for name, value in done.metrics.items()})
@@ -113,7 +117,6 @@ def merge(config: MergeConfig) -> None:
 def inspect(config: InspectConfig) -> None:
     """Prints every tensor, then the sums; of an adapter, what it learned."""
     from . import hub
-    from .adapters.learned import learned
 
     model, _ = hub.load(config.model, task_of(config.model))
     tensors = {name: t for name, t in model.named_parameters()} | dict(model.named_buffers())
@@ -127,8 +130,24 @@ def inspect(config: InspectConfig) -> None:
         + (f"{model.task}: {', '.join(model.labels)}" if model.task == "classify" else model.task or "no head")
     )
     print(model.report)
-    if model.adapter:
-        print(f"\nlearned on top of {model.adapter.base}:")
+    print_learned(model, Path(config.model, "config.json"))
+
+
+def print_learned(model, run: Path) -> None:
+    """The size and rank of each update, where there is an adapter or `run` is the config.json of a run folder."""
+    from . import hub
+    from .adapters.learned import learned, learned_in_full
+
+    before, updates = model.adapter and model.adapter.base, learned(model)
+    if not before and run.is_file():
+        before = json.loads(run.read_text()).get("model")
+        try:
+            updates = before and learned_in_full(model, hub.load(before, model.task, model.labels)[0])
+        except InputError as e:
+            print(f"\nwhat it learned cannot be told: {e}")
+            return
+    if before:
+        print(f"\nlearned on top of {before}:")
         head = ("layer", "rank", "effective", "|update|/|W|", "singular values")
         rows = [
             (
@@ -138,7 +157,7 @@ def inspect(config: InspectConfig) -> None:
                 f"{u.norm:.2e}",
                 " ".join(f"{s:.2g}" for s in u.singular[:8]),
             )
-            for u in learned(model)
+            for u in updates
         ]
         print_columns(head, rows, "<>>><")
 

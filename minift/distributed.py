@@ -93,6 +93,12 @@ def join(device: torch.device, shard: bool) -> World:
     return World(dist.get_rank(), dist.get_world_size(), shard)
 
 
+def leave() -> None:
+    """Ends the conversation; a process that exits in the middle of it may be aborted by its own threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def deal(sequences: list[Sequence], n: int) -> list[list[Sequence]]:
     """The shares of n processes: longest first, each sequence to the share with the fewest tokens."""
     if n == 1:

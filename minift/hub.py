@@ -101,7 +101,7 @@ def load(
     packed = settings.get("minift", {}).pop("base", "")  # how the run kept its base
     model = build(settings, folder, task, labels, dropout)
     prepare(model, folder, base or packed)
-    model.report = fill(model, folder, fresh_head or is_adapter, seed)
+    model.report, model.source = fill(model, folder, fresh_head or is_adapter, seed), address(source)
     if is_adapter:
         peft_format.load(model, given)
         if model.report.fresh and not fresh_head:

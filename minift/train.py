@@ -16,7 +16,7 @@ import torch
 
 from . import checkpoint, data, hub
 from .adapters import CHANGES_BASE, apply
-from .adapters.lora import names
+from .adapters.lora import adapters, names
 from .batch import Sequence, order, pack
 from .config import InputError, TrainConfig
 from .distributed import ALONE, World, join
@@ -82,7 +82,8 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
     """The model of a configuration, made ready for `--method`, and its tokenizer. Raises InputError."""
     base, method = Path(config.out, "base"), config.method
     source = config.model
-    if config.resume and base.is_dir():  # a variant that changed the frozen weights kept them there
+    if config.resume and base.is_dir() and checkpoint.latest(Path(config.out)):
+        # a variant that changed the frozen weights kept them there; the checkpoint has the rest
         source, method = str(base), "lora"
     before = "" if config.base != "nf4" or method in CHANGES_BASE else "nf4"
     model, tokenizer = hub.load(source, config.task, labels, base=before, dropout=config.dropout, seed=config.seed)
@@ -105,7 +106,6 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
         alpha_pattern=alphas,
         rslora=config.rslora,
         seed=config.seed,
-        base=hub.address(source),
     )
     if config.base == "nf4" and method in CHANGES_BASE:
         quantize(model)
@@ -137,19 +137,45 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     if world.first:
         describe(model, config, sequences, valid, max_length)
         out.mkdir(parents=True, exist_ok=True)
-        dataclasses.replace(config, resume=False).save(out / "config.json")
+        recorded(config, model).save(out / "config.json")
     world.wait()
     model.settings["minift"] = {"max_length": max_length}  # eval and predict cut where training cut
-    if model.adapter and model.adapter.variant in CHANGES_BASE and not config.resume:
+    if model.adapter and model.adapter.variant in CHANGES_BASE:
         hub.save_base(model, tokenizer, out / "base", world.first)
     model.to(device)
-    keep_frozen(model, dtype if config.base == "auto" else torch.bfloat16 if config.base == "bf16" else torch.float32)
+    if config.base == "bf16" or config.base == "auto" and model.adapter:  # else they are saved with the model
+        keep_frozen(model, torch.bfloat16 if config.base == "bf16" else dtype)
     model.body.dtype, model.body.recompute = dtype, config.recompute
     world.shard(model, model.family.SHARDED)
     config = dataclasses.replace(config, lr=config.lr or default_lr(model))
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return loop(Job(model, config, optimizer, scaler, world), tokenizer, sequences, valid)
+
+
+def recorded(config: TrainConfig, model: Model) -> TrainConfig:
+    """The configuration that the command line would have to be given to repeat this run, one made in Python too."""
+    config = dataclasses.replace(config, resume=False, model=config.model or model.source)
+    if not model.adapter or config.method != "full":
+        return config
+    adapter = model.adapter
+
+    def text(value: str | tuple | dict) -> str:
+        value = [f"{k}={v:g}" for k, v in value.items()] if isinstance(value, dict) else value
+        return value if isinstance(value, str) else ",".join(map(str, value))
+
+    packed = any(not lora.base.weight.is_floating_point() for _, lora in adapters(model))
+    return dataclasses.replace(
+        config,
+        method=adapter.variant,
+        base="nf4" if packed else config.base,
+        adapter_dropout=adapter.dropout,
+        **{name: getattr(adapter, name) for name in ("rank", "alpha", "rslora")},
+        **{
+            name: text(getattr(adapter, name))
+            for name in ("targets", "exclude", "layers", "rank_pattern", "alpha_pattern")
+        },
+    )
 
 
 def keep_frozen(model: Model, dtype: torch.dtype) -> None:

@@ -138,12 +138,15 @@ def test_predict_needs_no_labels(run, capsys, tmp_path):
 def test_inspect(run, capsys):
     assert main(["inspect", "--model", str(run / "runs/a")]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split() == ["parameter", "shape", "dtype", "bytes", "trainable"]
+    assert out[0].split() == ["tensor", "shape", "dtype", "bytes", "trainable"]
     word = next(line for line in out if line.startswith("body.embeddings.word.weight"))
     assert word.split() == ["body.embeddings.word.weight", "64x32", "float32", "8,192", "yes"]
     assert any("classify: blame, praise" in line for line in out) and any(
         re.match(r"[\d,]+ parameters", line) for line in out
     )
+    learned = out[out.index(f"learned on top of {run / 'model'}:") + 1 :]
+    assert learned[0].split()[:2] == ["layer", "rank"] and len(learned) == 1 + 2 * 6 + 1  # and the pooler
+    assert learned[1].split()[:2] == ["bert.encoder.layer.0.attention.self.query", "32"]
 
 
 def test_a_run_is_repeated_by_its_config(run, capsys):

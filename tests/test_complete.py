@@ -248,8 +248,12 @@ def test_micro_batches_change_nothing(folder, assets, tmp_path, tokens):
 
 
 @pytest.mark.slow
-def test_learn_and_generate(folder, tmp_path, capsys):
-    """Four facts by heart: train, eval, generate from prompts and from a file, transformers says the same."""
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_learn_and_generate(method, folder, tmp_path, capsys):
+    """Four facts by heart: train, eval, generate from prompts and from a file, transformers says the same.
+
+    By LoRA over four bits too: all of it straight from the adapter folder, and transformers from the merged model.
+    """
     facts = {
         "The capital of France is": " Paris.",
         "The capital of Italy is": " Rome.",
@@ -283,6 +287,7 @@ def test_learn_and_generate(folder, tmp_path, capsys):
                 "60",
                 "--dropout",
                 "0",
+                *{"full": [], "lora": "--method lora --base nf4 --targets all-linear --rank 16".split()}[method],
             ]
         )
         == 0
@@ -295,7 +300,12 @@ def test_learn_and_generate(folder, tmp_path, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
     assert main(["generate", "--model", str(run), "--prompt", "The capital of Peru is", "--max-tokens", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["completion"] == " Lima"
-    theirs = GPT2LMHeadModel.from_pretrained(run / "best").eval()
+    plain = run / "best"
+    if method == "lora":
+        assert (run / "best/adapter_config.json").is_file()
+        plain = tmp_path / "merged"
+        assert main(["merge", "--model", str(run), "--out", str(plain), "--data", str(path)]) == 0
+    theirs = GPT2LMHeadModel.from_pretrained(plain).eval()
     ids = torch.tensor([minift.load(run, task="complete")[1].encode(["The capital of Italy is"])[0].ids])
     assert (
         theirs.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=EOS)[0, ids.shape[1] :].tolist()[-1] == EOS

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import transformers
-from helpers import peer
+from helpers import peer, small_bert
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification, get_scheduler
 
 import minift
@@ -62,3 +62,17 @@ def test_frozen_parameters_are_left_out(tmp_path):
     model.body.requires_grad_(False)
     held = {id(p) for group in make_optimizer(model, 1e-3, 0.1).param_groups for p in group["params"]}
     assert held == {id(p) for p in model.head.parameters()}
+
+
+def test_lora_plus_gives_b_its_own_rate(tmp_path):
+    """As PEFT's create_loraplus_optimizer: B learns `ratio` times as fast as A."""
+    model, _ = minift.load(small_bert(tmp_path), task="classify")
+    minift.add_lora(model)
+    rates = {}
+    for group in make_optimizer(model, 1e-3, 0.1, lora_plus=16).param_groups:
+        for p in group["params"]:
+            rates[id(p)] = group["ratio"]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert rates.pop(id(p)) == (16 if name.endswith(".B") else 1), name
+    assert not rates

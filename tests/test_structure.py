@@ -23,6 +23,7 @@ ALLOWED = {
     "cli": {
         "adapters",
         "config",
+        "distributed",
         "merge",
         "data",
         "tokenizer",

@@ -97,10 +97,10 @@ def add_lora(
 
     targets, exclude: as in LoRAConfig, or as a string with commas, "query,value"; "all-linear" is every layer but the
     head's last.
-    more: the other fields of LoRAConfig. seed: of the adapters' first weights.
+    more: the other fields of LoRAConfig; base is where the model was loaded from. seed: of the adapters' first weights.
     The head of a classifier stays trained, in full. Raises InputError that lists the names, where nothing matches.
     """
-    config = LoRAConfig(rank, alpha, dropout, names(targets), names(exclude), **more)
+    config = LoRAConfig(rank, alpha, dropout, names(targets), names(exclude), **{"base": model.source} | more)
     if model.adapter:
         raise InputError("the model has an adapter already; expected one without, or merged")
     wrap(model, config)

@@ -24,6 +24,7 @@ class Model(nn.Module):
         self.settings, self.config, self.task, self.labels = settings, config, task, labels
         self.body = self.family.Body(config)
         self.head = self.family.HEADS[task](config, len(labels)) if task else None
+        self.source = ""  # where its weights came from: a folder's whole path, or a hub id
         self.adapter = None  # the LoRAConfig of what adapters/ put around its layers
         self.tie()
 

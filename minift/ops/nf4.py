@@ -69,16 +69,23 @@ def nearest(x: Tensor, middle: Tensor) -> Tensor:
 
 
 def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, absmax) of a matrix: (ceil(n / 2), 1) uint8 and (ceil(n / 64),) float32. Any floating-point dtype."""
-    flat, n = w.reshape(-1), w.numel()
+    """(codes, absmax) of a matrix: (ceil(n / 2), 1) uint8 and (ceil(n / 64),) float32. Any floating-point dtype.
+
+    A piece of rows at a time: of a transposed or half-precision matrix no whole copy is made.
+    """
+    n, columns = w.numel(), w.shape[-1]
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // BLOCK), device=w.device)
-    lib = native.kernel("nf4", flat)
-    if lib is None:
-        reference_quantize(flat, codes, absmax)
-    else:
-        given = flat.data_ptr(), middles(w.device).data_ptr()
-        lib.quantize(*given, codes.data_ptr(), absmax.data_ptr(), n, native.CODES[w.dtype])
+    rows = max(1, CHUNK // (BLOCK * columns)) * BLOCK  # whole blocks
+    for k in range(0, w.shape[0], rows):
+        flat, i = w[k : k + rows].reshape(-1), k * columns
+        end = i + len(flat)
+        c, a = codes[i // 2 : -(-end // 2)], absmax[i // BLOCK : -(-end // BLOCK)]
+        if lib := native.kernel("nf4", flat):
+            given = flat.data_ptr(), middles(w.device).data_ptr(), c.data_ptr(), a.data_ptr()
+            lib.quantize(*given, len(flat), native.CODES[w.dtype])
+        else:
+            reference_quantize(flat, c, a)
     return codes, absmax
 
 

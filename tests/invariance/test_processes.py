@@ -82,6 +82,23 @@ def curve(out):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_adapters_over_four_bits_too(folder, shard):
+    more = ["--method", "dora", "--base", "nf4"]
+    if not (folder / "lora").exists():
+        assert main(["train", *options(folder, "lora", *more)]) == 0
+    name = f"lora-2{''.join(shard)}"
+    process = torchrun(2, options(folder, name, *more, *shard))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for a, b in zip(curve(folder / "lora"), curve(folder / name), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=BOUND)
+    theirs = load_file(folder / name / "last/adapter_model.safetensors")
+    for key, weight in load_file(folder / "lora/last/adapter_model.safetensors").items():
+        assert (weight - theirs[key]).abs().max() < BOUND, key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("n, tokens, more", [(2, 0, []), (3, 40, []), (2, 40, ["--shard"]), (3, 0, ["--shard"])])
 def test_processes_change_nothing(folder, n, tokens, more):
     """60 examples in steps of 8: the last step of an epoch has 4."""

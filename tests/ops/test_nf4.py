@@ -44,7 +44,8 @@ def check(w: torch.Tensor) -> None:
 
     As one row: see test_bitsandbytes_misreads_some_widths.
     """
-    w = w.reshape(1, -1)
+    two_dimensional, w = nf4.quantize(w), w.reshape(1, -1)
+    assert all(torch.equal(a, b) for a, b in zip(two_dimensional, nf4.quantize(w), strict=True))
     theirs, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=False)
     codes, absmax = nf4.quantize(w)
     assert torch.equal(codes, theirs) and torch.equal(absmax, state.absmax)
@@ -127,8 +128,10 @@ def test_the_published_error_and_size():
 
 
 def test_work_in_chunks_changes_nothing(monkeypatch):
-    w = torch.randn(33, 70, generator=torch.Generator().manual_seed(2))
+    w = torch.randn(150, 70, generator=torch.Generator().manual_seed(2))
     want = nf4.quantize(w)
+    for got, expected in zip(nf4.quantize(w.t().contiguous().t()), want, strict=True):  # another layout
+        assert torch.equal(got, expected)
     monkeypatch.setattr(nf4, "CHUNK", 256)
     for got, expected in zip(nf4.quantize(w), want, strict=True):
         assert torch.equal(got, expected)
