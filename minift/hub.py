@@ -31,6 +31,7 @@ from .adapters.lora import wrappers
 from .config import InputError
 from .distributed import whole
 from .models import FAMILIES, Model
+from .ops import native
 from .quantize import PARTS, STATE, NF4Linear, linears, quantization_config, swap
 from .tokenizer import Tokenizer
 
@@ -101,7 +102,8 @@ def load(
     packed = settings.get("minift", {}).pop("base", "")  # how the run kept its base
     model = build(settings, folder, task, labels, dropout)
     prepare(model, folder, base or packed)
-    model.report, model.source = fill(model, folder, fresh_head or is_adapter, seed), address(source)
+    with native.returned_memory():
+        model.report, model.source = fill(model, folder, fresh_head or is_adapter, seed), address(source)
     if is_adapter:
         peft_format.load(model, given)
         if model.report.fresh and not fresh_head:

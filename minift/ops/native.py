@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -115,10 +116,27 @@ def keep_memory() -> None:
 
     Else every step's activations and gradients are paid for in page faults. Another C library is left as it is.
     """
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """Makes glibc give back what is freed at once, while a checkpoint streams in.
+
+    Else the pieces of each tensor leave holes in the heap, beside which the next tensor goes.
+    """
+    mallopt(-3, 2**17)
+    try:
+        yield
+    finally:
+        mallopt(-3, 2**25)
+
+
+def mallopt(option: int, value: int) -> None:
+    """Sets one of glibc's numbers; nothing where there is none."""
     with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 # ---- making one
