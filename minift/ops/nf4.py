@@ -74,6 +74,7 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     A piece of rows at a time: of a transposed or half-precision matrix no whole copy is made.
     """
     n, columns = w.numel(), w.shape[-1]
+    w = w.reshape(-1, columns)
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // BLOCK), device=w.device)
     rows = max(1, CHUNK // (BLOCK * columns)) * BLOCK  # whole blocks
