@@ -30,6 +30,7 @@ from .adapters.lora import put as replace_module
 from .adapters.lora import wrappers
 from .config import InputError
 from .distributed import whole
+from .layers import Linear
 from .models import FAMILIES, Model
 from .ops import native
 from .quantize import PARTS, STATE, NF4Linear, linears, quantization_config, swap
@@ -104,6 +105,10 @@ def load(
     prepare(model, folder, base or packed)
     with native.returned_memory():
         model.report, model.source = fill(model, folder, fresh_head or is_adapter, seed), address(source)
+    if model.task and isinstance(model.head.out, NF4Linear):
+        model.head.out = unpacked(
+            model.head.out
+        )  # which transformers packs too; a head's numbers are looked at, and learn
     if is_adapter:
         peft_format.load(model, given)
         if model.report.fresh and not fresh_head:
@@ -222,6 +227,14 @@ def prepare(model: Model, folder: Path, base: str) -> None:
             layers |= {name.removesuffix(".weight")} if is_state and name else set()
     for name in sorted(layers):
         swap(model, name)
+
+
+def unpacked(layer: NF4Linear) -> Linear:
+    """The same layer with its weight in float32."""
+    new = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    new.weight = nn.Parameter(layer.matrix(torch.float32).clone())
+    new.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
+    return new
 
 
 # the weights

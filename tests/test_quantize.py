@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 import minift
 from minift.batch import pack
 from minift.config import InputError
+from minift.ops.dropout import SILENT
 from minift.quantize import STATE, NF4Linear
+from minift.tasks import TASKS
 
 pytest.importorskip("bitsandbytes")
 CLASSES = {
@@ -102,6 +104,26 @@ def test_we_load_theirs_and_write_it_back_byte_for_byte(family, double, dtype, t
             assert torch.equal(got[name], tensor), name
         else:
             assert torch.equal(got[name], tensor.float()), name
+
+
+def test_a_packed_pooler_and_classifier(tmp_path):
+    """transformers packs these too unless told not to, and the peer's recipe then crashes; here it trains."""
+    base("bert", tmp_path / "base")
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = CLASSES["bert"][0].from_pretrained(
+        tmp_path / "base", dtype=torch.float32, device_map="cpu", quantization_config=quantization
+    )
+    packed.save_pretrained(tmp_path / "theirs")
+    model, _ = minift.load(tmp_path / "theirs", task="classify")
+    assert isinstance(model.head.pooler, NF4Linear) and not isinstance(model.head.out, NF4Linear)
+    assert same_logits(model, theirs("bert", tmp_path / "theirs"), "bert")
+    minift.add_lora(model)
+    batch = pack([sequence(0, random_ids([9])[0], rows=[0])])
+    loss, _ = TASKS["classify"].loss(model, batch, SILENT, 0.0)
+    loss.backward()
+    assert (
+        all(p.grad is not None for p in model.parameters() if p.requires_grad) and model.head.out.weight.requires_grad
+    )
 
 
 @FAMILY

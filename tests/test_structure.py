@@ -61,7 +61,7 @@ ALLOWED = {
     "distributed": {"batch"},
     "generate": {"batch", "config", "data", "models", "ops", "tasks", "tokenizer", "track"},
     "check": {"config", "data", "tokenizer"},
-    "hub": {"adapters", "models", "ops", "quantize", "tokenizer", "config", "distributed"},
+    "hub": {"adapters", "layers", "models", "ops", "quantize", "tokenizer", "config", "distributed"},
     "adapters": {"adapters", "config", "layers", "ops"},
     "quantize": {"layers", "ops"},
     "merge": {"adapters", "batch", "config", "evaluate", "hub", "layers", "models", "quantize", "tasks", "tokenizer"},
