@@ -145,9 +145,10 @@ def test_completions_too(completions, n, tokens, more):
     assert losses[0] == pytest.approx(losses[1], abs=BOUND)
     one, many = (load_file(folder / run / "last/model.safetensors") for run in ("one", name))
     assert one.keys() == many.keys()
-    assert all(
-        (one[k] - many[k]).abs().max() < BOUND for k in one if not k.endswith("c_attn.bias")
-    )  # has the keys' bias
+    for key in one.keys() - {k for k in one if k.endswith("c_attn.bias")}:  # has the keys' bias
+        difference = (one[key] - many[key]).abs().flatten()
+        assert difference.quantile(0.999) < 1e-6, key
+        assert difference.max() < 1e-4, key  # of one element in thousands, whose gradient is nearly 0: AdamW (LOG.md)
 
 
 @pytest.mark.slow
