@@ -73,11 +73,11 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
     A piece of rows at a time: of a transposed or half-precision matrix no whole copy is made.
     """
-    n, columns = w.numel(), w.shape[-1]
-    w = w.reshape(-1, columns)
+    w = w[None] if w.dim() == 1 else w
+    n, columns = w.numel(), w.shape[1]
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // BLOCK), device=w.device)
-    rows = max(1, CHUNK // (BLOCK * columns)) * BLOCK  # whole blocks
+    rows = max(1, CHUNK // (BLOCK * max(1, columns))) * BLOCK  # whole blocks
     for k in range(0, w.shape[0], rows):
         flat, i = w[k : k + rows].reshape(-1), k * columns
         end = i + len(flat)
