@@ -306,17 +306,20 @@ def test_the_option_takes_the_modes():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_memory_is_kept_from_step_to_step():
-    """Page faults of 96 MB in six blocks that were there before: hardly any with keep_memory, one a page without."""
+    """Page faults of 96 MB in six blocks that were there before: hardly any with keep_memory, one a page where memory
+    goes back at once, as it does while a model is loaded. (Left alone, glibc does now this and now that.)"""
     code = """
-import resource, sys, torch
+import contextlib, resource, sys, torch
 from minift.ops import native
 if sys.argv[1] == "keep": native.keep_memory()
+how = contextlib.nullcontext() if sys.argv[1] == "keep" else native.returned_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     [torch.ones(2**22) for _ in range(6)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-for _ in range(4):
-    last = faults()
+with how:
+    for _ in range(4):
+        last = faults()
 print(last)
 """
     count = {
