@@ -11,13 +11,10 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-from peers import CASES, machine, measured, replace_section, sst2, table
+from peers import machine, replace_section, run_minift, run_trainer, table
 
-CASE = CASES["sst2"]
 OPTIONS = {
     "full": dict(method="full", lr=5e-5),
     "lora": dict(method="lora", lr=5e-4),
@@ -29,88 +26,18 @@ OPTIONS = {
 }
 
 
-def run_minift(method: str, assets: Path, seed: int, steps: int) -> dict:
-    """One of OPTIONS with minift."""
-    import minift
-    from minift.train import load_model
-
-    train, test = sst2(assets)
-    with tempfile.TemporaryDirectory() as temporary:
-        files = []
-        for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
-            files.append(Path(temporary, name))
-            files[-1].write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
-        config = minift.TrainConfig(
-            model=str(assets / "weights/all-MiniLM-L6-v2"),
-            data=str(files[0]),
-            out=str(Path(temporary, "run")),
-            epochs=CASE["epochs"],
-            steps=steps,
-            batch=CASE["batch"],
-            max_length=CASE["max_length"],
-            seed=seed,
-            **OPTIONS[method],
-        )
-        model, tokenizer = load_model(config, ["0", "1"])
-        start = time.perf_counter()
-        run = minift.train(model, tokenizer, config)
-        trained = time.perf_counter()
-        test = minift.EvalConfig(data=str(files[1]))
-        accuracy = None if steps else minift.evaluate(model, tokenizer, test)["accuracy"]
-        losses = [json.loads(line)["train/loss"] for line in open(run.out / "metrics.jsonl")]
-    return measured(accuracy, run.steps, start, trained) | {"train_loss": sum(losses) / len(losses)}
-
-
-def run_peft(assets: Path, seed: int, steps: int) -> dict:
-    """LoRA with PEFT and transformers.Trainer, at the same settings; each batch padded to its longest."""
+def with_lora(model):
+    """PEFT's LoRA at the same settings."""
     import peft
-    import torch
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
 
-    folder = assets / "weights/all-MiniLM-L6-v2"
-    train, test = sst2(assets)
-    set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, task_type="SEQ_CLS"))
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, task_type="SEQ_CLS"))
 
-    def rows(pairs):
-        x = tokenizer([t for t, _ in pairs], truncation=True, max_length=CASE["max_length"])
-        return [{**{k: v[i] for k, v in x.items()}, "labels": y} for i, (_, y) in enumerate(pairs)]
 
-    with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=out,
-                num_train_epochs=CASE["epochs"],
-                max_steps=steps or -1,
-                learning_rate=5e-4,
-                seed=seed,
-                per_device_train_batch_size=CASE["batch"],
-                per_device_eval_batch_size=CASE["batch"],
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
-            train_dataset=rows(train),
-            eval_dataset=rows(test),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        )
-        start = time.perf_counter()
-        trainer.train()
-        trained = time.perf_counter()
-        accuracy = None if steps else trainer.evaluate()["eval_accuracy"]
-    loss = next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry)
-    return measured(accuracy, trainer.state.global_step, start, trained) | {"train_loss": loss}
+def run(method: str, assets: Path, seed: int, steps: int) -> dict:
+    """One of OPTIONS with minift, or PEFT's LoRA with transformers.Trainer."""
+    if method == "peft-lora":
+        return run_trainer("sst2", assets, seed, steps, with_lora, lr=5e-4)
+    return run_minift("sst2", assets, seed, steps, **OPTIONS[method])
 
 
 def main() -> None:
@@ -127,8 +54,7 @@ def main() -> None:
     a = p.parse_args()
     if a.here:
         seed = int(a.seeds)
-        peft = a.methods == "peft-lora"
-        row = run_peft(a.assets, seed, a.steps) if peft else run_minift(a.methods, a.assets, seed, a.steps)
+        row = run(a.methods, a.assets, seed, a.steps)
         print(json.dumps({"engine": a.methods, "seed": seed, **row}))
         return
     rows = [json.loads(line) for line in open(a.rows) if line.startswith('{"engine')] if a.rows else []

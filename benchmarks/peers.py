@@ -59,8 +59,11 @@ def peak_mb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def run_trainer(data: str, assets: Path, seed: int, steps: int) -> dict:
-    """The job with transformers.Trainer; dropout 0.1 as in the model's config, fused AdamW, linear schedule."""
+def run_trainer(data: str, assets: Path, seed: int, steps: int, adapt=lambda model: model, lr: float = 0) -> dict:
+    """The job with transformers.Trainer, on what `adapt` makes of the model.
+
+    Dropout 0.1 as in the model's config, fused AdamW, linear schedule.
+    """
     import torch
     from transformers import (
         AutoModelForSequenceClassification,
@@ -75,7 +78,7 @@ def run_trainer(data: str, assets: Path, seed: int, steps: int) -> dict:
     train, test = {"sst2": sst2, "imdb": imdb}[data](assets)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    model = adapt(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32))
 
     class Rows(torch.utils.data.Dataset):
         def __init__(self, rows):
@@ -96,7 +99,7 @@ def run_trainer(data: str, assets: Path, seed: int, steps: int) -> dict:
                 output_dir=out,
                 num_train_epochs=case["epochs"],
                 max_steps=steps or -1,
-                learning_rate=case["lr"],
+                learning_rate=lr or case["lr"],
                 seed=seed,
                 per_device_train_batch_size=case["batch"],
                 per_device_eval_batch_size=case["batch"],
@@ -114,12 +117,17 @@ def run_trainer(data: str, assets: Path, seed: int, steps: int) -> dict:
         trainer.train()
         trained = time.perf_counter()
         accuracy = None if steps else trainer.evaluate()["eval_accuracy"]
-    return measured(accuracy, trainer.state.global_step, start, trained)
+    loss = next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry)
+    return measured(accuracy, trainer.state.global_step, start, trained) | {"train_loss": loss}
 
 
-def run_minift(data: str, assets: Path, seed: int, steps: int) -> dict:
-    """The same job with minift: the config's dropout 0.1, fused AdamW, linear schedule, the same order of examples."""
+def run_minift(data: str, assets: Path, seed: int, steps: int, **options) -> dict:
+    """The same job with minift, with other options of its train command where given.
+
+    The config's dropout 0.1, fused AdamW, linear schedule, the same order of examples.
+    """
     import minift
+    from minift.train import load_model
 
     case, folder = CASES[data], assets / "weights/all-MiniLM-L6-v2"
     train, test = {"sst2": sst2, "imdb": imdb}[data](assets)
@@ -128,24 +136,23 @@ def run_minift(data: str, assets: Path, seed: int, steps: int) -> dict:
         for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
             files.append(Path(temporary, name))
             files[-1].write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
-        model, tokenizer = minift.load(folder, task="classify", labels=["0", "1"], seed=seed)
+        common = {key: case[key] for key in ("epochs", "batch", "lr", "max_length")}
         config = minift.TrainConfig(
             model=str(folder),
             data=str(files[0]),
             out=str(Path(temporary, "run")),
-            epochs=case["epochs"],
             steps=steps,
-            batch=case["batch"],
-            lr=case["lr"],
-            max_length=case["max_length"],
             seed=seed,
+            **common | options,
         )
+        model, tokenizer = load_model(config, ["0", "1"])
         start = time.perf_counter()
         run = minift.train(model, tokenizer, config)
         trained = time.perf_counter()
         test = minift.EvalConfig(data=str(files[1]))
         accuracy = None if steps else minift.evaluate(model, tokenizer, test)["accuracy"]
-    return measured(accuracy, run.steps, start, trained)
+        losses = [json.loads(line)["train/loss"] for line in open(run.out / "metrics.jsonl")]
+    return measured(accuracy, run.steps, start, trained) | {"train_loss": sum(losses) / len(losses)}
 
 
 def measured(accuracy: float | None, steps: int, start: float, trained: float) -> dict:

@@ -43,6 +43,10 @@ def merge(config: MergeConfig) -> tuple[Model, Tokenizer | None, Cost]:
     model, tokenizer = hub.load(config.model, fresh_head=False)
     if not model.adapter:
         raise InputError(f"{config.model}: has no adapter; expected a run trained with one, or an adapter folder")
+    if not model.task:
+        raise InputError(
+            f"{config.model}: says no task (task_type); expected SEQ_CLS or CAUSAL_LM, whose logits are compared"
+        )
     batch = sample(model, tokenizer, config)
     with torch.no_grad():
         want = model.logits(batch).double()
@@ -87,12 +91,8 @@ def original_weights(model: Model) -> dict[str, Tensor]:
     if "quantization_config" in hub.read_settings(source):
         raise InputError(f"--into is original, but {source} is in 4 bits itself; expected dequantized or nf4")
     base, _ = hub.load(source, model.task, model.labels, base="fp32")
-    return {name.removesuffix(".base").removesuffix(".lora"): base.get_parameter(weight_name(name)) for name in packed}
-
-
-def weight_name(name: str) -> str:
-    """What the weight of a layer was called before an adapter wrapped it."""
-    return name.removesuffix(".base").removesuffix(".lora") + ".weight"
+    names = {name.removesuffix(".base").removesuffix(".lora") for name in packed}  # before an adapter wrapped them
+    return {name: base.get_parameter(f"{name}.weight") for name in names}
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:

@@ -176,10 +176,12 @@ def key(name: str, arch: str) -> str:
 
 
 def source(name: str) -> str:
+    """The text of kernels/cuda/NAME.cu."""
     return (native.sources() / f"cuda/{name}.cu").read_text()
 
 
 def header() -> str:
+    """The text of what all CUDA sources include."""
     return (native.sources() / "cuda/common.cuh").read_text()
 
 

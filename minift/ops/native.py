@@ -108,6 +108,7 @@ def load(name: str) -> ctypes.CDLL | None:
 
 
 def refusal(why: Exception) -> ValueError:
+    """What mode `native` says instead of falling back."""
     return ValueError(f"--kernels is 'native', but {why}; expected auto or reference")
 
 
@@ -256,6 +257,7 @@ def key(name: str) -> str:
 
 
 def digest(content: bytes) -> str:
+    """A short name for this content."""
     return hashlib.sha256(content).hexdigest()[:20]
 
 
