@@ -21,9 +21,10 @@ from torch import nn
 from .batch import Sequence
 from .config import InputError
 from .distributed import like, whole
+from .optim import AdamW
 
 
-def save(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int, write: bool) -> None:
+def save(out: Path, model: nn.Module, optimizer: AdamW, state: dict, keep: int, write: bool) -> None:
     """Writes the checkpoint of step state["step"] and removes all but the newest `keep`. Raises OSError (disk full).
 
     write: whether this process does; of a sharded model, all have to give their parts.
@@ -54,7 +55,7 @@ def save(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: d
         shutil.rmtree(out / "checkpoints" / f"step-{old}", ignore_errors=True)
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load(folder: Path, model: nn.Module, optimizer: AdamW) -> dict:
     """Puts a checkpoint into model and optimizer; returns its state. Raises InputError where it is not one of them."""
     try:
         weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")

@@ -5,8 +5,9 @@
 
 The model is built on the meta device, without memory, and filled tensor by tensor; what the file lacks and may lack
 (a new task's head) is drawn at random. Everything else that does not fit is an error that names the tensor. With
-base="nf4" the layers of the body are packed into four bits as they arrive, so that loading never takes more than the
-result and one tensor. A PEFT adapter folder is its base model with the adapter put around its layers.
+base="nf4" the layers of the body are packed into four bits as they arrive. Loading never takes more than the result and
+one tensor, and afterwards the file may go. A PEFT adapter folder is its base model with the adapter put around its
+layers.
 """
 
 import json
@@ -318,7 +319,7 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
     if pack:
         layer.pack(tensor)
     else:
-        put(model, name, tensor.to(torch.float32, copy=True).contiguous())
+        put(model, name, torch.empty(want[::-1] if flip else want).copy_(tensor))
     report.loaded += 1
     return []
 
@@ -403,16 +404,26 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
-    """The tensors of a .safetensors file."""
+    """The tensors of a .safetensors file, mapped; the memory of one is given back before the next."""
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
         raise InputError(
             f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
         ) from e
+    place = None
     with file:
         for name in file.keys():
-            yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
+            found = []
+
+            def read(name: str = name, found: list = found) -> Tensor:
+                found.append(file.get_tensor(name))
+                return found[0]
+
+            yield name, tuple(file.get_slice(name).get_shape()), read
+            for tensor in found:
+                place = native.mapping(tensor) if place is None else place
+                native.forget(tensor, place)
 
 
 def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:

@@ -3,14 +3,58 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .distributed import whole
 from .layers import LayerNorm
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, lora_plus: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) over what is trainable.
+class AdamW:
+    """AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101), with g the gradient and t the number of updates:
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        p = p - lr decay p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    The update is PyTorch's fused one, to the bit as in torch.optim.AdamW; that class is not used because making one
+    imports torch's compiler: 75 MB and over a second. It has what torch.amp.GradScaler and checkpoints ask for:
+    param_groups (with the keys of `make_optimizer`) and state, by parameter.
+    """
+
+    def __init__(self, param_groups: list[dict], lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        self.param_groups = [{"lr": lr, "betas": betas, "eps": eps} | group for group in param_groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state.get(p) or self.begin(p) for p in params]
+            steps, m, v = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+            if not params:
+                continue
+            torch._foreach_add_(steps, 1)
+            b1, b2 = group["betas"]
+            settings = dict(beta1=b1, beta2=b2, weight_decay=group["weight_decay"], eps=group["eps"], lr=group["lr"])
+            grads = [p.grad for p in params]
+            torch._fused_adamw_(params, grads, m, v, [], steps, amsgrad=False, maximize=False, **settings)
+
+    def begin(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter before its first update, under torch.optim's names."""
+        moments = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        self.state[p] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+        return self.state[p]
+
+    def zero_grad(self) -> None:
+        """Lets go of the gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, lora_plus: float = 1.0) -> AdamW:
+    """AdamW over what is trainable.
 
     Biases, layer norms and DoRA's lengths are not decayed; embeddings are, as in transformers.
     lora_plus: a group's learning rate is its "ratio" times the step's: this for an adapter's B (LoRA+, Hayou et al.,
@@ -23,13 +67,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, lora_plus: 
             decayed = not name.endswith(("bias", "magnitude")) and id(p) not in plain
             ratio = lora_plus if name.endswith(".B") else 1.0
             groups.setdefault((weight_decay if decayed else 0.0, ratio), []).append(p)
-    return torch.optim.AdamW(
-        [{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ps in groups.items()],
-        lr=lr,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        fused=True,
-    )
+    return AdamW([{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ps in groups.items()], lr)
 
 
 def warmup_steps(warmup: float, total: int) -> int:

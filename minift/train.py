@@ -24,8 +24,9 @@ from .evaluate import check_length, measure
 from .layers import Embedding, Linear
 from .models import Model
 from .ops import native
+from .ops.again import lean
 from .ops.dropout import Noise
-from .optim import clip, make_optimizer, schedule, warmup_steps
+from .optim import AdamW, clip, make_optimizer, schedule, warmup_steps
 from .precision import choose_device, choose_dtype
 from .quantize import quantize
 from .tasks import TASKS
@@ -50,7 +51,7 @@ class Job:
 
     model: Model
     config: TrainConfig
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless activations are float16
     world: World = ALONE
     caught: list[int] = field(default_factory=list)  # signals that arrived
@@ -243,7 +244,8 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     for micro in world.micro_batches(sequences, config.tokens):
         batch = pack(micro).to(model.device)
         noise = Noise(config.seed, step, batch.keys)
-        loss, right = TASKS[config.task].loss(model, batch, noise, config.label_smoothing)
+        with lean():
+            loss, right = TASKS[config.task].loss(model, batch, noise, config.label_smoothing)
         job.scaler.scale(loss / max(1, n_targets)).backward()
         sums[0] += loss.item()
         sums[1] += right.item()
@@ -262,7 +264,7 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
         group["lr"] = lr * group["ratio"]
     job.scaler.step(job.optimizer)  # float16: not where a gradient overflowed
     job.scaler.update()
-    job.optimizer.zero_grad(set_to_none=False)  # keeps the memory: it is needed again in the next step
+    job.optimizer.zero_grad()
     n_tokens = sum(map(len, sequences))
     values = {
         "train/loss": loss_sum / max(1, n_targets),

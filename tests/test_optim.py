@@ -4,6 +4,8 @@ python -m pytest tests/test_optim.py
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import BertForSequenceClassification, GPT2ForSequenceClassific
 
 import minift
 from minift import hub
-from minift.optim import clip, make_optimizer, schedule, warmup_steps
+from minift.optim import AdamW, clip, make_optimizer, schedule, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,34 @@ def test_lora_plus_gives_b_its_own_rate(tmp_path):
         if p.requires_grad:
             assert rates.pop(id(p)) == (16 if name.endswith(".B") else 1), name
     assert not rates
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_torchs_to_the_bit(decay):
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.randn(3))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    ours = AdamW([{"params": mine, "weight_decay": decay}], lr=1e-2)
+    peers = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=decay, fused=True)
+    for step in range(5):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = q.grad = torch.randn_like(p)
+        if step == 2:  # a parameter without a gradient is left alone
+            mine[1].grad = theirs[1].grad = None
+        ours.step()
+        peers.step()
+        assert all(torch.equal(p, q) for p, q in zip(mine, theirs, strict=True))
+    for p, q in zip(mine, theirs, strict=True):
+        assert ours.state[p].keys() == peers.state[q].keys()
+        assert all(torch.equal(ours.state[p][k], peers.state[q][k]) for k in ours.state[p])
+    ours.zero_grad()
+    assert all(p.grad is None for p in mine)
+
+
+def test_a_step_does_not_import_the_compiler():
+    code = (
+        "import sys, torch; from minift.optim import AdamW, clip; p = torch.nn.Parameter(torch.ones(2));"
+        "p.grad = torch.ones(2); o = AdamW([{'params': [p], 'weight_decay': 0.0}], 0.1); clip([p], 1.0); o.step();"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

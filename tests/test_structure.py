@@ -57,7 +57,7 @@ ALLOWED = {
     },
     "evaluate": {"tasks", "data", "batch", "track", "config", "models", "tokenizer"},
     "tasks": {"tasks", "batch", "config", "data", "models", "ops", "tokenizer"},
-    "checkpoint": {"batch", "config", "distributed"},
+    "checkpoint": {"batch", "config", "distributed", "optim"},
     "distributed": {"batch"},
     "generate": {"batch", "config", "data", "models", "ops", "tasks", "tokenizer", "track"},
     "check": {"config", "data", "tokenizer"},

@@ -43,6 +43,12 @@ void add_row(const T* x, const T* residual, T* h, int64_t i, Drop drop, int64_t 
 }
 
 template <class T>
+void normalise_row(const T* h, float mean, float rstd, const float* weight, const float* bias, T* y, int64_t C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) store(y + c, (load(h + c) - mean) * rstd * weight[c] + bias[c]);
+}
+
+template <class T>
 void norm_row(const T* h, const float* weight, const float* bias, float eps, T* y, float* mean, float* rstd, int64_t C) {
     float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
@@ -51,8 +57,7 @@ void norm_row(const T* h, const float* weight, const float* bias, float eps, T* 
 #pragma omp simd reduction(+ : squares)
     for (int64_t c = 0; c < C; c++) squares += (load(h + c) - m) * (load(h + c) - m);
     const float r = 1 / std::sqrt(squares / float(C) + eps);
-#pragma omp simd
-    for (int64_t c = 0; c < C; c++) store(y + c, (load(h + c) - m) * r * weight[c] + bias[c]);
+    normalise_row(h, m, r, weight, bias, y, C);
     *mean = m, *rstd = r;
 }
 
@@ -109,6 +114,18 @@ extern "C" void norm_forward(const void* x, const void* residual, const int32_t*
                 add_row(xs + i * C, residuals + i * C, hs + i * C, i, drop, C);
                 norm_row(hs + i * C, weight, bias, eps, ys + i * C, mean + i, rstd + i, C);
             }
+        });
+    });
+}
+
+// y again, from h (N, C) and what norm_forward found
+extern "C" void normalise(const void* h, const float* mean, const float* rstd, const float* weight, const float* bias,
+                          void* y, int64_t N, int64_t C, int64_t dtype) {
+    typed(dtype, [&](auto* null) {
+        auto hs = static_cast<decltype(null)>(const_cast<void*>(h)), ys = static_cast<decltype(null)>(y);
+        parallel(N, at_least_1(GRAIN / at_least_1(C)), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++)
+                normalise_row(hs + i * C, mean[i], rstd[i], weight, bias, ys + i * C, C);
         });
     });
 }

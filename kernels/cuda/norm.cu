@@ -29,6 +29,18 @@ __device__ Vector<float, W> dropped(Vector<float, W> x, Drop drop, int64_t i, in
     return x;
 }
 
+// y of row i.
+template <int W, class T>
+__device__ void normalise_row(const T* h, float mean, float rstd, const float* weight, const float* bias, T* y,
+                              int64_t i, int64_t C) {
+    for (int64_t c = lane() * W; c < C; c += WARP * W) {
+        auto a = load<W>(h + i * C + c);
+        const auto w = load<W>(weight + c), b = load<W>(bias + c);
+        for (int k = 0; k < W; k++) a.at[k] = (a.at[k] - mean) * rstd * w.at[k] + b.at[k];
+        store<W>(y + i * C + c, a);
+    }
+}
+
 // Row i forward.
 template <int W, class T>
 __device__ void norm_row(const T* x, const T* residual, Drop drop, const float* weight, const float* bias, float eps,
@@ -49,12 +61,7 @@ __device__ void norm_row(const T* x, const T* residual, Drop drop, const float* 
         for (int k = 0; k < W; k++) squares += (a.at[k] - m) * (a.at[k] - m);
     }
     const float s = 1 / sqrtf(warp_sum(squares) / float(C) + eps);
-    for (int64_t c = lane() * W; c < C; c += WARP * W) {
-        auto a = load<W>(h + i * C + c);
-        const auto w = load<W>(weight + c), b = load<W>(bias + c);
-        for (int k = 0; k < W; k++) a.at[k] = (a.at[k] - m) * s * w.at[k] + b.at[k];
-        store<W>(y + i * C + c, a);
-    }
+    normalise_row<W>(h, m, s, weight, bias, y, i, C);
     if (lane() == 0) mean[i] = m, rstd[i] = s;
 }
 
@@ -118,6 +125,20 @@ extern "C" __global__ void norm_forward(const void* x, const void* residual, con
             constexpr int W = decltype(width)::value;
             for (int64_t i = thread() / WARP; i < N; i += threads() / WARP)
                 norm_row<W>(xs, residuals, drop, weight, bias, eps, hs, ys, mean, rstd, i, C);
+        });
+    });
+}
+
+// y again, from h (N, C) and what norm_forward found
+// blocks: N / 8
+extern "C" __global__ void normalise(const void* h, const float* mean, const float* rstd, const float* weight,
+                                     const float* bias, void* y, int64_t N, int64_t C, int64_t dtype) {
+    typed(dtype, [&](auto* null) {
+        auto hs = static_cast<decltype(null)>(const_cast<void*>(h)), ys = static_cast<decltype(null)>(y);
+        wide(C % 4 == 0 && aligned(hs, ys, weight, bias), [&](auto width) {
+            constexpr int W = decltype(width)::value;
+            for (int64_t i = thread() / WARP; i < N; i += threads() / WARP)
+                normalise_row<W>(hs, mean[i], rstd[i], weight, bias, ys, i, C);
         });
     });
 }

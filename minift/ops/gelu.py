@@ -4,12 +4,15 @@ erf:   x * (1 + erf(x / sqrt(2))) / 2                                       (Hen
 tanh:  x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2                its approximation; GPT-2's weights want it
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .again import again
 
 
 class Gelu(torch.autograd.Function):
@@ -20,9 +23,7 @@ class Gelu(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.settings = tanh, lib
-        y = torch.empty_like(x)
-        lib.gelu_forward(x.data_ptr(), y.data_ptr(), x.numel(), tanh, native.CODES[x.dtype])
-        return y
+        return run(x, tanh, lib)
 
     @staticmethod
     @once_differentiable
@@ -33,16 +34,31 @@ class Gelu(torch.autograd.Function):
         return dx, None, None
 
 
+def run(x: Tensor, tanh: bool, lib) -> Tensor:
+    """y, by the kernel or, where lib is None, by PyTorch."""
+    if lib is None:
+        return F.gelu(x, approximate="tanh" if tanh else "none")
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    lib.gelu_forward(x.data_ptr(), y.data_ptr(), x.numel(), tanh, native.CODES[x.dtype])
+    return y
+
+
+def gelu(x: Tensor, tanh: bool, lib) -> Tensor:
+    """y, which backward makes again where it is wanted there."""
+    y = run(x, tanh, None) if lib is None else Gelu.apply(x, tanh, lib)
+    return again(y, partial(run, x.detach(), tanh, lib))
+
+
 def gelu_erf(x: Tensor) -> Tensor:
     """The exact GELU."""
     lib = None if x.is_cpu and x.dtype == torch.bfloat16 else native.kernel("gelu", x)  # PyTorch's own is faster there
-    return F.gelu(x) if lib is None else Gelu.apply(x, False, lib)
+    return gelu(x, False, lib)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """The GELU with tanh for erf; differs from the exact one by up to 4.7e-4."""
-    lib = native.kernel("gelu", x)
-    return F.gelu(x, approximate="tanh") if lib is None else Gelu.apply(x, True, lib)
+    return gelu(x, True, native.kernel("gelu", x))
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ folder under a key of all that it was made from, the CPU included, and runs on t
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import re
@@ -102,7 +103,8 @@ def load(name: str) -> ctypes.CDLL | None:
             raise refusal(e) from None
         library = None
         if os.environ.get("RANK", "0") == "0":
-            print(f"{name} runs on its PyTorch reference: {e}", file=sys.stderr)
+            instead = "is left as torch has it" if name == "memory" else "runs on its PyTorch reference"
+            print(f"{name} {instead}: {e}", file=sys.stderr)
     loaded[name] = library
     return library
 
@@ -115,10 +117,14 @@ def refusal(why: Exception) -> ValueError:
 def keep_memory() -> None:
     """Makes glibc keep what is freed, for the next step, instead of giving it back to the kernel.
 
-    Else every step's activations and gradients are paid for in page faults. Another C library is left as it is.
+    Else every step's activations and gradients are paid for in page faults. What is kept must also be found again,
+    which kernels/cpu/memory.cpp sees to. Another C library is left as it is.
     """
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
     mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
+    if platform.libc_ver()[0] == "glibc" and mode != "reference":
+        if library := loaded["memory"] if "memory" in loaded else load("memory"):
+            library.use_malloc(100)
 
 
 @contextmanager
@@ -132,6 +138,24 @@ def returned_memory() -> Iterator[None]:
         yield
     finally:
         mallopt(-3, 2**25)
+
+
+def mapping(tensor: Tensor) -> range:
+    """The addresses of the mapped file that a tensor lies in; none where it lies elsewhere, or nobody says."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():  # 7f00-7fff rw-p offset device inode path
+            begin, end = (int(text, 16) for text in line.partition(" ")[0].split("-"))
+            if begin <= tensor.data_ptr() < end:
+                return range(begin, end) if line.split()[4] != "0" else range(0)
+    return range(0)
+
+
+def forget(tensor: Tensor, place: range) -> None:
+    """Gives back the memory of a tensor in the mapped file at `place`; its next use reads the file again."""
+    page = mmap.PAGESIZE
+    begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    if begin in place and begin < end <= place.stop:  # elsewhere, in memory without a file, that would be zeros
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def mallopt(option: int, value: int) -> None:
@@ -163,7 +187,7 @@ def build(name: str) -> ctypes.CDLL:
 
 def compile_(name: str, out: Path) -> Path:
     """Runs the compiler on one kernel. Raises Unavailable with its first complaint."""
-    command = [*compiler()[0], *FLAGS.split(), "-o", str(out), str(sources() / f"cpu/{name}.cpp")]
+    command = [*compiler()[0], *FLAGS.split(), "-o", str(out), str(sources() / f"cpu/{name}.cpp"), *more_flags(name)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as e:
@@ -173,6 +197,12 @@ def compile_(name: str, out: Path) -> Path:
         complaint = next((line for line in lines if "error" in line), lines[0])
         raise Unavailable(f"{command[0]} cannot compile {name}.cpp ({complaint})")
     return out
+
+
+def more_flags(name: str) -> list[str]:
+    """Flags of one source alone."""
+    folder = Path(torch.__file__).parent
+    return [f"-isystem{folder}/include", f"-L{folder}/lib", "-lc10"] if name == "memory" else []
 
 
 def keep(made: Path, folder: Path, stem: str) -> Path | None:
@@ -249,10 +279,10 @@ def cache_folder() -> Path:
 
 
 def key(name: str) -> str:
-    """A name for everything that the library depends on: source, headers, flags, compiler, CPU."""
+    """A name for everything that the library depends on: source, headers, flags, compiler, CPU, torch."""
     files = [sources() / f"cpu/{name}.cpp", *sorted((sources() / "cpu").glob("*.h"))]
     command, version = compiler()
-    parts = [FLAGS, *command, version, cpu(), *(f.read_text() for f in files)]
+    parts = [FLAGS, *command, version, cpu(), *more_flags(name), torch.__version__, *(f.read_text() for f in files)]
     return digest("\0".join(parts).encode())
 
 

@@ -6,12 +6,15 @@
 kernels/cpu/norm.cpp. N tokens, C width.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .again import again
 from .dropout import Noise, dropout, threshold
 
 BLOCK = 16  # rows whose parts of dweight and dbias are summed one after the other; then block with block
@@ -20,11 +23,12 @@ BLOCK = 16  # rows whose parts of dweight and dbias are summed one after the oth
 class AddNorm(torch.autograd.Function):
     """The native kernel. Saves h, mean and 1 / deviation of each row, and dropout's words.
 
-    Not y instead of h: what a small weight multiplied cannot be found again in y.
+    Not y instead of h: what a small weight multiplied cannot be found again in y. But y from h, where a layer behind
+    wants it for its own gradient (again.py).
     """
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, p, words, lib) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, residual, weight, bias, eps, p, words, lib) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, residual = x.contiguous(), residual.contiguous()
         w, b = weight.float().contiguous(), bias.float().contiguous()
         h, y = torch.empty_like(x), torch.empty_like(x)
@@ -35,11 +39,12 @@ class AddNorm(torch.autograd.Function):
         ctx.save_for_backward(h, mean, rstd, weight, *words)
         ctx.settings = drop[2:], lib
         ctx.set_materialize_grads(False)
-        return h, y
+        ctx.mark_non_differentiable(mean, rstd)
+        return h, y, mean, rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh: Tensor | None, dy: Tensor | None):
+    def backward(ctx, dh: Tensor | None, dy: Tensor | None, *_):
         h, mean, rstd, weight, row, col = ctx.saved_tensors
         (limit, scale), lib = ctx.settings
         dy = torch.zeros_like(h) if dy is None else dy.contiguous()
@@ -54,6 +59,14 @@ class AddNorm(torch.autograd.Function):
         return dresidual if dx is None else dx, dresidual, dweight, dbias, None, None, None, None
 
 
+def normalise(h: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, lib) -> Tensor:
+    """y from h (N, C) and its statistics (N,), to the bit as norm_forward made it. weight, bias (C,) float32."""
+    y = torch.empty_like(h)
+    given = map(native.pointer, (h, mean, rstd, weight, bias, y))
+    lib.normalise(*given, *h.shape, native.CODES[h.dtype])
+    return y
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x (N, C) normalised over its channels, in x's dtype with statistics in float32."""
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
@@ -66,7 +79,13 @@ def add_norm(
     lib = native.kernel("norm", x, residual)
     if lib is None:
         h = residual + dropout(x, p, noise, site)
-        return h, layer_norm(h, weight, bias, eps)
+        return h, again(layer_norm(h, weight, bias, eps), partial(layer_norm, h.detach(), *copies(weight, bias), eps))
     drops = noise.keys is not None and p > 0
     words = (noise.rows(site), noise.cols(site, x.shape[1])) if drops else (None, None)
-    return AddNorm.apply(x, residual, weight, bias, eps, p, words, lib)
+    h, y, mean, rstd = AddNorm.apply(x, residual, weight, bias, eps, p, words, lib)
+    return h, again(y, partial(normalise, h.detach(), mean, rstd, *copies(weight, bias), lib))
+
+
+def copies(*tensors: Tensor) -> list[Tensor]:
+    """Copies in float32: a weight that is sharded over processes is not at hand when another layer's backward runs."""
+    return [t.detach().to(torch.float32, copy=True) for t in tensors]
