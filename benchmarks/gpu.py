@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: every CUDA test, then training steps of minift, of transformers, and of transformers compiled.
+"""On an NVIDIA GPU: every CUDA test, then training steps of minift, of transformers, and of both in fewer launches.
 
     python benchmarks/gpu.py --assets ../shared --write benchmarks/RESULTS.md       about ten minutes
     python benchmarks/gpu.py --dry-run --engines minift,eager                       small, on the CPU: does it run?
@@ -12,8 +12,10 @@ weights of the published sizes, bfloat16: minift as --precision bf16 has it, the
 in bfloat16; bitsandbytes for nf4), scaled-dot-product attention, fused AdamW, gradients clipped; a plain loop, no
 Trainer.
 
-Each engine runs in a fresh process. Time is the median step, all of it; tokens are real ones. MFU: model FLOPs (no
-recomputation, nothing for padding) over the device's peak. Launches are counted by torch.profiler in one step.
+minift, graph (minift with --graph), eager and compiled (transformers without and with torch.compile): each runs in a
+fresh process and sees every batch once before it is timed. Time is the median step, all of it; tokens are real ones.
+MFU: model FLOPs (no recomputation, nothing for padding) over the device's peak. Launches, of kernels and graphs, are
+counted by torch.profiler in one step.
 """
 
 import argparse
@@ -35,8 +37,8 @@ CASES = {
     "bert-imdb": dict(family="bert", batch=32, length=512),
     "gpt2-1024": dict(family="gpt2", batch=8, length=1024),
 }
-METHODS, ENGINES = ("full", "lora", "nf4"), ("minift", "eager", "compiled")
-LAYERS, WIDTH, VOCABULARY, WARM, SEED = 12, 768, {"bert": 30522, "gpt2": 50257}, 4, 42
+METHODS, ENGINES = ("full", "lora", "nf4"), ("minift", "graph", "eager", "compiled")
+LAYERS, WIDTH, VOCABULARY, SEED = 12, 768, {"bert": 30522, "gpt2": 50257}, 42
 PEAK = {
     "H100": 989,
     "H200": 989,
@@ -46,6 +48,7 @@ PEAK = {
     "RTX 4090": 165,
     "L4": 121,
 }  # bf16 TFLOP/s, dense
+LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"
 COLUMNS = ("case", "method", "engine", "ms a step", "tokens/s", "MFU", "peak MB", "launches a step")
 
 Step = Callable[[int], int]  # number of the step -> its real tokens
@@ -86,8 +89,8 @@ def make_model(family: str, folder: Path, small: bool) -> None:
     model.save_pretrained(folder)
 
 
-def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch.device) -> Step:
-    """Steps by minift's own train_step."""
+def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, graph: bool) -> Step:
+    """Steps by minift's own train_step. (On the CPU, in a dry run, a graph is the function that it would record.)"""
     import minift
     from minift.batch import Sequence
     from minift.ops import native
@@ -102,7 +105,10 @@ def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch
         out="unused",
         method="full" if method == "full" else "lora",
         base="nf4" if method == "nf4" else "auto",
+        batch=case["batch"],
         seed=SEED,
+        precision="auto",
+        graph=graph,
     )
     model, _ = load_model(config, ["0", "1"] if bert else None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -110,6 +116,7 @@ def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch
     model.to(device)
     keep_frozen(model, dtype)
     model.body.dtype = dtype
+    model.settings["minift"] = {"max_length": case["length"]}
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     job = Job(model, config, make_optimizer(model, 5e-5, 0.01), scaler)
 
@@ -200,31 +207,32 @@ def timed(f: Callable, device: torch.device) -> float:
 
 
 def launches(f: Callable) -> int:
-    """Kernels that f launches."""
+    """Kernels, and graphs of kernels, that f launches."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with torch.profiler.profile(activities=activities) as profile:
         f()
-    return sum(e.count for e in profile.key_averages() if e.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    return sum(e.count for e in profile.key_averages() if e.key.startswith(LAUNCHES))
 
 
 def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Namespace) -> dict:
     """One engine on one case, in this process."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() and not a.dry_run else torch.device("cpu")
-    case, steps = CASES[name], a.steps + WARM + 1
+    case, steps = CASES[name], a.steps + 1
     rows = batches(case, steps, a)
     given = case, method, folder / case["family"], rows, device
-    step = minift_step(*given) if engine == "minift" else peer_step(*given, engine == "compiled")
-    for i in range(WARM):
+    ours, fewer = engine in ("minift", "graph"), engine in ("graph", "compiled")
+    step = minift_step(*given, fewer) if ours else peer_step(*given, fewer)
+    for i in range(steps):
         step(i)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    timing = [timed(lambda i=i: step(i), device) for i in range(WARM, WARM + a.steps)]
-    tokens = statistics.mean(sum(map(len, rows[i])) for i in range(WARM, WARM + a.steps))
+    timing = [timed(lambda i=i: step(i), device) for i in range(a.steps)]
+    tokens = statistics.mean(sum(map(len, rows[i])) for i in range(a.steps))
     found = {"ms": statistics.median(timing) * 1e3, "tokens_per_second": tokens * a.steps / sum(timing)}
     if device.type == "cuda":
-        work = statistics.mean(flops(case, method, rows[i]) for i in range(WARM, WARM + a.steps))
+        work = statistics.mean(flops(case, method, rows[i]) for i in range(a.steps))
         found["mfu"] = work * a.steps / sum(timing) / peak(device)
         found["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return found | {"launches": launches(lambda: step(steps - 1))}
@@ -250,7 +258,7 @@ def write(path: Path, rows: list[dict], tests: str) -> None:
     begin, end = "<!-- gpu -->", "<!-- end gpu -->"
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, transformers {transformers.__version__}"
     section = f"""{begin}
-## On a GPU: minift, transformers, and transformers compiled
+## On a GPU: minift, minift as graphs, transformers, and transformers compiled
 
 `python benchmarks/gpu.py --assets ../shared` on {time.strftime("%Y-%m-%d")}: {name}; {versions}. bfloat16, dropout 0.1.
 Tests: {tests}
@@ -277,7 +285,7 @@ def main() -> None:
     p.add_argument("--cases", default=",".join(CASES))
     p.add_argument("--methods", default=",".join(METHODS))
     p.add_argument("--engines", default=",".join(ENGINES))
-    p.add_argument("--steps", type=int, default=20, help=f"timed, after {WARM} (default %(default)s)")
+    p.add_argument("--steps", type=int, default=20, help="timed, each on its batch (default %(default)s)")
     p.add_argument("--minutes", type=float, default=10, help="after which no further run begins (default %(default)s)")
     p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
     p.add_argument("--dry-run", action="store_true", help="small models on the CPU, two steps each, no tests")
@@ -292,7 +300,7 @@ def main() -> None:
     start, tests, rows = time.monotonic(), "not run", []
     if not a.dry_run:
         root = Path(__file__).parents[1]
-        command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cuda.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cuda.py", "tests/test_graph.py"]
         lines = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()
         tests = lines[-1] if lines else "nothing printed"
         print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))) or tests, flush=True)

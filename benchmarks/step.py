@@ -11,7 +11,8 @@ peer      transformers.Trainer, PEFT, bitsandbytes. IMDB is padded to 512 as in 
           the batch. No gradient checkpointing
 floor     torch.mm on the shapes of the matrix products that a step needs at its real tokens: forward; the gradients of
           inputs where something below learns; those of weights that learn; the last layer and the head for the rows
-          asked about. Attention's products stand apart: they are torch.bmm's, causal ones counted by half
+          asked about. Attention's products stand apart: they are torch.bmm's, causal ones counted by half. Measured
+          just before each of minift's steps, so that a busy machine slows both; the ratio is the median of the steps'
 
 Every engine runs in a fresh process, and they take turns. Seconds a step are the median without the first two;
 memory is the largest resident size of the process at its last step.
@@ -233,7 +234,7 @@ def products(case: dict, n: int, m: int) -> list[Product]:
 
 
 def seconds(kind: str, m: int, k: int, n: int) -> float:
-    """The time of one product."""
+    """The time of one product, the better of two."""
     import torch
 
     a = torch.randn(k, m).t() if kind == "w" else torch.randn(m, k)
@@ -255,9 +256,9 @@ def attention_seconds(case: dict, lengths: list[int]) -> float:
 
 
 def fastest(f) -> float:
-    """Of a few runs, in seconds."""
+    """Of two runs, in seconds."""
     best = float("inf")
-    for _ in range(5):
+    for _ in range(2):
         start = time.perf_counter()
         f()
         best = min(best, time.perf_counter() - start)
@@ -265,32 +266,29 @@ def fastest(f) -> float:
 
 
 def run_floor(case: dict, model: Path, data: Path, steps: int) -> dict:
-    """Products are timed at the sizes of the step with the median number of tokens, and counted for every step."""
-    import minift
-    from minift.batch import order
-    from minift.tasks import TASKS
-    from minift.train import read_examples
+    """Before each step of minift, in the same process, the products of that very step: medians of both, and of their
+    ratio, without the first two."""
+    from importlib import import_module
 
-    options = config(case, model, data, Path("unused"), steps)
-    network, tokenizer = minift.load(model, task=options.task, labels=["0", "1"] if case["family"] == "bert" else None)
-    sequences = TASKS[options.task].encode(read_examples(options)[0], network, tokenizer, case["max_length"])
-    del network
-    found, size = [], case["batch"]
-    for i in range(2, steps):
-        chosen = order(len(sequences), SEED, 0)[i * size : (i + 1) * size].tolist()
-        lengths = [len(sequences[j]) for j in chosen]
-        found.append((sum(lengths), sum(len(sequences[j].rows) for j in chosen), lengths))
-    n, m, lengths = sorted(found)[len(found) // 2]
-    shapes = products(case, n, m)
-    times = {shape: seconds(*shape) for shape in set(shapes)}
-    flops = sum(2 * a * b * c for _, a, b, c in shapes)
-    total = sum(times[shape] for shape in shapes)
-    ratio = [sum(2 * a * b * c for _, a, b, c in products(case, *sizes[:2])) / flops for sizes in found]
-    return {
-        "step_s": total * statistics.median(ratio),
-        "attention_s": attention_seconds(case, lengths),
-        "gflops": flops / total / 1e9,
-    }
+    train, found = import_module("minift.train"), []
+    step = train.train_step
+
+    def both(job, sequences: list, *rest):
+        lengths, rows = [len(s) for s in sequences], sum(len(s.rows) for s in sequences)
+        shapes = products(case, sum(lengths), rows)
+        times = {shape: seconds(*shape) for shape in set(shapes)}
+        floor, attention = sum(times[shape] for shape in shapes), attention_seconds(case, lengths)
+        start = time.perf_counter()
+        values = step(job, sequences, *rest)
+        took = time.perf_counter() - start
+        work = sum(2 * a * b * c for _, a, b, c in shapes)
+        row = {"step_s": floor, "attention_s": attention, "gflops": work / floor / 1e9, "minift_s": took}
+        found.append(row | {"ratio": took / floor, "ratio_with_attention": took / (floor + attention)})
+        return values
+
+    train.train_step = both
+    run_minift(case, model, data, steps)
+    return {key: statistics.median(row[key] for row in found[2:]) for key in found[0]}
 
 
 # ---- all cases
@@ -298,7 +296,8 @@ def run_floor(case: dict, model: Path, data: Path, steps: int) -> dict:
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """A line a case; what was not run is a dash."""
-    head = ("case", "tokens", "floor s", "attention s", "minift s", "peer s", "minift / floor", "peer / minift")
+    head = ("case", "tokens", "floor s", "attention s", "minift s", "peer s", "minift / floor")
+    head += ("with attention", "peer / minift")
     head += ("minift MB", "peer MB", "minift / peer MB")
     lines = [head]
     for case, found in rows.items():
@@ -318,7 +317,8 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
                 shown(floor, "step_s"),
                 shown(floor, "attention_s"),
                 *(shown(row, "step_s") for row in (ours, peer)),
-                ratio(times[1], times[0]),
+                shown(floor, "ratio", ".2f"),
+                shown(floor, "ratio_with_attention", ".2f"),
                 ratio(times[2], times[1]),
                 *(shown(row, "peak_mb", ",.0f") for row in (ours, peer)),
                 ratio(ours.get("peak_mb"), peer.get("peak_mb")),

@@ -98,6 +98,7 @@ class TrainConfig(Config):
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
     kernels: str = option("auto", "fused operators; auto: compiled where a C++ compiler is found", choices=KERNELS)
+    graph: bool = option(False, "CUDA, bf16: record steps as graphs and replay them, for what is slow to launch")
     recompute: bool = option(False, "save only the input of each layer, and compute it again in backward")
     label_smoothing: float = option(0.0, "share of each target's weight that is spread over all classes", at_least=0)
     eval_every: str = option("epoch", "validate after each epoch, or every N steps")
@@ -133,6 +134,12 @@ class TrainConfig(Config):
         for flag, text in (("--rank-pattern", self.rank_pattern), ("--alpha-pattern", self.alpha_pattern)):
             if not re.fullmatch(r"([^=,]+=\d+(,[^=,]+=\d+)*)?", text):
                 raise ValueError(f"{flag} is {text!r}; expected NAME=NUMBER, with commas between")
+        if self.graph and self.precision not in ("auto", "bf16"):
+            raise ValueError(f"--graph is True with --precision {self.precision}; expected bf16 or auto")
+        if self.graph and (self.shard or self.recompute):
+            raise ValueError(
+                f"--graph is True with --{'shard' if self.shard else 'recompute'}; expected one of the two"
+            )
         if self.shard and self.precision == "fp16":
             raise ValueError("--shard is True with --precision fp16; expected fp32 or bf16")
         if not self.label_smoothing < 1:

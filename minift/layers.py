@@ -54,7 +54,8 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (N,) -> (N, C)."""
         # where there is a gradient already, this one is added to its rows: no second table of zeros, to be added whole
-        return F.embedding(ids, self.weight, sparse=self.weight.grad is not None)
+        # (on CUDA that counts the rows, and waits for it)
+        return F.embedding(ids, self.weight, sparse=self.weight.grad is not None and self.weight.is_cpu)
 
 
 class LayerNorm(nn.Module):

@@ -25,8 +25,8 @@ class AdamW:
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update of every parameter that has a gradient; none where skip, () float32 on their device, is 1."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state.get(p) or self.begin(p) for p in params]
@@ -36,8 +36,8 @@ class AdamW:
             torch._foreach_add_(steps, 1)
             b1, b2 = group["betas"]
             settings = dict(beta1=b1, beta2=b2, weight_decay=group["weight_decay"], eps=group["eps"], lr=group["lr"])
-            grads = [p.grad for p in params]
-            torch._fused_adamw_(params, grads, m, v, [], steps, amsgrad=False, maximize=False, **settings)
+            settings |= dict(amsgrad=False, maximize=False, found_inf=skip)
+            torch._fused_adamw_(params, [p.grad for p in params], m, v, [], steps, **settings)
 
     def begin(self, p: nn.Parameter) -> dict[str, Tensor]:
         """The state of a parameter before its first update, under torch.optim's names."""

@@ -21,6 +21,7 @@ from .batch import Sequence, order, pack
 from .config import InputError, TrainConfig
 from .distributed import ALONE, World, join
 from .evaluate import check_length, measure
+from .graph import Graphs
 from .layers import Embedding, Linear
 from .models import Model
 from .ops import native
@@ -54,6 +55,7 @@ class Job:
     optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless activations are float16
     world: World = ALONE
+    graphs: Graphs | None = None  # with --graph, from the first step on
     caught: list[int] = field(default_factory=list)  # signals that arrived
 
 
@@ -128,6 +130,9 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     dtype, reason = choose_dtype(config.precision, device)
     say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {world.size} process{'es' * (world.size > 1)}")
     say(f"kernels: {native.use(config.kernels, device)}")
+    if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
+        found = f"{str(dtype)[6:]} on {device.type} with {world.size} process{'es' * (world.size > 1)}"
+        raise InputError(f"--graph is True, with {found}; expected bfloat16 on cuda with 1 process")
     if device.type == "cpu":
         native.keep_memory()
     max_length = check_length(model, config.max_length)
@@ -241,7 +246,11 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     model, config, world, start = job.model, job.config, job.world, time.perf_counter()
     n_targets = sum(len(s.targets) for s in sequences)  # of the whole step, before any backward
     sums = torch.tensor([0, 0, signal.SIGINT in job.caught, signal.SIGTERM in job.caught], dtype=torch.float64)
-    for micro in world.micro_batches(sequences, config.tokens):
+    micros = world.micro_batches(sequences, config.tokens)
+    if config.graph:
+        job.graphs = job.graphs or Graphs(job, model.settings["minift"]["max_length"])
+        sums[0], sums[1], norm = job.graphs.step(micros, Noise(config.seed, step), n_targets, lr)
+    for micro in () if config.graph else micros:
         batch = pack(micro).to(model.device)
         noise = Noise(config.seed, step, batch.keys)
         with lean():
@@ -256,15 +265,7 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
             f"the loss of step {step + 1} is {loss_sum}; its examples, counted from 0: {numbers}; "
             f"the last checkpoint: {checkpoint.latest(Path(config.out)) or 'none yet'}"
         )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    world.add_gradients(parameters)
-    job.scaler.unscale_(job.optimizer)
-    norm = clip(parameters, config.clip)
-    for group in job.optimizer.param_groups:
-        group["lr"] = lr * group["ratio"]
-    job.scaler.step(job.optimizer)  # float16: not where a gradient overflowed
-    job.scaler.update()
-    job.optimizer.zero_grad()
+    norm = norm if config.graph else update(job, lr)
     n_tokens = sum(map(len, sequences))
     values = {
         "train/loss": loss_sum / max(1, n_targets),
@@ -278,6 +279,20 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     if job.scaler.is_enabled():
         values["train/loss_scale"] = job.scaler.get_scale()
     return values, signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+
+
+def update(job: Job, lr: float) -> float:
+    """Clips the gradients of all processes and updates the weights; returns the gradients' norm."""
+    parameters = [p for p in job.model.parameters() if p.requires_grad]
+    job.world.add_gradients(parameters)
+    job.scaler.unscale_(job.optimizer)
+    norm = clip(parameters, job.config.clip)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr * group["ratio"]
+    job.scaler.step(job.optimizer)  # float16: not where a gradient overflowed
+    job.scaler.update()
+    job.optimizer.zero_grad()
+    return norm
 
 
 def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict) -> dict[str, float]:

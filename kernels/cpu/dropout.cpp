@@ -26,9 +26,11 @@ extern "C" void dropout(const void* x, void* y, const int32_t* row, const int32_
     });
 }
 
-// y = mix(x ^ salt), both (n,): the words of rows, and, where x is null and i GOLDEN stands for it, of columns
-extern "C" void mix_words(const int32_t* x, int32_t* y, int64_t salt, int64_t n) {
+// y = mix(x ^ salt), both (n,): the words of rows, and, where x is null and i GOLDEN stands for it, of columns.
+// base (1,): the step's word, of which mix(base + salt) is the salt; or null
+extern "C" void mix_words(const int32_t* x, int32_t* y, const int32_t* base, int64_t salt, int64_t n) {
+    const uint32_t k = base ? mix(uint32_t(*base) + uint32_t(salt)) : uint32_t(salt);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++)
-        y[i] = int32_t(mix((x ? uint32_t(x[i]) : uint32_t(i) * GOLDEN) ^ uint32_t(salt)));
+        y[i] = int32_t(mix((x ? uint32_t(x[i]) : uint32_t(i) * GOLDEN) ^ k));
 }

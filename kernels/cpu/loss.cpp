@@ -48,14 +48,18 @@ void row(T* z, const float* bias, int64_t target, float smoothing, float* loss, 
 
 }  // namespace
 
-// z (M, V), with grad overwritten by dz; bias (V,) float or null; targets (M,) in [0, V); loss, hits (M,) float
+// z (M, V), with grad overwritten by dz; bias (V,) float or null; targets (M,) in [0, V), or -1: not asked about, all 0;
+// loss, hits (M,) float
 extern "C" void cross_entropy(void* z, const float* bias, const int64_t* targets, float smoothing, float* loss,
                               float* hits, int64_t grad, int64_t M, int64_t V, int64_t dtype) {
     typed(dtype, [&](auto* null) {
         auto zs = static_cast<decltype(null)>(z);
         parallel(M, at_least_1(GRAIN / at_least_1(V)), [&](int64_t begin, int64_t end) {
             for (int64_t m = begin; m < end; m++) {
-                if (bias) row<true>(zs + m * V, bias, targets[m], smoothing, loss + m, hits + m, grad != 0, V);
+                if (targets[m] < 0) {
+                    loss[m] = hits[m] = 0;
+                    if (grad) std::memset(zs + m * V, 0, V * sizeof *zs);
+                } else if (bias) row<true>(zs + m * V, bias, targets[m], smoothing, loss + m, hits + m, grad != 0, V);
                 else row<false>(zs + m * V, bias, targets[m], smoothing, loss + m, hits + m, grad != 0, V);
             }
         });

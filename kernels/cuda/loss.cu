@@ -4,7 +4,7 @@
 //     dz = exp(z - lse) - (1 - e) onehot(target) - e / V
 //
 // A block takes a row and reads it twice: once for its largest element and the sum of exponentials together (Milakov &
-// Gimelshein, https://arxiv.org/abs/1805.02867), once for the gradient. A target outside [0, V) gives NaN.
+// Gimelshein, https://arxiv.org/abs/1805.02867), once for the gradient. A target beyond gives NaN.
 
 #include "common.cuh"
 
@@ -59,6 +59,11 @@ __device__ void each(const T* z, int64_t V, const F& f) {
 template <class T>
 __device__ void row(T* z, const float* bias, int64_t target, float smoothing, float* loss, float* hit, bool grad,
                     int64_t V) {
+    if (target == -1) {
+        if (threadIdx.x == 0) *loss = *hit = 0;
+        for (int64_t v = threadIdx.x; grad && v < V; v += blockDim.x) assign(z + v, 0);
+        return;
+    }
     Seen s = {-3.40282347e38f, 0, 0, 0x7FFFFFFF};  // finite, for -inf less -inf is NaN
     each(z, V, [&](auto width, int64_t v) {
         constexpr int W = decltype(width)::value;
@@ -88,7 +93,8 @@ __device__ void row(T* z, const float* bias, int64_t target, float smoothing, fl
 
 }  // namespace
 
-// z (M, V), with grad overwritten by dz; bias (V,) float or null; targets (M,) in [0, V); loss, hits (M,) float
+// z (M, V), with grad overwritten by dz; bias (V,) float or null; targets (M,) in [0, V), or -1: not asked about, all 0;
+// loss, hits (M,) float
 // blocks: M
 extern "C" __global__ void cross_entropy(void* z, const float* bias, const int64_t* targets, float smoothing,
                                          float* loss, float* hits, int64_t grad, int64_t M, int64_t V, int64_t dtype) {

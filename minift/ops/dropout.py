@@ -47,15 +47,16 @@ def hash_(x: Tensor, scratch: Tensor) -> Tensor:
     return x
 
 
-def mix_tensor(x: Tensor, salt: int = 0) -> Tensor:
-    """lowbias32 of int32 words ^ salt, as a new tensor."""
+def mix_tensor(x: Tensor, salt: int = 0, base: Tensor | None = None) -> Tensor:
+    """lowbias32 of int32 words ^ salt, as a new tensor. base (1,): the salt is mix(base + salt)."""
     lib = native.kernel("dropout", x)
     if lib is None:
-        x = hash_(x ^ signed(salt), torch.empty_like(x))
+        k = signed(salt) if base is None else mix_tensor(base + salt)
+        x = hash_(x ^ k, torch.empty_like(x))
         return x ^ (x >> 16 & 0xFFFF)
     x = x.contiguous()
     y = torch.empty_like(x)
-    lib.mix_words(x.data_ptr(), y.data_ptr(), salt, x.numel())
+    lib.mix_words(x.data_ptr(), y.data_ptr(), native.pointer(base), salt, x.numel())
     return y
 
 
@@ -69,27 +70,33 @@ class Noise:
     seed: int = 0
     step: int = 0
     keys: Tensor | None = None  # (N,) int32
+    base: Tensor | None = None  # (1,) int32: the word of (seed, step) in memory, for steps that are replayed (graph.py)
 
     def at(self, rows: Tensor | None) -> "Noise":
         """The noise of these tokens alone. rows (M,), or None for all."""
         return self if self.keys is None or rows is None else replace(self, keys=self.keys[rows])
 
+    def word(self) -> int:
+        """The 32-bit word of (seed, step), from which those of dropout places are made."""
+        return mix(mix(mix(self.seed & MASK) ^ self.seed >> 32 & MASK) ^ self.step & MASK)
+
     def salts(self, site: int) -> tuple[int, int]:
         """(k0, k1): two 32-bit words for the dropout place number `site` in this step."""
-        base = mix(mix(mix(self.seed & MASK) ^ self.seed >> 32 & MASK) ^ self.step & MASK)
+        base = self.word() if self.base is None else self.base.item() & MASK
         return mix(base + 2 * site & MASK), mix(base + 2 * site + 1 & MASK)
 
     def rows(self, site: int) -> Tensor:
         """The words of the tokens, (N,) int32."""
-        return mix_tensor(self.keys, self.salts(site)[0])
+        salt = self.salts(site)[0] if self.base is None else 2 * site
+        return mix_tensor(self.keys, salt, self.base)
 
     def cols(self, site: int, n: int) -> Tensor:
         """The words of the first n channels, (n,) int32."""
-        salt, y = self.salts(site)[1], self.keys.new_empty(n)
+        salt, y = self.salts(site)[1] if self.base is None else 2 * site + 1, self.keys.new_empty(n)
         if lib := native.kernel("dropout", y):
-            lib.mix_words(None, y.data_ptr(), salt, n)
+            lib.mix_words(None, y.data_ptr(), native.pointer(self.base), salt, n)
             return y
-        return mix_tensor(torch.arange(n, dtype=torch.int32, device=y.device) * signed(GOLDEN), salt)
+        return mix_tensor(torch.arange(n, dtype=torch.int32, device=y.device) * signed(GOLDEN), salt, self.base)
 
 
 SILENT = Noise()

@@ -5,6 +5,7 @@ The equations are those of attention.py, and packed sequences are what the kerne
 - Dropout's mask is drawn by the kernel's generator. This is the one place where noise is not a function of the token:
   the seed comes from (seed, step, site) and the size of the batch, so a rerun, a resumed run and a recomputed layer
   draw the same mask, but another split into micro-batches draws another (and micro-batches of one size the same).
+  With --graph the seed comes from (seed, step, micro-batch), and layers go on from there.
 - Of fewer queries than keys it takes the causal ones to be the last. So queries at `rows` are put back among all
   tokens, with zeros between, and the answers there are thrown away: exact, and this concerns the last layer alone.
 
@@ -56,7 +57,7 @@ def flash(
 ) -> Tensor:
     """(M, H, D), as attention.attention; longest: tokens of the longest sequence, or more."""
     seed = None
-    if p > 0:
+    if p > 0 and noise.base is None:  # a replayed step (graph.py) seeds the generator once, outside
         k0, k1 = noise.salts(site)
         seed = mix(k0 ^ len(k)) << 32 | mix(k1 ^ len(offsets))
     asked = q if rows is None else q.new_zeros(k.shape).index_copy(0, rows, q)  # (N, H, D)

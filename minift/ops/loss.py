@@ -24,7 +24,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(loss, correct): the loss summed over rows in float32, and the number of rows whose largest logit is the target.
 
-    x (M, C), weight (V, C), bias (V,) or None, targets (M,) int64 in [0, V), smoothing in [0, 1).
+    x (M, C), weight (V, C), bias (V,) or None, smoothing in [0, 1); targets (M,) int64 in [0, V), or -1 for a row that
+    is there for the size alone: its loss and gradients are 0.
     """
     return LinearCrossEntropy.apply(x, weight, bias, targets, smoothing)
 
@@ -88,8 +89,8 @@ def cross_entropy(
     lib = native.kernel("loss", z)
     if lib is None:
         return reference(z, bias, targets, smoothing, grad)
-    if z.is_cpu and not 0 <= targets.min() <= targets.max() < z.shape[1]:  # on CUDA the loss is NaN: nobody waits
-        raise IndexError(f"a target is {targets.min()} or {targets.max()}; expected 0 to {z.shape[1] - 1}")
+    if z.is_cpu and not -1 <= targets.min() <= targets.max() < z.shape[1]:  # on CUDA the loss is NaN: nobody waits
+        raise IndexError(f"a target is {targets.min()} or {targets.max()}; expected 0 to {z.shape[1] - 1}, or -1")
     b, targets = None if bias is None else bias.float().contiguous(), targets.contiguous()
     losses, hits = torch.empty(2, len(z), dtype=torch.float32, device=z.device).unbind()
     at = native.pointer(b), targets.data_ptr(), smoothing, losses.data_ptr(), hits.data_ptr()
@@ -101,16 +102,17 @@ def reference(
     z: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The equations above, in at least float32."""
-    z, target = z.to(torch.promote_types(z.dtype, torch.float32)), targets[:, None]
+    z, asked, target = z.to(torch.promote_types(z.dtype, torch.float32)), targets[:, None] >= 0, targets[:, None]
     if bias is not None:
         z += bias
-    correct = (z.argmax(-1, keepdim=True) == target).sum()
+    correct, target = (z.argmax(-1, keepdim=True) == target).sum(), target.clamp(min=0)
     lse = torch.logsumexp(z, -1, keepdim=True)
-    loss = (lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)).sum()
+    loss = lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)
+    loss = loss.masked_fill(~asked, 0).sum()
     if not grad:
         return loss, correct, None
     dz = z.sub_(lse).exp_()
     dz.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=dz.dtype))
     if smoothing:
         dz -= smoothing / z.shape[1]
-    return loss, correct, dz
+    return loss, correct, dz.masked_fill_(~asked, 0)

@@ -444,10 +444,21 @@ def test_rows_of_logits_that_are_hard(place):
 
 def test_an_unknown_target_is_nan(place):
     z, losses, hits = torch.randn(2, 5, device=place), *torch.empty(2, 2, device=place)
-    targets = torch.tensor([5, -1], device=place)
+    targets = torch.tensor([5, -2], device=place)
     given = targets.data_ptr(), 0.0, losses.data_ptr(), hits.data_ptr()
     native.kernel("loss", z).cross_entropy(z.data_ptr(), None, *given, 0, 2, 5, 0)
     assert losses.isnan().all() and not hits.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_is_not_asked_about_is_zero(place, dtype):
+    z = torch.randn(3, 37).to(dtype).to(place)
+    z[1] = torch.nan  # whatever stands there
+    whole, targets = z.clone(), torch.tensor([5, -1, 36], device=place)
+    loss, hits, dz = cross_entropy(z, None, targets, 0.1, True)
+    want, right, rows = cross_entropy(whole[[0, 2]], None, targets[[0, 2]], 0.1, True)
+    assert loss.item() == pytest.approx(want.item()) and hits.item() == right.item()
+    assert torch.equal(dz[[0, 2]], rows) and not dz[1].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minift.ops import loss as module
+from minift.ops import native
 from minift.ops.loss import linear_cross_entropy
 
 
@@ -106,3 +107,20 @@ def test_label_smoothing(smoothing):
     ours, theirs = torch.autograd.grad(loss, (x, weight, bias)), torch.autograd.grad(want, exact)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 2e-6 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("mode", ["native", "reference"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_rows_that_are_not_asked_about_change_nothing(mode, smoothing, monkeypatch):
+    monkeypatch.setattr(native, "mode", mode)
+    x, weight, bias, targets = inputs()
+    asked = torch.arange(len(targets)) % 3 != 1
+    some = x.detach()[asked].requires_grad_()
+    want, right = linear_cross_entropy(some, weight, bias, targets[asked], smoothing)
+    expected = torch.autograd.grad(want, (some, weight, bias))
+    loss, correct = linear_cross_entropy(x, weight, bias, targets.masked_fill(~asked, -1), smoothing)
+    dx, *found = torch.autograd.grad(loss, (x, weight, bias))
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6) and correct.item() == right.item()
+    assert not dx[~asked].any()
+    for a, b in zip((dx[asked], *found), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,163 @@
+"""Steps that are recorded and replayed: the same curve, from batches filled up to few sizes.
+
+python -m pytest tests/test_graph.py
+
+Without a device nothing is recorded: then the same functions run on the same tensors, which have to be filled anew.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import peer, random_ids, sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
+
+import minift
+from minift.batch import pack, token_keys
+from minift.graph import fill_up, size_for
+from minift.ops import native
+from minift.ops.dropout import Noise, signed
+from minift.optim import make_optimizer
+from minift.tasks import TASKS
+from minift.train import Job, train_step
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no device"))]
+
+
+@given(st.integers(1, 100_000), st.integers(1, 4096))
+def test_sizes_are_few_and_close(n, most):
+    size = size_for(n, most)
+    assert n <= size < n + max(1, min(n / 8, most))
+    assert len({size_for(k, 10**6) for k in range(1024, 2048)}) == 9
+
+
+@pytest.mark.parametrize("mode", ["native", "reference"])
+def test_words_from_memory_are_those_of_the_step(mode, monkeypatch):
+    monkeypatch.setattr(native, "mode", mode)
+    keys = token_keys(torch.arange(50), torch.arange(50))
+    for seed, step in ((42, 0), (2**40 + 7, 123456)):
+        plain = Noise(seed, step, keys)
+        held = Noise(keys=keys, base=torch.tensor([signed(plain.word())], dtype=torch.int32))
+        for site in (0, 5, (1 << 16) + 3):
+            assert torch.equal(plain.rows(site), held.rows(site)) and torch.equal(
+                plain.cols(site, 33), held.cols(site, 33)
+            )
+            assert plain.salts(site) == held.salts(site)
+
+
+def make(family: str, folder, **changes):
+    """A random model with an odd number of layers trained in full, and its task."""
+    if family == "bert":
+        peer(BertForSequenceClassification, folder, num_labels=3, **changes)
+        return minift.load(folder, task="classify")[0], "classify"
+    peer(GPT2LMHeadModel, folder, **changes)
+    return minift.load(folder, task="complete")[0], "complete"
+
+
+def examples(task: str, lengths: list[int], first: int = 0) -> list:
+    rng = np.random.default_rng(first)
+    found = []
+    for i, ids in enumerate(random_ids(lengths, seed=first)):
+        if task == "classify":
+            types = [0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2) if i % 2 else None
+            found.append(sequence(first + i, ids, [0], [int(rng.integers(3))], types))
+        else:
+            rows = np.flatnonzero(rng.random(len(ids)) < 0.6)
+            found.append(sequence(first + i, ids, rows, rng.integers(0, 99, len(rows))))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["native", "reference"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_what_is_filled_up_changes_nothing(family, mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "mode", mode)
+    model, task = make(family, tmp_path)
+    names = [name for name, _ in model.named_parameters()]
+
+    def computed(batch):
+        model.zero_grad()
+        loss, right = TASKS[task].loss(model, batch, Noise(1, 2, batch.keys), 0.1)
+        loss.backward()
+        return loss.item(), right.item(), [p.grad.clone() for p in model.parameters()]
+
+    @settings(max_examples=10, deadline=None)
+    @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+    def check(lengths):
+        batch = pack(examples(task, lengths))
+        filled = fill_up(batch, 6, 40)
+        assert len(filled.offsets) == 8 and filled.offsets[-1] == len(filled.ids) > len(batch.ids)
+        assert filled.positions.max() < 40 and (filled.rows.diff() >= 0).all()
+        (loss, right, grads), (more, hits, found) = computed(batch), computed(filled)
+        assert more == pytest.approx(loss, rel=1e-6) and hits == right
+        for name, a, b in zip(names, grads, found, strict=True):
+            assert (a - b).abs().max() <= 2e-6 * max(1.0, a.abs().max().item()), name
+
+    check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_replayed_run_follows_the_plain_one(family, method, device, tmp_path):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    losses, graphs = {}, None
+    for graph in (False, True):
+        model, task = make(
+            family, tmp_path / f"{graph}", **({"n_embd": 64} if family == "gpt2" else {"hidden_size": 64})
+        )
+        if method != "full":
+            minift.add_lora(minift.quantize(model) if method == "qlora" else model)
+        model.to(device).body.dtype = dtype
+        model.settings["minift"] = {"max_length": 40}
+        config = minift.TrainConfig(model="x", data="x", out="x", task=task, batch=5, tokens=90, precision="auto")
+        config = dataclasses.replace(config, graph=graph)
+        scaler = torch.amp.GradScaler(device, enabled=False)
+        job = Job(model, config, make_optimizer(model, 1e-3, 0.01), scaler)
+        rng, losses[graph] = np.random.default_rng(0), []
+        for step in range(8):
+            lengths = rng.integers(2, 40, 5 if step % 3 else 4).tolist()
+            values, _ = train_step(job, examples(task, lengths, 100 * step), step, 1e-3 * (1 - step / 8))
+            losses[graph].append((values["train/loss"], values["train/grad_norm"], values["train/accuracy"]))
+        graphs = job.graphs
+    assert 2 <= len(graphs.batches) <= 16
+    if device == "cpu":  # on CUDA the flash kernel's dropout has another seed
+        np.testing.assert_allclose(losses[True], losses[False], rtol=2e-5)
+    else:
+        np.testing.assert_allclose(losses[True][0][0], losses[False][0][0], rtol=0.1)
+        assert np.isfinite(losses[True]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_update_from_a_loss_that_is_not_finite_is_left_out(device, tmp_path):
+    model, task = make("bert", tmp_path)
+    model.to(device).body.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model.settings["minift"] = {"max_length": 40}
+    config = minift.TrainConfig(model="x", data="x", out=str(tmp_path), task=task, precision="auto", graph=True)
+    job = Job(model, config, make_optimizer(model, 1e-3, 0.01), torch.amp.GradScaler(device, enabled=False))
+    train_step(job, examples(task, [5, 6]), 0, 1e-3)
+    with torch.no_grad():
+        model.head.out.bias[0] = torch.inf
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="step 2 is nan; its examples, counted from 0: 0, 1"):
+        train_step(job, examples(task, [5, 6]), 1, 1e-3)
+    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def test_graphs_need_what_they_need(tmp_path):
+    for change, words in (
+        (dict(precision="fp32"), "--graph is True with --precision fp32"),
+        (dict(precision="bf16", shard=True), "with --shard"),
+        (dict(precision="bf16", recompute=True), "with --recompute"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            minift.TrainConfig(graph=True, **change).check()
+    model, _ = make("bert", tmp_path)
+    config = minift.TrainConfig(
+        model="x", data="x", out=str(tmp_path / "out"), graph=True, precision="bf16", device="cpu"
+    )
+    with pytest.raises(minift.InputError, match="--graph is True, with bfloat16 on cpu with 1 process; expected"):
+        minift.train(model, None, config)
+    assert not (tmp_path / "out").exists()
