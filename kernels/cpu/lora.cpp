@@ -37,10 +37,10 @@ void dots(int64_t n, const float* x, const float* a, int64_t lda, float* h) {
     for (int64_t k = 0; k < n; k += LANES) {
         Vec left[PAIR];
 #pragma GCC unroll 2
-        for (int r = 0; r < PAIR; r++) left[r] = at(a + r * lda + k);
+        for (int r = 0; r < PAIR; r++) left[r] = *at(a + r * lda + k);
 #pragma GCC unroll 8
         for (int i = 0; i < TOKENS; i++) {
-            const Vec right = at(x + i * COLS + k);
+            const Vec right = *at(x + i * COLS + k);
 #pragma GCC unroll 2
             for (int r = 0; r < PAIR; r++) sum[r * TOKENS + i] += left[r] * right;
         }
@@ -50,7 +50,7 @@ void dots(int64_t n, const float* x, const float* a, int64_t lda, float* h) {
         turn(sum + s);
 #pragma GCC unroll 16
         for (int l = 1; l < LANES; l++) sum[s] += sum[s + l];
-        at(h + s) += sum[s];
+        *at(h + s) += sum[s];
     }
 }
 
