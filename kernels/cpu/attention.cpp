@@ -142,8 +142,8 @@ struct Attention {
         if (!c.causal || j + n - 1 <= w.position[0]) return;
         for (int64_t i = 0; i < n; i++)
             for (int64_t l = 0; l < lanes; l += LANES) {
-                Vec& s = at(w.tile + i * QUERIES + l);
-                s = at(w.position + l) < int32_t(j + i) ? Vec{} - INFINITY : s;
+                Vec& s = *at(w.tile + i * QUERIES + l);
+                s = *at(w.position + l) < int32_t(j + i) ? Vec{} - INFINITY : s;
             }
     }
 
@@ -162,25 +162,25 @@ struct Attention {
     void softmax(int64_t j, int64_t n) {
         float turn[QUERIES];
         for (int64_t l = 0; l < lanes; l += LANES) {
-            const Vec old = at(w.top + l);
-            const Words row = (Words)at(w.row + l);
+            const Vec old = *at(w.top + l);
+            const Words row = (Words)*at(w.row + l);
             Vec top = old, sum{};
             for (int64_t i = 0; i < n; i++) {
-                const Vec s = at(w.tile + i * QUERIES + l);
+                const Vec s = *at(w.tile + i * QUERIES + l);
                 top = s > top ? s : top;
             }
             for (int64_t i = 0; i < n; i++) {
-                Vec& s = at(w.tile + i * QUERIES + l);
+                Vec& s = *at(w.tile + i * QUERIES + l);
                 const Vec p = exp_(s - top);
                 sum += p;
                 s = DROP ? p * kept<DROP>(row, j + i) : p;
             }
-            at(turn + l) = exp_(old - top);
-            at(w.sum + l) = at(w.sum + l) * at(turn + l) + sum;
-            at(w.top + l) = top;
+            *at(turn + l) = exp_(old - top);
+            *at(w.sum + l) = *at(w.sum + l) * *at(turn + l) + sum;
+            *at(w.top + l) = top;
         }
         for (int64_t i = 0; j > 0 && i < m; i++)
-            for (int64_t d = 0; turn[i] != 1 && d < c.width; d += LANES) at(w.acc + i * c.width + d) *= turn[i];
+            for (int64_t d = 0; turn[i] != 1 && d < c.width; d += LANES) *at(w.acc + i * c.width + d) *= turn[i];
     }
 
     void forward() {
@@ -206,10 +206,10 @@ struct Attention {
     template <bool DROP>
     void softmax_backward(int64_t j, int64_t n) {
         for (int64_t l = 0; l < lanes; l += LANES) {
-            const Vec top = at(w.top + l), part = 1 / at(w.sum + l), delta = at(w.delta + l);
-            const Words row = (Words)at(w.row + l);
+            const Vec top = *at(w.top + l), part = 1 / *at(w.sum + l), delta = *at(w.delta + l);
+            const Words row = (Words)*at(w.row + l);
             for (int64_t i = 0; i < n; i++) {
-                Vec &s = at(w.tile + i * QUERIES + l), &ds = at(w.dtile + i * QUERIES + l);
+                Vec &s = *at(w.tile + i * QUERIES + l), &ds = *at(w.dtile + i * QUERIES + l);
                 const Vec p = exp_(s - top) * part, stays = kept<DROP>(row, j + i);
                 s = DROP ? p * stays : p;
                 ds = p * ((DROP ? ds * stays : ds) - delta);
@@ -228,8 +228,8 @@ struct Attention {
             transpose(m, c.width, w.dout, w.dout_t, QUERIES);
             transpose(m, c.width, w.acc, w.out_t, QUERIES);
             for (int64_t l = 0; l < lanes; l += LANES) {
-                Vec& delta = at(w.delta + l) = Vec{};
-                for (int64_t i = l; i < c.D * QUERIES; i += QUERIES) delta += at(w.out_t + i) * at(w.dout_t + i);
+                Vec& delta = *at(w.delta + l) = Vec{};
+                for (int64_t i = l; i < c.D * QUERIES; i += QUERIES) delta += *at(w.out_t + i) * *at(w.dout_t + i);
             }
         }
         for (int64_t l = 0; l < m; l++) {

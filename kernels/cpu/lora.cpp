@@ -37,10 +37,10 @@ void dots(int64_t n, const float* x, const float* a, int64_t lda, float* h) {
     for (int64_t k = 0; k < n; k += LANES) {
         Vec left[PAIR];
 #pragma GCC unroll 2
-        for (int r = 0; r < PAIR; r++) left[r] = at(a + r * lda + k);
+        for (int r = 0; r < PAIR; r++) left[r] = *at(a + r * lda + k);
 #pragma GCC unroll 8
         for (int i = 0; i < TOKENS; i++) {
-            const Vec right = at(x + i * COLS + k);
+            const Vec right = *at(x + i * COLS + k);
 #pragma GCC unroll 2
             for (int r = 0; r < PAIR; r++) sum[r * TOKENS + i] += left[r] * right;
         }
@@ -50,7 +50,7 @@ void dots(int64_t n, const float* x, const float* a, int64_t lda, float* h) {
         turn(sum + s);
 #pragma GCC unroll 16
         for (int l = 1; l < LANES; l++) sum[s] += sum[s + l];
-        at(h + s) += sum[s];
+        *at(h + s) += sum[s];
     }
 }
 
@@ -111,10 +111,12 @@ extern "C" void lora_forward(const void* x, const float* A, void* h, const int32
     });
 }
 
-// x (N, C); g (N, R) float; A as above; dA like A, written, or null; dx (N, C), added to, or null. x may be null with dA.
-extern "C" void lora_backward(const void* x, const float* g, const float* A, float* dA, void* dx, const int32_t* row,
-                              const int32_t* col, int64_t threshold, float scale, int64_t N, int64_t C, int64_t R,
-                              int64_t lda, int64_t dtype) {
+// x (N, C); g (N, R) float; A as above; sums (blocks, R, lda) float, of which the first becomes dA, or null; dx (N, C),
+// added to, or null. x may be null with sums. `block` rows share one of the sums on CUDA; here one is enough for all.
+extern "C" void lora_backward(const void* x, const float* g, const float* A, float* sums, void* dx, const int32_t* row,
+                              const int32_t* col, int64_t threshold, float scale, int64_t block, int64_t N, int64_t C,
+                              int64_t R, int64_t lda, int64_t dtype) {
+    (void)block;
     typed(dtype, [&](auto* null) {
         auto xs = static_cast<decltype(null)>(const_cast<void*>(x)), dxs = static_cast<decltype(null)>(dx);
         const Drop drop = {row, col, int32_t(threshold), scale};
@@ -122,7 +124,7 @@ extern "C" void lora_backward(const void* x, const float* g, const float* A, flo
         parallel(strips, at_least_1(GRAIN / at_least_1(N * STRIP_COLS)), [&](int64_t begin, int64_t end) {
             for (int64_t s = begin; s < end; s++) {
                 const int64_t c = s * STRIP_COLS, n = C - c < STRIP_COLS ? C - c : STRIP_COLS;
-                backward(xs, g, A, dA, dxs, c, n, drop, N, C, R, lda);
+                backward(xs, g, A, sums, dxs, c, n, drop, N, C, R, lda);
             }
         });
     });

@@ -11,6 +11,8 @@
 
 namespace {
 
+const int64_t CHUNK = 1024;  // summed by itself: one long sum loses digits, more so the fewer lanes a vector has
+
 template <bool biased, class T>
 inline float logit(const T* z, const float* bias, int64_t v) {
     return biased ? load(z + v) + bias[v] : load(z + v);
@@ -30,8 +32,13 @@ void row(T* z, const float* bias, int64_t target, float smoothing, float* loss, 
     float high = -INFINITY, total = 0, sum = 0;
 #pragma omp simd reduction(max : high)
     for (int64_t v = 0; v < V; v++) high = logit<biased>(z, bias, v) > high ? logit<biased>(z, bias, v) : high;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t v = 0; v < V; v++) sum += exp_(logit<biased>(z, bias, v) - high);
+    for (int64_t begin = 0; begin < V; begin += CHUNK) {
+        const int64_t end = V - begin < CHUNK ? V : begin + CHUNK;
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t v = begin; v < end; v++) part += exp_(logit<biased>(z, bias, v) - high);
+        sum += part;
+    }
     if (smoothing != 0) {
 #pragma omp simd reduction(+ : total)
         for (int64_t v = 0; v < V; v++) total += logit<biased>(z, bias, v);

@@ -20,10 +20,11 @@ typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// The vector that begins here. No template: GCC drops `aligned(4)` from a template's argument.
-inline Vec& at(float* x) { return *reinterpret_cast<Vec*>(x); }
-inline const Vec& at(const float* x) { return *reinterpret_cast<const Vec*>(x); }
-inline const Ints& at(const int32_t* x) { return *reinterpret_cast<const Ints*>(x); }
+// The vector that begins here. No template: GCC drops `aligned(4)` from a template's argument. No reference: Clang takes
+// it to be aligned as a whole vector where a function returns one.
+inline Vec* at(float* x) { return reinterpret_cast<Vec*>(x); }
+inline const Vec* at(const float* x) { return reinterpret_cast<const Vec*>(x); }
+inline const Ints* at(const int32_t* x) { return reinterpret_cast<const Ints*>(x); }
 
 // x where the mask is set, else 0.
 inline Vec where(Ints mask, Vec x) { return (Vec)(mask & (Ints)x); }
@@ -55,7 +56,7 @@ inline void block(int64_t n, const float* a, int64_t lda, const float* b, int64_
     for (int64_t i = 0; i < n; i++) {
         Vec right[W];
 #pragma GCC unroll 2
-        for (int w = 0; w < W; w++) right[w] = at(b + i * ldb + w * LANES);
+        for (int w = 0; w < W; w++) right[w] = *at(b + i * ldb + w * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const float left = TURNED ? a[i * lda + r] : a[r * lda + i];
@@ -67,7 +68,7 @@ inline void block(int64_t n, const float* a, int64_t lda, const float* b, int64_
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int w = 0; w < W; w++) {
-            Vec& to = at(c + r * ldc + w * LANES);
+            Vec& to = *at(c + r * ldc + w * LANES);
             to = add ? to + sum[r][w] : sum[r][w];
         }
 }
@@ -125,20 +126,20 @@ inline void turn(Vec* t) {
 }
 
 // y (n x ldy) = x^T, x (m x n); n in whole vectors, m is rounded up to them.
-void transpose(int64_t m, int64_t n, const float* x, float* y, int64_t ldy) {
+inline void transpose(int64_t m, int64_t n, const float* x, float* y, int64_t ldy) {
     for (int64_t i = 0; i < m; i += LANES)
         for (int64_t j = 0; j < n; j += LANES) {
             Vec t[LANES];
 #pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) t[r] = i + r < m ? at(x + (i + r) * n + j) : Vec{};
+            for (int r = 0; r < LANES; r++) t[r] = i + r < m ? *at(x + (i + r) * n + j) : Vec{};
             turn(t);
 #pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) at(y + (j + r) * ldy + i) = t[r];
+            for (int r = 0; r < LANES; r++) *at(y + (j + r) * ldy + i) = t[r];
         }
 }
 
 // C (m x columns) = A B^T, A (m x n), B (columns x n), n in whole vectors: so few columns that `product` would idle.
-void dots(int64_t m, int64_t columns, int64_t n, const float* a, const float* b, float* c, int64_t ldc) {
+inline void dots(int64_t m, int64_t columns, int64_t n, const float* a, const float* b, float* c, int64_t ldc) {
     for (int64_t i = 0; i < m; i += LANES)
         for (int64_t j = 0; j < columns; j++) {
             Vec t[LANES];
@@ -146,7 +147,7 @@ void dots(int64_t m, int64_t columns, int64_t n, const float* a, const float* b,
             for (int r = 0; r < LANES; r++) {
                 t[r] = Vec{};
                 for (int64_t d = 0; i + r < m && d < n; d += LANES)
-                    t[r] += at(a + (i + r) * n + d) * at(b + j * n + d);
+                    t[r] += *at(a + (i + r) * n + d) * *at(b + j * n + d);
             }
             turn(t);
             for (int r = 1; r < LANES; r++) t[0] += t[r];

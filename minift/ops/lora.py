@@ -4,12 +4,12 @@
     g = s dy B                  dA = g^T drop(x)       dB = s dy^T h       dx = dy W + drop'(g A)
 
 Every product goes through rank R, so no matrix of W's size is made. W is whatever `matrix` gives; it does not learn.
-On the CPU, in float32 and bfloat16, those with dropout and a small rank run in kernels/cpu/lora.cpp: drop(x) is never
-there whole.
+Those with dropout and a small rank run in kernels/cpu/lora.cpp and kernels/cuda/lora.cu: drop(x) is never there whole.
 
 N tokens, R rank; A (R, in), B (out, R), x (N, in), y (N, out).
 """
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -22,6 +22,7 @@ from .dropout import Noise, drop, threshold
 
 MOST = 16  # ranks that the kernel takes; beyond, and without dropout, torch.mm is as fast
 STRIP = 64  # columns that it works on at once
+BLOCK = 64  # rows whose part of dA is summed by itself on CUDA; the CPU goes through all rows in order
 
 
 class LoRA(torch.autograd.Function):
@@ -49,7 +50,7 @@ class LoRA(torch.autograd.Function):
 
 def shrink(x: Tensor, A: Tensor, p: float, words: tuple[Tensor, Tensor] | None) -> Tensor:
     """drop(x) A^T, (N, R). words: of dropout, for rows and channels, or None without it."""
-    lib = native.kernel("lora", x) if words and len(A) <= MOST else None
+    lib = native.kernel("lora", x) if words and len(x) and len(A) <= MOST else None
     if lib is None:
         return (drop(x, *words, p) if words else x) @ A.to(x.dtype).t()
     x, a = x.contiguous(), padded(A)
@@ -62,7 +63,7 @@ def spread(
     x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, p: float, words: tuple[Tensor, Tensor] | None
 ) -> Tensor | None:
     """Adds drop'(g A) to dx (N, in), where there is one; returns g^T drop(x), where there is an x."""
-    lib = native.kernel("lora", g, x, dx) if words and len(A) <= MOST else None
+    lib = native.kernel("lora", g, x, dx) if words and len(g) and len(A) <= MOST else None
     if lib is None:
         if dx is not None and words:
             dx += drop(g @ A.to(g.dtype), *words, p)
@@ -70,16 +71,18 @@ def spread(
             dx.addmm_(g, A.to(g.dtype))
         return None if x is None else (g.t() @ (drop(x, *words, p) if words else x)).to(A.dtype)
     x, a, wide = None if x is None else x.contiguous(), padded(A), g.float().contiguous()
-    dA = None if x is None else torch.zeros_like(a)
+    block = len(g) if isinstance(lib, ctypes.CDLL) else BLOCK
+    sums = None if x is None else a.new_empty(-(-len(g) // block), len(A), a.shape[1])
     if dx is not None or x is not None:
-        given = map(native.pointer, (x, wide, a, dA, dx))
-        lib.lora_backward(*given, *settings(words, p), *sizes(dx if x is None else x, A, a))
-    return None if dA is None else dA[: len(A), : A.shape[1]].to(A.dtype)
+        given = map(native.pointer, (x, wide, a, sums, dx))
+        lib.lora_backward(*given, *settings(words, p), block, *sizes(dx if x is None else x, A, a))
+    return None if sums is None else sums[0, :, : A.shape[1]].to(A.dtype, copy=True)  # sums may be much larger
 
 
 def padded(A: Tensor) -> Tensor:
     """A in float32 with zeros below and beside, up to the kernel's blocks; itself where it fits."""
-    return F.pad(A.detach().float(), (0, -A.shape[1] % STRIP, 0, len(A) % 2)).contiguous()
+    a, more = A.detach().float(), (0, -A.shape[1] % STRIP, 0, len(A) % 2)
+    return (F.pad(a, more) if any(more) else a).contiguous()
 
 
 def settings(words: tuple[Tensor, Tensor], p: float) -> tuple:

@@ -24,6 +24,7 @@ from minift.ops import cuda, flash, native, nf4
 from minift.ops.attention import attention
 from minift.ops.dropout import Noise, dropout, mix_tensor
 from minift.ops.gelu import Gelu, gelu_tanh
+from minift.ops.lora import lora_linear, shrink, spread
 from minift.ops.loss import cross_entropy, linear_cross_entropy
 from minift.ops.norm import add_norm
 
@@ -450,6 +451,79 @@ def test_an_unknown_target_is_nan(place):
     assert losses.isnan().all() and not hits.any()
 
 
+def low_rank(some: Noise, W: torch.Tensor, B: torch.Tensor):
+    """A layer with dropout before A: a function of x and A."""
+    return lambda x, A: lora_linear(x, None, A, B, lambda dtype: W.to(dtype), 2.0, 0.2, some, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("n,width", [(1, 63), (130, 7), (7, 63), (33, 1023), (33, 260), (200, 132)])
+def test_lora(n, width, rank, dtype, place):
+    torch.manual_seed(n + width)
+    W, B = torch.randn(61, width, device=place).bfloat16(), torch.randn(61, rank, device=place)
+    x, A = draw(place, n, width, dtype=dtype), draw(place, rank, width)
+    judge(low_rank(noise(place, n), W, B), [x, A], [torch.randn(n, 61)])
+
+
+@pytest.mark.parametrize("trained", ["x", "A", ""])
+def test_lora_where_one_gradient_is_wanted(trained, place):
+    W, B, x, A = (draw(place, *s) for s in ((11, 260), (11, 5), (70, 260), (5, 260)))
+    x, A = x.detach().requires_grad_(trained == "x"), A.detach().requires_grad_(trained == "A")
+    f = low_rank(noise(place, 70), W.detach(), B.detach())
+    judge(f, [x, A], [torch.randn(70, 11)]) if trained else f(x, A)
+
+
+def test_lora_drops_what_dropout_drops(place):
+    """Each rank sees one channel of x; and its way back is the same."""
+    some, x, A = noise(place, 150), draw(place, 150, 132).detach(), torch.zeros(3, 132, device=place)
+    A[0, 131], A[2, 5] = 1, 1
+    words = some.rows(4), some.cols(4, 132)
+    want, h = dropout(x, 0.3, some, 4), shrink(x, A, 0.3, words)
+    assert torch.equal(h[:, 0], want[:, 131]) and torch.equal(h[:, 2], want[:, 5]) and not h[:, 1].any()
+    g, dx = torch.eye(3, device=place)[torch.arange(150, device=place) % 3].contiguous(), torch.zeros_like(x)
+    dA = spread(x, g, A, dx, 0.3, words)
+    assert torch.equal(dx[0::3, 131] != 0, want[0::3, 131] != 0) and torch.equal(dx[2::3, 5] != 0, want[2::3, 5] != 0)
+    assert torch.allclose(dA[1], want[1::3].sum(0), atol=1e-5) and dA.untyped_storage().nbytes() == dA.nbytes
+
+
+def test_lora_of_one_channel(place):
+    some, x, A = noise(place, 130), draw(place, 130, 1).detach(), draw(place, 1, 1).detach()
+    words, dx = (some.rows(4), some.cols(4, 1)), torch.zeros_like(x)
+    want = dropout(x, 0.3, some, 4)
+    assert torch.equal(shrink(x, A, 0.3, words), want * A)
+    assert torch.allclose(spread(x, x, A, dx, 0.3, words), (x * want).sum(0, keepdim=True), rtol=1e-5)
+    assert torch.allclose(dx, want * A)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("width", [63, 132])
+def test_lora_shows_what_is_not_a_number(width, bad, place):
+    some, x, A = noise(place, 71), draw(place, 71, width).detach(), draw(place, 3, width).detach()
+    words, dx = (some.rows(4), some.cols(4, width)), torch.zeros_like(x)
+    for row in (0, 70):  # alone at its end
+        hurt, g = x.clone(), torch.ones(71, 3, device=place)
+        hurt[row, 1] = bad
+        h = shrink(hurt, A, 0.3, words)
+        assert not h[row].isfinite().any() and h.isfinite().sum() == h.numel() - 3
+        dA = spread(hurt, g, A, None, 0.3, words)
+        assert not dA[:, 1].isfinite().any() and dA.isfinite().sum() == dA.numel() - 3
+        g[row, 2] = bad
+        spread(None, g, A, dx.zero_(), 0.3, words)
+        assert not dx[row].isfinite().any() and dx.isfinite().sum() == dx.numel() - width
+
+
+def test_lora_of_no_rows_leaves_everything(place):
+    A, x = draw(place, 3, 70).detach(), torch.empty(0, 70, device=place)
+    words = torch.empty(0, dtype=torch.int32, device=place), torch.zeros(70, dtype=torch.int32, device=place)
+    dx = x.clone()
+    assert shrink(x, A, 0.3, words).shape == (0, 3) and not spread(x, x[:, :3], A, dx, 0.3, words).any()
+    lib, sums = native.kernel("lora", A), torch.ones(1, 3, 70, device=place)
+    given = [t.data_ptr() for t in (x, x, A, sums, dx, *words)]
+    lib.lora_backward(*given, 0, 1.0, 64, 0, 70, 3, 70, 0)
+    assert not sums.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_that_is_not_asked_about_is_zero(place, dtype):
     z = torch.randn(3, 37).to(dtype).to(place)
@@ -500,18 +574,26 @@ def test_views(view, place):
             y = y if isinstance(y, tuple) else (y,)
             results.append([*y, *torch.autograd.grad(y, v, y)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    A, words = torch.randn(3, x.shape[1], device=place), (some.rows(1), some.cols(1, x.shape[1]))
+    for a in (A, A.t().contiguous().t()):
+        results = []
+        for v in (x, x.contiguous()):
+            y, dx = shrink(v, a, 0.1, words), torch.zeros_like(v, memory_format=torch.contiguous_format)
+            results.append([y, dx, spread(v, y[:, :1].expand(-1, 3), a, dx, 0.1, words)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("threads,most,backwards", [(32, 1, 0), (96, 2, 0), (256, 7, 1), (64, 3, 1)])
 def test_results_do_not_depend_on_the_grid(threads, most, backwards, emulated):
     torch.manual_seed(0)
-    x, r, w, b = (torch.randn(*s).requires_grad_() for s in ((40, 100), (40, 100), (100,), (100,)))
-    targets, some, results = torch.randint(100, (40,)), noise(torch.device("cpu"), 40), []
+    x, r, w, b, A = (torch.randn(*s).requires_grad_() for s in ((70, 100), (70, 100), (100,), (100,), (9, 100)))
+    targets, some, results = torch.randint(100, (70,)), noise(torch.device("cpu"), 70), []
 
     def f():
         h, y = add_norm(x, r, w, b, EPS, 0.1, some, 1)
+        y = low_rank(some, torch.eye(100), torch.ones(100, 9))(y, A)
         z = linear_cross_entropy(gelu_tanh(dropout(y, 0.1, some, 2)) + h, w.diag(), b, targets)[0]
-        return [z, *torch.autograd.grad(z, [x, r, w, b])]
+        return [z, *torch.autograd.grad(z, [x, r, w, b, A])]
 
     emulated.shape.argtypes = [ctypes.c_int64] * 3
     for shape in ((64, 3, 0), (threads, most, backwards), (64, 3, 0)):
@@ -665,12 +747,13 @@ def test_operators_can_be_captured_in_a_graph(monkeypatch):
         torch.randint(99, (64,), device=place),
         noise(place, 64),
     )
-    ones, zeros = torch.ones(768, device=place), torch.zeros(768, device=place)
+    ones, zeros, A = torch.ones(768, device=place), torch.zeros(768, device=place), draw(place, 8, 768)
 
     def step():
         h, y = add_norm(x, x * 0.5, ones, zeros, EPS, 0.1, some, 1)
-        loss = linear_cross_entropy(gelu_tanh(dropout(y, 0.1, some, 2)) + h, w, None, targets)[0]
-        return [loss, *torch.autograd.grad(loss, [x, w])]
+        y = low_rank(some, w.detach(), ones[:99, None].expand(-1, 8))(y, A)
+        loss = linear_cross_entropy(gelu_tanh(dropout(y, 0.1, some, 2)), w[:, :99], None, targets)[0] + h.sum()
+        return [loss, *torch.autograd.grad(loss, [x, w, A])]
 
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

@@ -299,7 +299,8 @@ def test_extremes(name, dtype):
         y = y if isinstance(y, tuple) else (y,)
         results.append([*y, *torch.autograd.grad(y[-1].sum(), v)])
     for a, e in zip(*results, strict=True):
-        tolerance = (2e-5 if dtype == torch.float32 else 2e-2) * e.abs().clamp_min(1)
+        size = e.abs().amax(-1, keepdim=True) if name == "lora" else e.abs()  # h is rounded, and all channels have it
+        tolerance = (2e-5 if dtype == torch.float32 else 2e-2) * size.clamp_min(1)
         assert ((a - e).abs() <= tolerance).all()
     for bad in (torch.inf, -torch.inf, torch.nan):
         v = x.clone()

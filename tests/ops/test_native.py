@@ -6,6 +6,7 @@ python -m pytest tests/ops/test_native.py
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from minift.config import KERNELS, TrainConfig
-from minift.ops import native
+from minift.ops import lora, native
 from minift.ops.gelu import gelu_erf
 
 ROOT = Path(__file__).parents[2]
@@ -253,6 +254,44 @@ def test_signatures_are_those_of_the_source():
     for source in (ROOT / "kernels/cpu").glob("*.cpp"):
         found = native.signatures(source.read_text())
         assert len(found) == source.read_text().count('extern "C" void') > 0, source.name
+
+
+@pytest.mark.parametrize(
+    ("command", "arch"),
+    [
+        ("the one found", "x86-64"),  # SSE2 alone
+        ("the one found", "haswell"),  # AVX2
+        ("clang++", "x86-64"),
+        ("clang++", "haswell"),
+        ("aarch64-linux-gnu-g++", "armv8-a"),
+    ],
+)
+def test_every_kernel_compiles_for_other_cpus_and_without_a_warning(command, arch):
+    if arch != "armv8-a" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the compilers here make code for another CPU")
+    if command != "the one found" and not shutil.which(command):
+        pytest.skip(f"no {command}")
+    commands = native.compiler()[0] if command == "the one found" else [command]
+    flags = native.FLAGS.replace("-O3", "-O0").replace("native", arch).replace("-shared", "-S -Wall -Wextra -Werror")
+    for source in (ROOT / "kernels/cpu").glob("*.cpp"):
+        done = subprocess.run([*commands, *flags.split(), "-o", os.devnull, source], capture_output=True, text=True)
+        assert not done.returncode and not done.stderr, done.stderr
+
+
+def test_clangs_vectors_lie_anywhere(monkeypatch):
+    """It took references to them to be aligned, and the process died."""
+    if not shutil.which("clang++"):
+        pytest.skip("no clang++")
+    native.compiler.cache_clear()
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setattr(native, "sources", lambda: ROOT / "kernels")
+    torch.manual_seed(0)
+    x, A, words = torch.randn(5, 64), torch.randn(1025)[1:].view(16, 64), torch.arange(64, dtype=torch.int32)
+    results = []
+    for native.mode in ("native", "reference"):
+        h, dx = lora.shrink(x, A, 0.1, (words[:5], words)), torch.zeros(5, 64)
+        results.append([h, dx, lora.spread(x, h, A, dx, 0.1, (words[:5], words))])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results, strict=True))
 
 
 def test_torchs_threads_are_used():
