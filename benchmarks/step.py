@@ -6,7 +6,7 @@ Weights are random, of the published sizes (BERT 30522 / 768 / 12 layers, GPT-2 
 and tokenizers are real. float32; dropout 0.1 everywhere; LoRA r=8, alpha=32, dropout 0.1, on PEFT's default targets;
 qlora: the base in NF4 with double quantisation.
 
-minift    minift.train, as its command line runs it
+minift    minift.train, as its command line runs it; a case that ends in a number is the same with --tokens
 peer      transformers.Trainer, PEFT, bitsandbytes. IMDB is padded to 512 as in the tutorial, the rest to the longest of
           the batch. No gradient checkpointing
 floor     torch.mm on the shapes of the matrix products that a step needs at its real tokens: forward; the gradients of
@@ -38,6 +38,8 @@ CASES = {
     "gpt2-lora-text": dict(family="gpt2", data="text", method="lora", batch=2, max_length=1024),
     "gpt2-full-text": dict(family="gpt2", data="text", method="full", batch=2, max_length=1024),
 }
+for _name, _tokens in (("bert-lora-sst2", 384), ("bert-qlora-imdb", 768), ("gpt2-lora-text", 1024)):
+    CASES[f"{_name}-{_tokens}"] = CASES[_name] | dict(tokens=_tokens, like=_name)
 ENGINES = ("floor", "minift", "peer")
 SEED, RANK, LAYERS, WIDTH, INNER, HEADS, VOCABULARY = 42, 8, 12, 768, 3072, 12, 50257
 
@@ -92,6 +94,7 @@ def config(case: dict, model: Path, data: Path, out: Path, steps: int):
         base="nf4" if case["method"] == "qlora" else "auto",
         steps=steps,
         batch=case["batch"],
+        tokens=case.get("tokens", 0),
         max_length=case["max_length"],
         seed=SEED,
     )
@@ -399,6 +402,9 @@ def main() -> None:
         for case in cases:
             call("data", case)
             for engine in a.engines.split(","):
+                if engine == "peer" and "like" in CASES[case]:
+                    rows[case][engine] = rows.get(CASES[case]["like"], {}).get(engine, {})
+                    continue
                 rows.setdefault(case, {})[engine] = json.loads(call(engine, case).strip().splitlines()[-1])
                 print(json.dumps({"case": case, "engine": engine, **rows[case][engine]}), flush=True)
     print(table(rows))
