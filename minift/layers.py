@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .ops import norm
 from .ops.dropout import SILENT, Noise
+from .ops.linear import linear
 
 
 def recomputed(f: Callable, *args):
@@ -41,7 +42,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
-        return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Embedding(nn.Module):

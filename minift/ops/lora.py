@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import native
 from .dropout import Noise, drop, threshold
+from .linear import product
 
 MOST = 16  # ranks that the kernel takes; beyond, and without dropout, torch.mm is as fast
 STRIP = 64  # columns that it works on at once
@@ -31,7 +32,7 @@ class LoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, A, B, matrix, scale, p, words) -> Tensor:
         h = shrink(x, A, p, words)  # (N, R)
-        y = F.linear(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = product(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, A, B)
         ctx.settings = matrix, scale, p, words
         return y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
@@ -42,7 +43,7 @@ class LoRA(torch.autograd.Function):
         x, h, A, B = ctx.saved_tensors
         matrix, scale, p, words = ctx.settings
         g = (dy @ B.to(dy.dtype)) * scale  # (N, R)
-        dx = dy @ matrix(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = product(dy, matrix(dy.dtype).t()) if ctx.needs_input_grad[0] else None
         dA = spread(x, g, A, dx, p, words)
         dB = (dy.t() @ h).to(B.dtype) * scale if ctx.needs_input_grad[3] else None
         return dx, dy.float().sum(0) if ctx.needs_input_grad[1] else None, dA, dB, None, None, None, None

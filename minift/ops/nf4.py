@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .linear import product
 
 BLOCK, NESTED, GRID = 64, 256, 1 << 16
 CHUNK = 1 << 18  # weights worked on at once; a multiple of BLOCK
@@ -182,11 +183,11 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.matrix = matrix
-        return F.linear(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
+        return product(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        dx = dy @ ctx.matrix(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = product(dy, ctx.matrix(dy.dtype).t()) if ctx.needs_input_grad[0] else None
         return dx, dy.float().sum(0) if ctx.needs_input_grad[1] else None, None
 
 

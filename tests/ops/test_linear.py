@@ -1,0 +1,80 @@
+"""Products by oneDNN, on any CPU that has it: as exact as torch's own, forward and every gradient.
+
+python -m pytest tests/ops/test_linear.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minift.ops import linear as ops
+from minift.ops import native
+
+there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+pytestmark = pytest.mark.skipif(not there, reason="torch without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    monkeypatch.setattr(ops, "is_faster", lambda: True)
+    monkeypatch.setattr(native, "mode", "auto")
+    monkeypatch.setattr(ops, "LEAST", 1)
+
+
+def results(f, x, w, bias, dtype=torch.float32):
+    """y and the gradients of everything that has one."""
+    leaves = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (x, w, bias) if t is not None]
+    y = f(*leaves, *([None] if bias is None else []))
+    dy = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).sin()
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63, 1023, 1500])
+@pytest.mark.parametrize("width, out", [(768, 64), (65, 129), (1, 3), (384, 1536)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_error_beside_torchs(rows, width, out, has_bias):
+    torch.manual_seed(rows)
+    x, w = torch.randn(rows, width, requires_grad=True), torch.randn(out, width, requires_grad=True)
+    bias = torch.randn(out, requires_grad=True) if has_bias else None
+    exact = results(F.linear, x, w, bias, torch.float64)
+    for mine, theirs, e in zip(results(ops.linear, x, w, bias), results(F.linear, x, w, bias), exact, strict=True):
+        ours, peers = ((t - e).pow(2).mean().sqrt() for t in (mine, theirs))
+        assert ours <= 2 * peers + 1e-7 * e.abs().max()
+
+
+@pytest.mark.parametrize("x_learns, w_learns", [(True, False), (False, True)])
+def test_only_what_is_asked_for(x_learns, w_learns):
+    x, w = torch.randn(5, 40, requires_grad=x_learns), torch.randn(30, 40, requires_grad=w_learns)
+    for a, b in zip(results(ops.linear, x, w, None), results(F.linear, x, w, None), strict=True):
+        torch.testing.assert_close(a, b)
+    y = ops.linear(x, w, None)
+    assert (y.grad_fn.saved_tensors[0] is None) == (not w_learns)
+
+
+def test_strides_and_places():
+    memory = torch.randn(3 * 41 * 50 + 1)[1:]  # not aligned
+    x, w = memory[: 41 * 50].view(41, 50), memory[41 * 50 : 82 * 50].view(50, 41)
+    assert torch.allclose(ops.product(x, w.t()), x @ w, atol=1e-5)  # a transposed matrix
+    assert torch.allclose(ops.product(x.t(), w), x.t() @ w.t(), atol=1e-5)
+    assert torch.allclose(ops.product(x[:, 3:20], w.t()[:30, 3:20]), x[:, 3:20] @ w.t()[:30, 3:20].t(), atol=1e-5)
+
+
+def test_infinities_show_and_threads_do_not():
+    x, w = torch.randn(70, 300), torch.randn(200, 300)
+    before, threads = ops.product(x, w), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.product(x, w), before)
+    finally:
+        torch.set_num_threads(threads)
+    x[3, 5] = torch.inf
+    assert not ops.product(x, w)[3].isfinite().any() and ops.product(x, w)[4:].isfinite().all()
+
+
+def test_what_is_left_to_torch(monkeypatch):
+    x, w = torch.randn(4, 8), torch.randn(8, 8)
+    assert ops.takes(x, w)
+    assert not ops.takes(x.double(), w.double()) and not ops.takes(x.bfloat16(), w.bfloat16())
+    assert not ops.takes(x[:0], w) and ops.product(x[:0], w).shape == (0, 8)
+    monkeypatch.setattr(native, "mode", "reference")
+    assert not ops.takes(x, w)
