@@ -1,7 +1,7 @@
 // Attention over packed sequences, a tile of scores at a time (minift/ops/attention.py; Dao et al., arXiv 2205.14135).
 //
 //     P = softmax(scale * Q K^T)        O = drop(P) V        (per head and sequence; causal: key position <= query's)
-//     dV = drop(P)^T dO        dP = drop'(dO V^T)        dS = P * (dP - sum(dO * O))
+//     dV = drop(P)^T dO        dP = drop'(dO V^T)        dS = P * (dP - sum over keys of P * dP)
 //     dQ = scale * dS K        dK = scale * dS^T Q
 //
 // N tokens, M query rows, S sequences, H heads, D head size. A tile of scores lies with keys down and queries across:
@@ -51,21 +51,21 @@ struct Call {
 struct Work {
     float *k, *v, *dk, *dv;          // (longest, width)
     float *q, *dout, *acc;           // (QUERIES, width); acc is O or dQ
-    float *q_t, *dout_t, *out_t;     // (width, QUERIES)
-    float *tile, *dtile;             // (KEYS, QUERIES)
+    float *q_t, *dout_t;             // (width, QUERIES)
+    float *tile, *dtile;             // (longest, QUERIES); forward needs one tile at a time
     float *top, *sum, *delta;        // (QUERIES,)
     int32_t *position, *row;         // (QUERIES,) in the sequence; word of dropout
     int32_t* col;                    // (longest,) words of dropout
 
     static int64_t size(int64_t longest, int64_t width) {
-        return round_up(longest * (4 * width + 1) + 6 * QUERIES * width + 2 * KEYS * QUERIES + 5 * QUERIES);
+        return round_up(longest * (4 * width + 2 * QUERIES + 1) + 5 * QUERIES * width + 5 * QUERIES);
     }
 
     Work(float* from, int64_t longest, int64_t width) {
         auto take = [&](int64_t n) { return from += n, from - n; };
         for (auto p : {&k, &v, &dk, &dv}) *p = take(longest * width);
-        for (auto p : {&q, &dout, &acc, &q_t, &dout_t, &out_t}) *p = take(QUERIES * width);
-        for (auto p : {&tile, &dtile}) *p = take(KEYS * QUERIES);
+        for (auto p : {&q, &dout, &acc, &q_t, &dout_t}) *p = take(QUERIES * width);
+        for (auto p : {&tile, &dtile}) *p = take(longest * QUERIES);
         for (auto p : {&top, &sum, &delta}) *p = take(QUERIES);
         for (auto p : {&position, &row}) *p = reinterpret_cast<int32_t*>(take(QUERIES));
         col = reinterpret_cast<int32_t*>(take(longest));
@@ -136,13 +136,13 @@ struct Attention {
         else product<false>(n, lanes, c.D, x, c.width, y_t, QUERIES, tile, QUERIES, false);
     }
 
-    // Scores of the keys j..j + n: scale * K Q^T, -inf where a causal query must not look.
-    void scores(int64_t j, int64_t n) {
-        times(n, w.k + j * c.width, w.q, w.q_t, w.tile);
+    // tile: the scores of the keys j..j + n, scale * K Q^T, -inf where a causal query must not look.
+    void scores(int64_t j, int64_t n, float* tile) {
+        times(n, w.k + j * c.width, w.q, w.q_t, tile);
         if (!c.causal || j + n - 1 <= w.position[0]) return;
         for (int64_t i = 0; i < n; i++)
             for (int64_t l = 0; l < lanes; l += LANES) {
-                Vec& s = *at(w.tile + i * QUERIES + l);
+                Vec& s = *at(tile + i * QUERIES + l);
                 s = *at(w.position + l) < int32_t(j + i) ? Vec{} - INFINITY : s;
             }
     }
@@ -190,7 +190,7 @@ struct Attention {
             for (int64_t l = 0; l < lanes; l++) w.top[l] = -INFINITY, w.sum[l] = 0;
             for (int64_t j = 0; j < seen; j += KEYS) {
                 const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                scores(j, n);
+                scores(j, n, w.tile);
                 c.keys ? softmax<true>(j, n) : softmax<false>(j, n);
                 product<true>(m, c.width, n, w.tile, QUERIES, w.v + j * c.width, c.width, w.acc, c.width, j > 0);
             }
@@ -202,40 +202,45 @@ struct Attention {
         }
     }
 
-    // tile: the scores become drop(P); dtile: dP becomes dS. The factor 1 / (1 - p) is in dout already.
+    // The scores of the keys j..j + n become P, negative where dropped; dtile becomes dP, and P * dP is added to delta.
+    // The factor 1 / (1 - p) is in dout already.
     template <bool DROP>
+    void probabilities(int64_t j, int64_t n) {
+        for (int64_t l = 0; l < lanes; l += LANES) {
+            const Vec top = *at(w.top + l), part = 1 / *at(w.sum + l);
+            const Words row = (Words)*at(w.row + l);
+            Vec sum{};
+            for (int64_t i = j; i < j + n; i++) {
+                Vec &s = *at(w.tile + i * QUERIES + l), &dp = *at(w.dtile + i * QUERIES + l);
+                const Vec p = exp_(s - top) * part, stays = kept<DROP>(row, i);
+                if (DROP) dp *= stays;
+                s = DROP ? (stays == 0 ? -p : p) : p;
+                sum += p * dp;
+            }
+            *at(w.delta + l) += sum;
+        }
+    }
+
+    // P of the keys j..j + n becomes drop(P), and dP becomes dS.
     void softmax_backward(int64_t j, int64_t n) {
         for (int64_t l = 0; l < lanes; l += LANES) {
-            const Vec top = *at(w.top + l), part = 1 / *at(w.sum + l), delta = *at(w.delta + l);
-            const Words row = (Words)*at(w.row + l);
-            for (int64_t i = 0; i < n; i++) {
+            const Vec delta = *at(w.delta + l);
+            for (int64_t i = j; i < j + n; i++) {
                 Vec &s = *at(w.tile + i * QUERIES + l), &ds = *at(w.dtile + i * QUERIES + l);
-                const Vec p = exp_(s - top) * part, stays = kept<DROP>(row, j + i);
-                s = DROP ? p * stays : p;
-                ds = p * ((DROP ? ds * stays : ds) - delta);
+                ds = (s < 0 ? -s : s) * (ds - delta);
+                s = s < 0 ? Vec{} : s;
             }
         }
     }
 
-    // delta = sum(dO * O), in the order in which dP is summed: where P = 1, dS is 0.
     void read_gradient() {
         read(w.dout, c.dout, first, m, piece.head, c.D, c.width, c.inverse);
-        read(w.acc, c.out, first, m, piece.head, c.D, c.width, 1 / c.inverse);
-        if (m <= FEW) {
-            for (int64_t l = 0; l < m; l++)
-                dots(1, 1, c.width, w.acc + l * c.width, w.dout + l * c.width, w.delta + l, QUERIES);
-        } else {
-            transpose(m, c.width, w.dout, w.dout_t, QUERIES);
-            transpose(m, c.width, w.acc, w.out_t, QUERIES);
-            for (int64_t l = 0; l < lanes; l += LANES) {
-                Vec& delta = *at(w.delta + l) = Vec{};
-                for (int64_t i = l; i < c.D * QUERIES; i += QUERIES) delta += *at(w.out_t + i) * *at(w.dout_t + i);
-            }
-        }
+        if (m > FEW) transpose(m, c.width, w.dout, w.dout_t, QUERIES);
         for (int64_t l = 0; l < m; l++) {
             const int64_t i = (first + l) * c.H + piece.head;
             w.top[l] = c.top[i], w.sum[l] = c.sum[i];
         }
+        for (int64_t l = 0; l < lanes; l++) w.delta[l] = 0;
     }
 
     void backward() {
@@ -247,12 +252,17 @@ struct Attention {
             read_gradient();
             for (int64_t j = 0; j < seen; j += KEYS) {
                 const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                scores(j, n);
-                times(n, w.v + j * width, w.dout, w.dout_t, w.dtile);
-                c.keys ? softmax_backward<true>(j, n) : softmax_backward<false>(j, n);
-                product<false>(n, width, m, w.tile, QUERIES, w.dout, width, w.dv + j * width, width, true);
-                product<false>(n, width, m, w.dtile, QUERIES, w.q, width, w.dk + j * width, width, true);
-                product<true>(m, width, n, w.dtile, QUERIES, w.k + j * width, width, w.acc, width, j > 0);
+                scores(j, n, w.tile + j * QUERIES);
+                times(n, w.v + j * width, w.dout, w.dout_t, w.dtile + j * QUERIES);
+                c.keys ? probabilities<true>(j, n) : probabilities<false>(j, n);
+            }
+            for (int64_t j = 0; j < seen; j += KEYS) {
+                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
+                const float *tile = w.tile + j * QUERIES, *dtile = w.dtile + j * QUERIES;
+                softmax_backward(j, n);
+                product<false>(n, width, m, tile, QUERIES, w.dout, width, w.dv + j * width, width, true);
+                product<false>(n, width, m, dtile, QUERIES, w.q, width, w.dk + j * width, width, true);
+                product<true>(m, width, n, dtile, QUERIES, w.k + j * width, width, w.acc, width, j > 0);
             }
             write(w.acc, c.dq, first, m, piece.head, c.D, width, c.scale);
         }
@@ -304,7 +314,7 @@ extern "C" void attention_scratch(const int64_t* offsets, int64_t S, int64_t D, 
 
 // sizes: M, S, H, D, longest, workers, causal; two salts and the threshold of dropout; strides of q, k, v and dout, row
 // and head each. Forward (backward = 0) writes out and stats (2, M, H): the largest score and the sum of
-// exp(score - largest). Backward reads them and writes dq, dk, dv. What is written is contiguous.
+// exp(score - largest). Backward reads stats, not out, and writes dq, dk, dv. What is written is contiguous.
 extern "C" void attention(const void* q, const void* k, const void* v, void* out, float* stats, const void* dout,
                           void* dq, void* dk, void* dv, const int64_t* offsets, const int64_t* rows,
                           const int32_t* keys, const int64_t* sizes, float scale, float inverse, float* scratch,

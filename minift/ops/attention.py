@@ -4,7 +4,7 @@
 
 backward, with P made again from the kept log-sum-exp instead of being saved (Dao et al., https://arxiv.org/abs/2205.14135):
 
-    dV = drop(P)^T dO    dP = drop'(dO V^T)    dS = P * (dP - sum(dO * O))    dQ = scale * dS K    dK = scale * dS^T Q
+    dV = drop(P)^T dO    dP = drop'(dO V^T)    dS = P * (dP - sum of P * dP)    dQ = scale * dS K    dK = scale * dS^T Q
 
 N tokens, M query rows, S sequences, H heads, D head size. Dropout's channel number of (head h, key position j) is
 j * H + h, which does not depend on the packing (see dropout.py). On the CPU, float32 and bfloat16 run
@@ -54,7 +54,10 @@ def attention(
 
 
 class Attention(torch.autograd.Function):
-    """Saves q, k, v, the output and one number per query and head (the kernel two)."""
+    """Saves q, k, v and one number per query and head (the kernel two).
+
+    Not the output, where flash attention sums dO * O instead of P * dP: a query's whole row of P is at hand here.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, offsets, rows, *settings) -> Tensor:
@@ -66,19 +69,19 @@ class Attention(torch.autograd.Function):
             reference(q, k, v, out, stats, offsets, rows, *settings)
         else:
             run(lib, q, k, v, out, stats, (None,) * 4, offsets, rows, *settings)
-        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.save_for_backward(q, k, v, stats)
         ctx.lib, ctx.settings = lib, (offsets, rows, *settings)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        q, k, v, out, stats = ctx.saved_tensors
+        q, k, v, stats = ctx.saved_tensors
         if ctx.lib is None:
-            gradients = reference_backward(q, k, v, out, stats, dout, *ctx.settings)
+            gradients = reference_backward(q, k, v, stats, dout, *ctx.settings)
         else:
             gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-            run(ctx.lib, q, k, v, out, stats, (dout, *gradients), *ctx.settings)
+            run(ctx.lib, q, k, v, None, stats, (dout, *gradients), *ctx.settings)
         return *gradients, *[None] * 7
 
 
@@ -108,7 +111,7 @@ def run(lib, q, k, v, out, stats, gradients, offsets, rows, scale, causal, p, no
 
 
 def scratch(size: int) -> Tensor:
-    """Working memory for that many floats, about 1 MB a thread at 1,024 tokens.
+    """Working memory for that many floats, about 1.3 MB a thread at 1,024 tokens.
 
     It stays from call to call, one for each thread that calls: fresh memory costs a page fault every 4 KB.
     """
@@ -129,11 +132,10 @@ def reference(q, k, v, out, lse, offsets, rows, scale, causal, p, noise, site) -
         lse[qs, heads] = lse_piece.squeeze(-1).t()
 
 
-def reference_backward(q, k, v, out, lse, do, offsets, rows, scale, causal, p, noise, site) -> list[Tensor]:
+def reference_backward(q, k, v, lse, do, offsets, rows, scale, causal, p, noise, site) -> list[Tensor]:
     """dq, dk, dv."""
     words = dropout_words(noise, site, offsets, q.shape[1])
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    delta = (do * out).sum(-1, dtype=lse.dtype)  # (M, H)
     for qs, ks, heads in pieces(offsets, rows, q.shape[1]):
         qh, kh, doh = (t.transpose(0, 1) for t in (q[qs, heads], k[ks, heads], do[qs, heads]))  # (h, m or n, D)
         s = scores(q[qs, heads], k[ks, heads], scale, causal, rows, qs, ks)
@@ -142,7 +144,8 @@ def reference_backward(q, k, v, out, lse, do, offsets, rows, scale, causal, p, n
         stays = drop_(dprob, p, words, qs, heads)
         dropped = prob if stays is None else (prob * stays).mul_(1 / (1 - p))
         dv[ks, heads] = torch.bmm(dropped.transpose(1, 2).to(do.dtype), doh).transpose(0, 1)
-        ds = dprob.sub_(delta[qs, heads].t()[..., None]).mul_(prob).mul_(scale).to(q.dtype)
+        delta = (prob * dprob).sum(-1, keepdim=True)  # (h, m, 1)
+        ds = dprob.sub_(delta).mul_(prob).mul_(scale).to(q.dtype)
         dq[qs, heads] = torch.bmm(ds, kh).transpose(0, 1)
         dk[ks, heads] = torch.bmm(ds.transpose(1, 2), qh).transpose(0, 1)
     return [dq, dk, dv]

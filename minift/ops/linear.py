@@ -35,6 +35,7 @@ def takes(x: Tensor, w: Tensor) -> bool:
 @cache
 def is_faster() -> bool:
     """Whether this is a CPU on which oneDNN was measured to be faster, and torch has it."""
+    native.keep_few_products()
     cpu, there = native.cpu(), torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and "AMD" in cpu and "avx512f" in cpu
 

@@ -120,11 +120,23 @@ def keep_memory() -> None:
     Else every step's activations and gradients are paid for in page faults. What is kept must also be found again,
     which kernels/cpu/memory.cpp sees to. Another C library is left as it is.
     """
+    keep_few_products()
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
     mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
     if platform.libc_ver()[0] == "glibc" and mode != "reference":
         if library := loaded["memory"] if "memory" in loaded else load("memory"):
             library.use_malloc(100)
+
+
+def keep_few_products() -> None:
+    """Bounds what oneDNN, the products' library in bfloat16, keeps: code for each shape, so for each number of tokens.
+
+    By default the last 1,024 shapes stay in each of two caches, which grow by 5 MB a step up to 1.2 GB. A step needs
+    about ten, each many times, and making one takes under a millisecond. Read at oneDNN's first product; a variable
+    that is set already holds.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's
+        os.environ.setdefault(name, "16")
 
 
 @contextmanager

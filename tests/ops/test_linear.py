@@ -3,6 +3,11 @@
 python -m pytest tests/ops/test_linear.py
 """
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,3 +83,48 @@ def test_what_is_left_to_torch(monkeypatch):
     assert not ops.takes(x[:0], w) and ops.product(x[:0], w).shape == (0, 8)
     monkeypatch.setattr(native, "mode", "reference")
     assert not ops.takes(x, w)
+
+
+GROWTH = """
+import sys, ctypes, torch
+from minift.ops import linear, native
+if sys.argv[1] == "bounded": native.keep_few_products()
+linear.is_faster = lambda: True
+linear.LEAST = 1
+
+def used():
+    torch.ones(1)
+    libc = ctypes.CDLL(None)
+    class Info(ctypes.Structure):
+        _fields_ = [(n, ctypes.c_size_t) for n in "arena o s hblks mapped us fs used free top".split()]
+    libc.mallinfo2.restype = Info
+    info = libc.mallinfo2()
+    return info.used + info.mapped
+
+x, ws = torch.randn(400, 256), [torch.randn(n, 256) for n in (256, 512, 768)]
+found = []
+for rows in range(100, 260):
+    for w in ws:
+        linear.product(x[:rows], w)
+        linear.product(x[:rows].bfloat16(), w.bfloat16())
+    found.append(used())
+print((found[-1] - found[39]) / 2**20)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64",
+    reason="asks glibc; other CPUs have no such code",
+)
+def test_new_numbers_of_tokens_take_no_memory():
+    """Megabytes that 120 further batches of other sizes leave behind: none; tens where the caches are unbounded."""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+    bounded, unbounded = (
+        float(
+            subprocess.run(
+                [sys.executable, "-c", GROWTH, how], env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("bounded", "not")
+    )
+    assert bounded < 3 < 30 < unbounded
