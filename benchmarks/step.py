@@ -38,8 +38,7 @@ CASES = {
     "gpt2-lora-text": dict(family="gpt2", data="text", method="lora", batch=2, max_length=1024),
     "gpt2-full-text": dict(family="gpt2", data="text", method="full", batch=2, max_length=1024),
 }
-for _name, _tokens in (("bert-lora-sst2", 384), ("bert-qlora-imdb", 768), ("gpt2-lora-text", 1024)):
-    CASES[f"{_name}-{_tokens}"] = CASES[_name] | dict(tokens=_tokens, like=_name)
+CASES["bert-qlora-imdb-768"] = CASES["bert-qlora-imdb"] | dict(tokens=768, like="bert-qlora-imdb")
 ENGINES = ("floor", "minift", "peer")
 SEED, RANK, LAYERS, WIDTH, INNER, HEADS, VOCABULARY = 42, 8, 12, 768, 3072, 12, 50257
 

@@ -80,7 +80,11 @@ class TrainConfig(Config):
     epochs: int = option(3, "passes over the data", at_least=1)
     steps: int = option(0, "stop after N optimizer steps; 0: after the epochs", at_least=0)
     batch: int = option(8, "sequences an optimizer step", at_least=1)
-    tokens: int = option(0, "most tokens in memory at once; a step is split to fit; 0: no limit", at_least=0)
+    tokens: int = option(
+        0,
+        "most tokens in memory at once; a step is split to fit; 0: no limit, but 512 for adapters on a CPU without NF4",
+        at_least=0,
+    )
     max_length: int = option(
         0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
     )

@@ -29,7 +29,7 @@ from .ops.again import lean
 from .ops.dropout import Noise
 from .optim import AdamW, clip, make_optimizer, schedule, warmup_steps
 from .precision import choose_device, choose_dtype
-from .quantize import quantize
+from .quantize import NF4Linear, quantize
 from .tasks import TASKS
 from .tokenizer import Tokenizer
 from .track import Tracker, make_loggers, peak_memory, say, stop_signals
@@ -140,8 +140,9 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     examples, held_out = examples or read_examples(config)
     sequences = encode(examples, model, tokenizer, max_length)
     valid = encode(held_out, model, tokenizer, max_length) if held_out else []
+    tokens = config.tokens or default_tokens(model, device)
     if world.first:
-        describe(model, config, sequences, valid, max_length)
+        describe(model, config, sequences, valid, max_length, tokens)
         out.mkdir(parents=True, exist_ok=True)
         recorded(config, model).save(out / "config.json")
     world.wait()
@@ -153,7 +154,7 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
         keep_frozen(model, torch.bfloat16 if config.base == "bf16" else dtype)
     model.body.dtype, model.body.recompute = dtype, config.recompute
     world.shard(model, model.family.SHARDED)
-    config = dataclasses.replace(config, lr=config.lr or default_lr(model))
+    config = dataclasses.replace(config, lr=config.lr or default_lr(model), tokens=tokens)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return loop(Job(model, config, optimizer, scaler, world), tokenizer, sequences, valid)
@@ -197,6 +198,16 @@ def default_lr(model: Model) -> float:
     if model.adapter:
         return 5e-4
     return 5e-5 if all(p.requires_grad for p in model.parameters()) else 1e-3
+
+
+def default_tokens(model: Model, device: torch.device) -> int:
+    """Tokens in memory at once where no number is given, 0 for no limit.
+
+    Adapters on a CPU take 512: more make matrix products hardly faster (benchmarks/LOG.md, 2026-11-25). Elsewhere every
+    micro-batch costs more: a launch of each kernel, an addition to each gradient, each weight out of NF4.
+    """
+    packed = any(isinstance(m, NF4Linear) for m in model.modules())
+    return 512 if model.adapter and device.type == "cpu" and not packed else 0
 
 
 def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[Sequence]) -> Run:
@@ -329,15 +340,16 @@ def resume(job: Job, fresh: dict) -> dict:
 
 
 def describe(
-    model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], max_length: int
+    model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], max_length: int, at_once: int
 ) -> None:
     """Says what is about to happen."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, cut = [len(s) for s in sequences], sum(s.cut for s in sequences)
     mean = sum(tokens) / len(tokens)
     labels = f"; labels: {', '.join(model.labels)}" if config.task == "classify" else ""
+    split = f", at most {at_once:,} at once" if at_once else ""
     say(f"{trainable:,} of {model.size():,} parameters are trained{labels}")
     say(
         f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
-        f"{config.batch * mean:,.0f} a step; {cut:,} cut to {max_length} tokens"
+        f"{config.batch * mean:,.0f} a step{split}; {cut:,} cut to {max_length} tokens"
     )

@@ -3,6 +3,7 @@
 python -m pytest tests/invariance/test_split.py
 """
 
+import importlib
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import reviews, small_bert
 
 import minift
+from minift.batch import pack
 
 BOUND = 1e-5  # of losses and weights; seen: about 3e-7
 
@@ -54,3 +56,23 @@ def test_a_rerun_is_equal_to_the_bit(whole, tmp_path):
     folder, losses, weights = whole
     again_losses, again = run(folder, 10_000)
     assert again_losses == losses and torch.equal(again, weights)
+
+
+@pytest.mark.parametrize(
+    "options, tokens", [({}, 0), ({"method": "lora"}, 512), ({"method": "lora", "base": "nf4"}, 0)]
+)
+def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, tokens):
+    """60 reviews a step are more than 512 tokens; the largest micro-batch that the model is given."""
+    small_bert(tmp_path / "model")
+    reviews(tmp_path / "train.tsv", 60)
+    module, sizes = importlib.import_module("minift.train"), []
+    monkeypatch.setattr(module, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))
+    shared = dict(data=str(tmp_path / "train.tsv"), steps=1, batch=60, **options)
+    for name, more in (("a", {}), ("b", {"tokens": 100_000})):
+        config = minift.TrainConfig(out=str(tmp_path / name), model=str(tmp_path / "model"), **shared, **more)
+        minift.train(*module.load_model(config, ["blame", "praise"]), config)
+    whole = sizes.pop()
+    assert whole == sum(sizes) > 512
+    assert max(sizes) <= 512 if tokens else sizes == [whole]
+    losses = [json.loads((tmp_path / name / "metrics.jsonl").read_text())["train/loss"] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], abs=BOUND)
