@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import transformers
 
+from minift import load
 from minift.batch import Sequence
 
 BERT = dict(
@@ -49,6 +50,29 @@ def random_ids(lengths: list[int], vocabulary: int = 99, seed: int = 0) -> list[
     """One list of token ids (never 0, which pads) for each length."""
     rng = np.random.default_rng(seed)
     return [rng.integers(1, vocabulary, n).tolist() for n in lengths]
+
+
+def small_model(family: str, folder: Path, **changes):
+    """A random model and its task."""
+    if family == "bert":
+        peer(transformers.BertForSequenceClassification, folder, num_labels=3, **changes)
+        return load(folder, task="classify")[0], "classify"
+    peer(transformers.GPT2LMHeadModel, folder, **changes)
+    return load(folder, task="complete")[0], "complete"
+
+
+def examples(task: str, lengths: list[int], first: int = 0) -> list[Sequence]:
+    """Random sequences of these lengths for the task of `small_model`, numbered from `first`."""
+    rng = np.random.default_rng(first)
+    found = []
+    for i, ids in enumerate(random_ids(lengths, seed=first)):
+        if task == "classify":
+            types = [0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2) if i % 2 else None
+            found.append(sequence(first + i, ids, [0], [int(rng.integers(3))], types))
+        else:
+            rows = np.flatnonzero(rng.random(len(ids)) < 0.6)
+            found.append(sequence(first + i, ids, rows, rng.integers(0, 99, len(rows))))
+    return found
 
 
 WORDS = "the a film plot acting music was is very quite and but of in it good great fine bad poor dull not so".split()

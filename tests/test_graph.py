@@ -10,10 +10,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import peer, random_ids, sequence
+from helpers import examples, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
 from minift.batch import pack, token_keys
@@ -48,33 +47,11 @@ def test_words_from_memory_are_those_of_the_step(mode, monkeypatch):
             assert plain.salts(site) == held.salts(site)
 
 
-def make(family: str, folder, **changes):
-    """A random model with an odd number of layers trained in full, and its task."""
-    if family == "bert":
-        peer(BertForSequenceClassification, folder, num_labels=3, **changes)
-        return minift.load(folder, task="classify")[0], "classify"
-    peer(GPT2LMHeadModel, folder, **changes)
-    return minift.load(folder, task="complete")[0], "complete"
-
-
-def examples(task: str, lengths: list[int], first: int = 0) -> list:
-    rng = np.random.default_rng(first)
-    found = []
-    for i, ids in enumerate(random_ids(lengths, seed=first)):
-        if task == "classify":
-            types = [0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2) if i % 2 else None
-            found.append(sequence(first + i, ids, [0], [int(rng.integers(3))], types))
-        else:
-            rows = np.flatnonzero(rng.random(len(ids)) < 0.6)
-            found.append(sequence(first + i, ids, rows, rng.integers(0, 99, len(rows))))
-    return found
-
-
 @pytest.mark.parametrize("mode", ["native", "reference"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_what_is_filled_up_changes_nothing(family, mode, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "mode", mode)
-    model, task = make(family, tmp_path)
+    model, task = small_model(family, tmp_path)
     names = [name for name, _ in model.named_parameters()]
 
     def computed(batch):
@@ -105,7 +82,7 @@ def test_a_replayed_run_follows_the_plain_one(family, method, device, tmp_path):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     losses, graphs = {}, None
     for graph in (False, True):
-        model, task = make(
+        model, task = small_model(
             family, tmp_path / f"{graph}", **({"n_embd": 64} if family == "gpt2" else {"hidden_size": 64})
         )
         if method != "full":
@@ -132,7 +109,7 @@ def test_a_replayed_run_follows_the_plain_one(family, method, device, tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_update_from_a_loss_that_is_not_finite_is_left_out(device, tmp_path):
-    model, task = make("bert", tmp_path)
+    model, task = small_model("bert", tmp_path)
     model.to(device).body.dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model.settings["minift"] = {"max_length": 40}
     config = minift.TrainConfig(model="x", data="x", out=str(tmp_path), task=task, precision="auto", graph=True)
@@ -154,7 +131,7 @@ def test_graphs_need_what_they_need(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             minift.TrainConfig(graph=True, **change).check()
-    model, _ = make("bert", tmp_path)
+    model, _ = small_model("bert", tmp_path)
     config = minift.TrainConfig(
         model="x", data="x", out=str(tmp_path / "out"), graph=True, precision="bf16", device="cpu"
     )
