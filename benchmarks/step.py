@@ -9,10 +9,11 @@ qlora: the base in NF4 with double quantisation.
 minift    minift.train, as its command line runs it; a case that ends in a number is the same with --tokens
 peer      transformers.Trainer, PEFT, bitsandbytes. IMDB is padded to 512 as in the tutorial, the rest to the longest of
           the batch. No gradient checkpointing
-floor     torch.mm on the shapes of the matrix products that a step needs at its real tokens: forward; the gradients of
-          inputs where something below learns; those of weights that learn; the last layer and the head for the rows
-          asked about. Attention's products stand apart: they are torch.bmm's, causal ones counted by half. Measured
-          just before each of minift's steps, so that a busy machine slows both; the ratio is the median of the steps'
+floor     the matrix products that a step needs at its real tokens: forward; the gradients of inputs where something
+          below learns; those of weights that learn; the last layer and the head for the rows asked about. Each by
+          torch.mm, and by the faster of torch.mm and oneDNN. Attention's products stand apart: they are torch.bmm's,
+          causal ones counted by half. Measured just before each of minift's steps, so that a busy machine slows both;
+          a ratio is the median of the steps'
 
 Every engine runs in a fresh process, and they take turns. Seconds a step are the median without the first two;
 memory is the largest resident size of the process at its last step.
@@ -235,14 +236,15 @@ def products(case: dict, n: int, m: int) -> list[Product]:
     return found + linear(m, WIDTH, WIDTH if case["family"] == "bert" else VOCABULARY, True, full)
 
 
-def seconds(kind: str, m: int, k: int, n: int) -> float:
-    """The time of one product, the better of two."""
+def seconds(kind: str, m: int, k: int, n: int) -> tuple[float, float]:
+    """The time of one product by torch.mm, and by the faster of it and oneDNN; each the better of two runs."""
     import torch
 
     a = torch.randn(k, m).t() if kind == "w" else torch.randn(m, k)
     b = torch.randn(n, k).t() if kind == "y" else torch.randn(k, n)
     out = torch.empty(m, n)
-    return fastest(lambda: torch.mm(a, b, out=out))
+    usual = fastest(lambda: torch.mm(a, b, out=out))
+    return usual, min(usual, fastest(lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")))
 
 
 def attention_seconds(case: dict, lengths: list[int]) -> float:
@@ -279,13 +281,15 @@ def run_floor(case: dict, model: Path, data: Path, steps: int) -> dict:
         lengths, rows = [len(s) for s in sequences], sum(len(s.rows) for s in sequences)
         shapes = products(case, sum(lengths), rows)
         times = {shape: seconds(*shape) for shape in set(shapes)}
-        floor, attention = sum(times[shape] for shape in shapes), attention_seconds(case, lengths)
+        usual, floor = (sum(times[shape][i] for shape in shapes) for i in (0, 1))
+        attention = attention_seconds(case, lengths)
         start = time.perf_counter()
         values = step(job, sequences, *rest)
         took = time.perf_counter() - start
         work = sum(2 * a * b * c for _, a, b, c in shapes)
-        row = {"step_s": floor, "attention_s": attention, "gflops": work / floor / 1e9, "minift_s": took}
-        found.append(row | {"ratio": took / floor, "ratio_with_attention": took / (floor + attention)})
+        row = {"mm_s": usual, "floor_s": floor, "attention_s": attention, "gflops": work / floor / 1e9}
+        ratios = {"to_mm": took / usual, "to_floor": took / floor, "with_attention": took / (floor + attention)}
+        found.append(row | {"minift_s": took} | ratios)
         return values
 
     train.train_step = both
@@ -298,9 +302,8 @@ def run_floor(case: dict, model: Path, data: Path, steps: int) -> dict:
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
     """A line a case; what was not run is a dash."""
-    head = ("case", "tokens", "floor s", "attention s", "minift s", "peer s", "minift / floor")
-    head += ("with attention", "peer / minift")
-    head += ("minift MB", "peer MB", "minift / peer MB")
+    head = ("case", "tokens", "torch.mm s", "floor s", "attention s", "minift s", "peer s", "minift / torch.mm")
+    head += ("minift / floor", "with attention", "peer / minift", "minift MB", "peer MB", "minift / peer MB")
     lines = [head]
     for case, found in rows.items():
         floor, ours, peer = (found.get(engine, {}) for engine in ENGINES)
@@ -311,17 +314,15 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
         def shown(row: dict, key: str, form: str = ".3f") -> str:
             return format(row[key], form) if key in row else "-"
 
-        times = [row.get("step_s") for row in (floor, ours, peer)]
+        times = [row.get("step_s") for row in (ours, peer)]
         lines.append(
             (
                 case,
                 shown(ours, "tokens", ",.0f"),
-                shown(floor, "step_s"),
-                shown(floor, "attention_s"),
+                *(shown(floor, f"{what}_s") for what in ("mm", "floor", "attention")),
                 *(shown(row, "step_s") for row in (ours, peer)),
-                shown(floor, "ratio", ".2f"),
-                shown(floor, "ratio_with_attention", ".2f"),
-                ratio(times[2], times[1]),
+                *(shown(floor, what, ".2f") for what in ("to_mm", "to_floor", "with_attention")),
+                ratio(times[1], times[0]),
                 *(shown(row, "peak_mb", ",.0f") for row in (ours, peer)),
                 ratio(ours.get("peak_mb"), peer.get("peak_mb")),
             )
@@ -346,8 +347,8 @@ def write(path: Path, rows: dict, options: str) -> None:
 
 `python benchmarks/step.py --assets ../shared{options}` on {time.strftime("%Y-%m-%d")}:
 {name}, {cores} cores; {versions}.
-float32, dropout 0.1, LoRA r=8 with dropout 0.1; random weights, real data. Seconds a step; "floor" is torch.mm on the
-shapes that a step needs, without attention's products, which stand beside it.
+float32, dropout 0.1, LoRA r=8 with dropout 0.1; random weights, real data. Seconds a step. The products that a step
+needs, without attention's, which stand beside: by torch.mm, and ("floor") each by the faster of torch.mm and oneDNN.
 
 {table(rows)}
 {end}

@@ -2,9 +2,9 @@
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum over rows of dy
 
-torch.mm is MKL's, which on AMD's CPUs leaves 5 to 20 % of y and dx to oneDNN, the other library inside torch's wheels
-(benchmarks/LOG.md, 2026-11-25); dW is MKL's, about as fast. Anywhere else, in other dtypes and with --kernels reference
-all are torch's own. N tokens.
+torch.mm is MKL's, which leaves 5 to 20 % of y and dx on AMD's Zen 4, and half of everything on Zen 5, to oneDNN, the
+other library inside torch's wheels (benchmarks/LOG.md, 2026-11-25). Anywhere else, in other dtypes and with --kernels
+reference all are torch's own. N tokens.
 """
 
 from functools import cache
@@ -17,18 +17,38 @@ from torch.autograd.function import once_differentiable
 from . import native
 
 LEAST = 1 << 16  # weights of a matrix that is worth it
+TOKENS, OUT = 704, 3072  # of dy in a piece of dW's product: it is turned round first, which has to stay in the cache
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (N, out), without gradients. x (N, in), w (out, in) with any strides, bias (out,) or None."""
-    if takes(x, w):
+    if takes(x, w, w.numel()):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
 
 
-def takes(x: Tensor, w: Tensor) -> bool:
-    """Whether oneDNN is to multiply these."""
-    fits = x.is_cpu and x.dtype == w.dtype == torch.float32 and x.dim() == 2 and len(x) > 0 and w.numel() >= LEAST
+def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    """dy^T x, (out, in), without gradients; added to `onto` in place, if there is one. dy (N, out), x (N, in)."""
+    out, multiply = dy.shape[1], torch.ops.mkldnn._linear_pointwise
+    if not (takes(x, dy, out * x.shape[1]) and is_faster_for_weights()):
+        return dy.t() @ x if onto is None else onto.addmm_(dy.t(), x)
+    total = x.new_zeros(out, x.shape[1]) if onto is None and out > OUT else onto
+    for i in range(0, out, OUT):
+        part = None
+        for a, b in zip(dy[:, i : i + OUT].split(TOKENS), x.split(TOKENS), strict=True):
+            if part is None:
+                part = multiply(a.t(), b.t(), None, "none", [], "")
+            else:
+                part = multiply.binary(a.t(), part, b.t(), None, "add")
+        if total is None:
+            return part
+        total[i : i + OUT] += part
+    return total
+
+
+def takes(x: Tensor, y: Tensor, weights: int) -> bool:
+    """Whether oneDNN is to multiply these, in a layer of that many weights."""
+    fits = x.is_cpu and x.dtype == y.dtype == torch.float32 and x.dim() == 2 and len(x) > 0 and weights >= LEAST
     return fits and native.mode != "reference" and is_faster()
 
 
@@ -38,6 +58,12 @@ def is_faster() -> bool:
     native.keep_few_products()
     cpu, there = native.cpu(), torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and "AMD" in cpu and "avx512f" in cpu
+
+
+@cache
+def is_faster_for_weights() -> bool:
+    """The same for dW, where oneDNN has to win more: Zen 5, the first of AMD's with these instructions."""
+    return is_faster() and "avx_vnni" in native.cpu()
 
 
 class Linear(torch.autograd.Function):
@@ -53,9 +79,9 @@ class Linear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
         dx = product(dy, w.t()) if needs[0] else None
-        return dx, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None
+        return dx, weight_gradient(dy, x) if needs[1] else None, dy.sum(0) if needs[2] else None
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (N, out). x (N, in), w (out, in), bias (out,) or None."""
-    return Linear.apply(x, w, bias) if takes(x, w) else F.linear(x, w, bias)
+    return Linear.apply(x, w, bias) if takes(x, w, w.numel()) else F.linear(x, w, bias)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not there, reason="torch without oneDNN")
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     monkeypatch.setattr(ops, "is_faster", lambda: True)
+    monkeypatch.setattr(ops, "is_faster_for_weights", lambda: True)
     monkeypatch.setattr(native, "mode", "auto")
     monkeypatch.setattr(ops, "LEAST", 1)
 
@@ -65,24 +66,42 @@ def test_strides_and_places():
 
 
 def test_infinities_show_and_threads_do_not():
-    x, w = torch.randn(70, 300), torch.randn(200, 300)
-    before, threads = ops.product(x, w), torch.get_num_threads()
+    x, w, dy = torch.randn(900, 300), torch.randn(200, 300), torch.randn(900, 200)
+    before, threads = [ops.product(x, w), ops.weight_gradient(dy, x)], torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(ops.product(x, w), before)
+        after = [ops.product(x, w), ops.weight_gradient(dy, x)]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     finally:
         torch.set_num_threads(threads)
     x[3, 5] = torch.inf
-    assert not ops.product(x, w)[3].isfinite().any() and ops.product(x, w)[4:].isfinite().all()
+    y, dw = ops.product(x, w), ops.weight_gradient(dy, x)
+    assert not y[3].isfinite().any() and y[4:].isfinite().all()
+    assert not dw[:, 5].isfinite().any() and dw[:, 6:].isfinite().all()
+
+
+@pytest.mark.parametrize("rows, out", [(1, 70), (704, 3072), (1500, 3073), (33, 9000)])
+@pytest.mark.parametrize("grows", [False, True])
+def test_weight_gradients_in_pieces(rows, out, grows):
+    """More rows than a piece has, more outputs, both; on top of another gradient, in its memory."""
+    torch.manual_seed(rows)
+    x, dy, onto = torch.randn(rows, 40), torch.randn(rows, out), torch.randn(out, 40) if grows else None
+    exact = dy.double().t() @ x.double() + (0 if onto is None else onto.double())
+    theirs = dy.t() @ x + (0 if onto is None else onto)
+    mine = ops.weight_gradient(dy, x, onto)
+    assert onto is None or mine.data_ptr() == onto.data_ptr()
+    ours, peers = ((t - exact).pow(2).mean().sqrt() for t in (mine, theirs))
+    assert mine.is_contiguous() and ours <= 2 * peers + 1e-7 * exact.abs().max()
 
 
 def test_what_is_left_to_torch(monkeypatch):
     x, w = torch.randn(4, 8), torch.randn(8, 8)
-    assert ops.takes(x, w)
-    assert not ops.takes(x.double(), w.double()) and not ops.takes(x.bfloat16(), w.bfloat16())
-    assert not ops.takes(x[:0], w) and ops.product(x[:0], w).shape == (0, 8)
+    assert ops.takes(x, w, 64)
+    assert not ops.takes(x.double(), w.double(), 64) and not ops.takes(x.bfloat16(), w.bfloat16(), 64)
+    assert not ops.takes(x[:0], w, 64) and ops.product(x[:0], w).shape == (0, 8)
+    assert torch.equal(ops.weight_gradient(x[:0], x[:0]), torch.zeros(8, 8))
     monkeypatch.setattr(native, "mode", "reference")
-    assert not ops.takes(x, w)
+    assert not ops.takes(x, w, 64)
 
 
 GROWTH = """
