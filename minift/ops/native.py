@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ C_TYPES = {"*": ctypes.c_void_p, "int64_t": ctypes.c_int64, "float": ctypes.c_fl
 
 mode = "auto"  # `use` sets it
 loaded: dict[str, ctypes.CDLL | None] = {}  # by operator; None: it could not be made, and that was said
+making: dict[str, Future] = {}  # by operator: being made in the background
 
 
 class Unavailable(Exception):
@@ -65,7 +67,9 @@ def use(wanted: str, device: torch.device | None = None) -> str:
         if mode == "native":
             raise refusal(e) from None
         return f"PyTorch reference ({e})"
-    for source in sorted(sources().glob("cpu/*.cpp")) if mode == "native" else ():
+    if "attention" not in loaded and "attention" not in making:  # it takes as long as all others: beside them
+        making["attention"] = ThreadPoolExecutor(1).submit(build, "attention")
+    for source in sorted(sources().glob("cpu/*.cpp"), reverse=True) if mode == "native" else ():
         load(source.stem)
     return f"native on the CPU, compiled at first use ({version})"
 
@@ -97,7 +101,7 @@ def pointer(t: Tensor | None) -> int | None:
 def load(name: str) -> ctypes.CDLL | None:
     """Makes or finds the library, once; where that fails says so, once. Raises ValueError in mode `native`."""
     try:
-        library = build(name)
+        library = making.pop(name).result() if name in making else build(name)
     except (Unavailable, OSError) as e:  # OSError: no sources, or nowhere to compile
         if mode == "native":
             raise refusal(e) from None

@@ -36,6 +36,7 @@ EPS = 1e-5
 def native_mode(monkeypatch):
     monkeypatch.setattr(native, "mode", "native")
     monkeypatch.setattr(native, "loaded", {})
+    monkeypatch.setattr(native, "making", {})
 
 
 def noise(n: int) -> Noise:

@@ -41,6 +41,7 @@ def fresh(monkeypatch, tmp_path):
     (folder / "common.h").write_text((ROOT / "kernels/cpu/common.h").read_text())
     monkeypatch.setattr(native, "sources", lambda: tmp_path / "kernels")
     monkeypatch.setattr(native, "loaded", {})
+    monkeypatch.setattr(native, "making", {})
     monkeypatch.setattr(native, "mode", "auto")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     find = native.compiler
@@ -70,6 +71,7 @@ def compiles(monkeypatch) -> list[str]:
 def again(monkeypatch):
     """`add` as a new process would load it."""
     monkeypatch.setattr(native, "loaded", {})
+    monkeypatch.setattr(native, "making", {})
     return native.kernel("add", torch.ones(1))
 
 
@@ -205,6 +207,7 @@ def test_where_there_is_no_way_it_is_said_once_and_the_reference_runs(broken, re
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("add runs on its PyTorch reference: ") and reason in said
     monkeypatch.setattr(native, "loaded", {})
+    monkeypatch.setattr(native, "making", {})
     with pytest.raises(ValueError, match="--kernels is 'native', but .*; expected auto or reference"):
         native.use("native")
         native.kernel("add", torch.ones(1))
