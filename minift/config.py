@@ -82,7 +82,7 @@ class TrainConfig(Config):
     batch: int = option(8, "sequences an optimizer step", at_least=1)
     tokens: int = option(
         0,
-        "most tokens in memory at once; a step is split to fit; 0: no limit, but 512 for adapters on a CPU without NF4",
+        "most tokens in memory at once; a step is split to fit; 0: no limit; for adapters on a CPU 512 or more",
         at_least=0,
     )
     max_length: int = option(

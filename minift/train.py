@@ -34,6 +34,8 @@ from .tasks import TASKS
 from .tokenizer import Tokenizer
 from .track import Tracker, make_loggers, peak_memory, say, stop_signals
 
+BASE = 110_000_000  # weights of BERT-base
+
 
 @dataclass
 class Run:
@@ -203,11 +205,12 @@ def default_lr(model: Model) -> float:
 def default_tokens(model: Model, device: torch.device) -> int:
     """Tokens in memory at once where no number is given, 0 for no limit.
 
-    Adapters on a CPU take 512: more make matrix products hardly faster (benchmarks/LOG.md, 2026-11-25). Elsewhere every
-    micro-batch costs more: a launch of each kernel, an addition to each gradient, each weight out of NF4.
+    Adapters on a CPU take 512, and more of a model smaller than BERT-base: with more, products are hardly faster
+    (benchmarks/LOG.md, 2026-11-25). Elsewhere a micro-batch costs more: a launch of each kernel, an addition to each
+    gradient, each weight out of NF4.
     """
     packed = any(isinstance(m, NF4Linear) for m in model.modules())
-    return 512 if model.adapter and device.type == "cpu" and not packed else 0
+    return max(512, 512 * BASE // model.size()) if model.adapter and device.type == "cpu" and not packed else 0
 
 
 def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[Sequence]) -> Run:

@@ -59,13 +59,20 @@ def test_a_rerun_is_equal_to_the_bit(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, tokens", [({}, 0), ({"method": "lora"}, 512), ({"method": "lora", "base": "nf4"}, 0)]
+    "options, base, tokens",
+    [
+        ({}, 1, 0),
+        ({"method": "lora"}, 1, 512),
+        ({"method": "lora"}, 110_000_000, 0),  # a model this small is not split
+        ({"method": "lora", "base": "nf4"}, 1, 0),
+    ],
 )
-def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, tokens):
+def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, base, tokens):
     """60 reviews a step are more than 512 tokens; the largest micro-batch that the model is given."""
     small_bert(tmp_path / "model")
     reviews(tmp_path / "train.tsv", 60)
     module, sizes = importlib.import_module("minift.train"), []
+    monkeypatch.setattr(module, "BASE", base)
     monkeypatch.setattr(module, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))
     shared = dict(data=str(tmp_path / "train.tsv"), steps=1, batch=60, **options)
     for name, more in (("a", {}), ("b", {"tokens": 100_000})):
