@@ -34,7 +34,7 @@ from .tasks import TASKS
 from .tokenizer import Tokenizer
 from .track import Tracker, make_loggers, peak_memory, say, stop_signals
 
-BASE = 110_000_000  # weights of BERT-base
+BASE = 109_000_000  # weights of BERT-base
 
 
 @dataclass
