@@ -6,7 +6,7 @@ Plain PyTorch is what a model would call without minift: F.dropout, F.layer_norm
 F.scaled_dot_product_attention, for LoRA F.dropout before the small product, for NF4 bitsandbytes
 where it is installed. The three take turns and the fastest of many counts, so a busy machine slows all alike. Beside
 them stands what the native one amounts to: GB/s of the tensors that have to be read and written once, or GFLOP/s of the
-matrix products alone. The ceilings, a copy and a matrix product, are measured in the same run.
+matrix products alone. The ceilings, a copy and a product by torch.mm and by oneDNN, are measured in the same run.
 """
 
 import argparse
@@ -160,12 +160,14 @@ def in_mode(mode: str, f: Callable) -> Callable:
     return run
 
 
-def ceilings(dtype: torch.dtype, seconds: float) -> tuple[float, float]:
-    """(bytes a second of a copy of 6 MB, FLOPs a second of a product of 512 x 768 and 768 x 3072)."""
+def ceilings(dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
+    """(bytes a second of a copy of 6 MB, FLOPs a second of a product of 512 x 768 and 768 x 3072, and by oneDNN)."""
     x, y = torch.randn(512, 3072), torch.empty(512, 3072)
     a, b = torch.randn(512, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
-    copy, product = fastest([lambda: y.copy_(x), lambda: a @ b], seconds)
-    return 2 * x.nbytes / copy, 2 * 512 * 768 * 3072 / product
+    onednn = torch.ops.mkldnn._linear_pointwise
+    ways = [lambda: y.copy_(x), lambda: a @ b, lambda: onednn(a, b.t(), None, "none", [], "")]
+    copy, *products = fastest(ways, seconds)
+    return 2 * x.nbytes / copy, *(2 * 512 * 768 * 3072 / product for product in products)
 
 
 def main() -> None:
@@ -179,8 +181,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     native.keep_memory()  # as in training
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; {native.use('native')}")
-    bandwidth, flops = ceilings(DTYPES[args.dtype], args.seconds)
-    print(f"ceilings: copy {bandwidth / 1e9:.1f} GB/s, matrix product {flops / 1e9:.1f} GFLOP/s\n")
+    copy, mm, onednn = (rate / 1e9 for rate in ceilings(DTYPES[args.dtype], args.seconds))
+    print(f"ceilings: copy {copy:.1f} GB/s; matrix product {mm:.1f} GFLOP/s by torch.mm, {onednn:.1f} by oneDNN\n")
     columns = ("native", "reference", "plain", "plain/native", "achieved")
     print(f"{'operator':10}{'shape':24}" + "".join(f"{c:>14}" for c in columns))
     for name in args.only.split(","):
