@@ -6,7 +6,7 @@ Plain PyTorch is what a model would call without minift: F.dropout, F.layer_norm
 F.scaled_dot_product_attention, for LoRA F.dropout before the small product, for NF4 bitsandbytes
 where it is installed. The three take turns and the fastest of many counts, so a busy machine slows all alike. Beside
 them stands what the native one amounts to: GB/s of the tensors that have to be read and written once, or GFLOP/s of the
-matrix products alone. The ceilings, a copy and a product by torch.mm and by oneDNN, are measured in the same run.
+matrix products alone. The ceilings, a copy and a product by torch.mm and by minift, are measured in the same run.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from minift.ops import lora, native, nf4
 from minift.ops.attention import attention
 from minift.ops.dropout import Noise, dropout
 from minift.ops.gelu import gelu_erf, gelu_tanh
+from minift.ops.linear import product
 from minift.ops.loss import linear_cross_entropy
 from minift.ops.norm import add_norm
 
@@ -161,13 +162,11 @@ def in_mode(mode: str, f: Callable) -> Callable:
 
 
 def ceilings(dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
-    """(bytes a second of a copy of 6 MB, FLOPs a second of a product of 512 x 768 and 768 x 3072, and by oneDNN)."""
+    """(bytes a second of a copy of 6 MB, FLOPs a second of a product of 512 x 768 and 768 x 3072, and by minift)."""
     x, y = torch.randn(512, 3072), torch.empty(512, 3072)
     a, b = torch.randn(512, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
-    onednn = torch.ops.mkldnn._linear_pointwise
-    ways = [lambda: y.copy_(x), lambda: a @ b, lambda: onednn(a, b.t(), None, "none", [], "")]
-    copy, *products = fastest(ways, seconds)
-    return 2 * x.nbytes / copy, *(2 * 512 * 768 * 3072 / product for product in products)
+    copy, *products = fastest([lambda: y.copy_(x), lambda: a @ b, lambda: product(a, b.t())], seconds)
+    return 2 * x.nbytes / copy, *(2 * 512 * 768 * 3072 / t for t in products)
 
 
 def main() -> None:
@@ -181,8 +180,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     native.keep_memory()  # as in training
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; {native.use('native')}")
-    copy, mm, onednn = (rate / 1e9 for rate in ceilings(DTYPES[args.dtype], args.seconds))
-    print(f"ceilings: copy {copy:.1f} GB/s; matrix product {mm:.1f} GFLOP/s by torch.mm, {onednn:.1f} by oneDNN\n")
+    copy, mm, ours = (rate / 1e9 for rate in ceilings(DTYPES[args.dtype], args.seconds))
+    print(f"ceilings: copy {copy:.1f} GB/s; matrix product {mm:.1f} GFLOP/s by torch.mm, {ours:.1f} by minift\n")
     columns = ("native", "reference", "plain", "plain/native", "achieved")
     print(f"{'operator':10}{'shape':24}" + "".join(f"{c:>14}" for c in columns))
     for name in args.only.split(","):

@@ -29,9 +29,10 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None) -> Tensor:
     """dy^T x, (out, in), without gradients; added to `onto` in place, if there is one. dy (N, out), x (N, in)."""
-    out, multiply = dy.shape[1], torch.ops.mkldnn._linear_pointwise
+    out = dy.shape[1]
     if not (takes(x, dy, out * x.shape[1]) and is_faster_for_weights()):
         return dy.t() @ x if onto is None else onto.addmm_(dy.t(), x)
+    multiply = torch.ops.mkldnn._linear_pointwise  # which not every torch has
     total = x.new_zeros(out, x.shape[1]) if onto is None and out > OUT else onto
     for i in range(0, out, OUT):
         part = None

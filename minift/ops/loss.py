@@ -75,7 +75,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def grown(dw: Tensor | None, dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dw + dz^T x in `dtype`, in place; None stands for zeros, which nobody has to write. dz (m, V), x (m, C)."""
+    """dw + dz^T x in `dtype`, in place; None stands for zeros. dz (m, V), x (m, C)."""
     dz = dz.to(x.dtype)
     if dtype != x.dtype:
         part = (dz.t() @ x).to(dtype)

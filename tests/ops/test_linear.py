@@ -102,6 +102,8 @@ def test_what_is_left_to_torch(monkeypatch):
     assert torch.equal(ops.weight_gradient(x[:0], x[:0]), torch.zeros(8, 8))
     monkeypatch.setattr(native, "mode", "reference")
     assert not ops.takes(x, w, 64)
+    monkeypatch.setattr(torch, "ops", None)  # a torch without oneDNN
+    assert torch.equal(ops.weight_gradient(x, x), x.t() @ x) and torch.equal(ops.product(x, w), x @ w.t())
 
 
 GROWTH = """
