@@ -1,27 +1,35 @@
 """Checkpoints of a run: with its config.json, all that the rest of the run depends on.
 
-    out/checkpoints/step-120/   model.safetensors, optimizer.safetensors, state.json
+    out/checkpoints/step-120/   model.safetensors, optimizer.safetensors, state.json, and minift.json with their SHA-256
 
 Order, dropout and learning rate are functions of the step, so no generator's state is among it. A checkpoint is written
 aside, flushed to the disk and renamed: a folder called step-N is whole, whatever killed the run. Nothing is pickled.
+Nothing of a checkpoint is used before all of it was checked: checksums, names, shapes, dtypes, and what its state says
+of the run, its options and its frozen weights.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
+import math
 import re
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from . import files
 from .batch import Sequence
 from .config import InputError
 from .distributed import like, whole
 from .optim import AdamW
+
+WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FILES = {WEIGHTS, MOMENTS, STATE, files.MANIFEST}
 
 
 def save(out: Path, model: nn.Module, optimizer: AdamW, state: dict, keep: int, write: bool) -> None:
@@ -36,41 +44,129 @@ def save(out: Path, model: nn.Module, optimizer: AdamW, state: dict, keep: int, 
     if not write:
         return
     folder = out / "checkpoints" / f"step-{state['step']}"
-    aside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(aside, ignore_errors=True)
+
+    def put_files(aside: Path) -> None:
+        save_file(weights, aside / WEIGHTS)
+        save_file(moments, aside / MOMENTS)
+        (aside / STATE).write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
     try:
-        aside.mkdir(parents=True)
-        save_file(weights, aside / "model.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in aside.iterdir():
-            flush(path)
+        files.write_folder(folder, put_files)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{folder}: the checkpoint could not be written ({e}); earlier ones are whole") from e
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try at the same step
-    os.replace(aside, folder)
-    flush(folder.parent)
+        earlier = latest(out)
+        kept = f"{earlier} is whole" if earlier else "there is none before it"
+        raise OSError(f"{folder}: the checkpoint could not be written ({e}); {kept}") from e
     for old in steps(out)[:-keep]:
-        shutil.rmtree(out / "checkpoints" / f"step-{old}", ignore_errors=True)
+        files.remove_files(out / "checkpoints" / f"step-{old}", FILES)
 
 
-def load(folder: Path, model: nn.Module, optimizer: AdamW) -> dict:
-    """Puts a checkpoint into model and optimizer; returns its state. Raises InputError where it is not one of them."""
-    try:
-        weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError, SafetensorError) as e:
-        raise InputError(f"{folder}: not a whole checkpoint ({e})") from e
+def load(folder: Path, model: nn.Module, optimizer: AdamW, check: Callable[[dict], None]) -> dict:
+    """Puts a checkpoint into model and optimizer; returns its state.
+
+    check: raises InputError where the state is not of this run; called before model and optimizer are touched.
+    Raises InputError that names the file where anything of it is not what a run of this model wrote, and the newest
+    checkpoint before it that is whole.
+    """
+    with offering_earlier(folder):
+        weights, moments, state = read(folder)
+    check(state)
     names = dict(trained(model))
-    if different := sorted(weights.keys() ^ names.keys()):
-        raise InputError(f"{folder}: not a checkpoint of this model; different: {', '.join(different[:5])}")
+    with offering_earlier(folder):
+        check_tensors(folder / WEIGHTS, weights, {name: (p.shape, p.dtype) for name, p in names.items()})
+        check_tensors(folder / MOMENTS, moments, expected_moments(names, moments))
     for name, p in names.items():
         with torch.no_grad():
             p.copy_(like(weights[name], p))
         mine = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
         optimizer.state[p] = {k: like(v, p) for k, v in mine.items()}
     return state
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """The weights, the moments and the state in a checkpoint's files. Raises InputError where they are not whole."""
+    if fault := files.fault(folder):
+        raise InputError(f"{folder}: not a whole checkpoint: {fault}")
+    try:
+        weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError, RecursionError) as e:
+        raise InputError(f"{folder}: not a whole checkpoint ({e})") from e
+    check_state(folder / STATE, state)
+    return weights, moments, state
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint can be read."""
+    try:
+        read(folder)
+    except InputError:
+        return False
+    return True
+
+
+def check_state(path: Path, state: object) -> None:
+    """Raises InputError unless the state has what every run's has, each of its kind."""
+    kinds = {"step": int, "best": dict, "stale": int, "data": str, "scaler": dict}
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds {type(state).__name__}; expected an object")
+    for name, kind in kinds.items():
+        if type(state.get(name)) is not kind:
+            raise InputError(f"{path}: {name} is {state.get(name)!r:.60}; expected {kind.__name__}")
+    for name, lowest in (("step", 1), ("stale", 0)):
+        if state[name] < lowest:
+            raise InputError(f"{path}: {name} is {state[name]}; expected at least {lowest}")
+    for place in ("best", "scaler"):
+        for name, value in state[place].items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise InputError(f"{path}: {place} has {name} {value!r:.60}; expected a finite number")
+
+
+def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Raises InputError unless a file's tensors have just these names, shapes and dtypes, and finite numbers."""
+    if different := sorted(found.keys() ^ expected.keys()):
+        raise InputError(f"{path}: not a checkpoint of this model; different: {', '.join(different[:5])}")
+    for name, tensor in found.items():
+        shape, dtype = expected[name]
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise InputError(
+                f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)} {dtype}"
+            )
+        if not is_finite(tensor):
+            raise InputError(f"{path}: {name} has numbers that are not finite")
+
+
+def expected_moments(names: dict[str, nn.Parameter], found: dict[str, Tensor]) -> dict:
+    """Name -> (shape, dtype) of the optimizer's tensors. A parameter that never had a gradient has none."""
+    expected = {}
+    updated = {key.rpartition("/")[0] for key in found} & names.keys() or names.keys()
+    for name in updated:
+        p = names[name]
+        expected[f"{name}/step"] = torch.Size(), torch.float32
+        expected[f"{name}/exp_avg"] = p.shape, p.dtype
+        expected[f"{name}/exp_avg_sq"] = p.shape, p.dtype
+    return expected
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite: its smallest and its largest are, in one pass."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+@contextmanager
+def offering_earlier(folder: Path) -> Iterator[None]:
+    """Adds to an error about the checkpoint in `folder` which one before it is whole, and how to go on from there."""
+    try:
+        yield
+    except InputError as e:
+        here = int(folder.name.removeprefix("step-"))
+        for step in reversed([n for n in steps(folder.parents[1]) if n < here]):
+            earlier = folder.with_name(f"step-{step}")
+            if is_whole(earlier):
+                raise InputError(f"{e}\n{earlier} is whole; to go on from there: mv {folder} {folder}.damaged") from e
+        raise InputError(f"{e}\nno earlier checkpoint is whole") from e
 
 
 def latest(out: Path) -> Path | None:
@@ -82,8 +178,10 @@ def latest(out: Path) -> Path | None:
 def steps(out: Path) -> list[int]:
     """The steps that have a checkpoint, ascending."""
     folder = out / "checkpoints"
-    names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(m[1]) for m in names if m)
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if any((path / name).is_file() for name in FILES)]
+    return sorted(int(found[1]) for found in (re.fullmatch(r"step-([1-9]\d*)", name) for name in names) if found)
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -101,10 +199,32 @@ def fingerprint(sequences: list[Sequence]) -> str:
     return digest.hexdigest()
 
 
-def flush(path: Path) -> None:
-    """Makes the disk hold what was written to a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def fingerprint_base(model: nn.Module) -> dict:
+    """What the model is apart from what a checkpoint holds: its configuration, labels and frozen weights.
+
+    With it a resumed run knows that it stands on the same base. {"config": {...}, "labels": [...], "frozen": SHA-256}
+    """
+    digest = hashlib.sha256()
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    for name, tensor in (*frozen, *model.named_buffers()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    config = {"model_type": model.settings["model_type"]} | dataclasses.asdict(model.config)
+    return {"config": config, "labels": list(model.labels), "frozen": digest.hexdigest()}
+
+
+def check_base(folder: Path, now: dict, then: dict) -> None:
+    """Raises InputError where the base of a run is not what it was when the run began."""
+    for name, value in now["config"].items():
+        before = then["config"].get(name, value)
+        if before != value:
+            raise InputError(
+                f"{folder}: the base model's config.json says {name} {value!r}; the run began with {before!r}"
+            )
+    if now["labels"] != then["labels"]:
+        raise InputError(
+            f"{folder}: the labels are {', '.join(now['labels'])}; the run began with {', '.join(then['labels'])}"
+        )
+    if now["frozen"] != then["frozen"]:
+        raise InputError(f"{folder}: the base model's weights are not those that the run began with")

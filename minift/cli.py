@@ -9,7 +9,9 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
+from . import __version__
 from .config import (
     CheckConfig,
     Config,
@@ -22,6 +24,8 @@ from .config import (
     TrainConfig,
     add_options,
     from_args,
+    meant,
+    printable,
 )
 
 
@@ -64,6 +68,7 @@ def predict(config: PredictConfig) -> None:
     """Writes one JSON object a line."""
     from .evaluate import predict as run
 
+    check_out(config, [config.data])
     write(run(*trained(config, config.task), config), config.out)
 
 
@@ -71,16 +76,29 @@ def generate(config: GenerateConfig) -> None:
     """Writes one JSON object a line."""
     from .generate import generate as run
 
+    check_out(config, [config.data])
     write(run(*trained(config, "complete"), config), config.out)
+
+
+def check_out(config: PredictConfig | GenerateConfig, inputs: list[str]) -> None:
+    """Raises InputError where the results must not be written to `--out`."""
+    from .files import check_output_file
+
+    if config.out:
+        check_output_file("--out", Path(config.out), [name for name in inputs if name], config.overwrite)
 
 
 def write(rows: Iterable[dict], path: str) -> None:
     """JSON lines to a file, or to standard output."""
-    out = open(path, "w", encoding="utf-8") if path else sys.stdout
-    for row in rows:
-        print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+    from .files import write_lines
+
     if path:
-        out.close()
+        write_lines(Path(path), (json.dumps(row, ensure_ascii=False) for row in rows))
+        return
+    # a terminal that is not UTF-8 gets JSON's own escapes
+    ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=ascii_only), flush=True)
 
 
 def check(config: CheckConfig) -> int:
@@ -221,30 +239,88 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2."""
+        print(f"{self.prog}: error: {message}\n(`{self.prog} --help` lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """(the parser of the command, its options). Leaves the process by SystemExit(2) where they are not understood."""
+    parser = Parser(prog="minift", description="A minimal fine-tuning engine in plain PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, (cls, _) in COMMANDS.items():
+        # no abbreviations: what --tok means must not change when an option is added
+        command = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__, allow_abbrev=False)
+        add_options(command, cls)
+    args, unknown = parser.parse_known_args(arguments)
+    command = commands.choices[args.command]
+    if unknown:
+        known = [flag for action in command._actions for flag in action.option_strings]
+        command.error(f"{unknown[0]} is no option{meant(unknown[0].partition('=')[0], known)}")
+    return command, args
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="minift", description="A minimal fine-tuning engine in plain PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (cls, _) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=cls.__doc__, description=cls.__doc__), cls)
-    args = parser.parse_args(arguments)
+    command, args = parse(arguments)
     cls, run = COMMANDS[args.command]
     try:
         config = from_args(cls, args)
     except InputError as e:
         return complain(e)
     except ValueError as e:
-        commands.choices[args.command].error(str(e))
+        command.error(str(e))
     try:
         return run(config) or 0
     except (InputError, FloatingPointError, OSError) as e:
         return complain(e)
-    except KeyboardInterrupt:  # before the loop, or twice within it
-        print("minift: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:  # before the loop, or twice within it
+        print("\n".join(["minift: interrupted", *notes(e)]), file=sys.stderr)
         return 130
+    except Exception as e:
+        if is_out_of_memory(e):
+            return complain(InputError(f"out of memory ({first_line(e)}); fewer --tokens at once take less"))
+        return report_fault(e)
 
 
 def complain(error: Exception) -> int:
     """Says what is wrong with the input; the exit code for that."""
-    print(f"minift: error: {error}", file=sys.stderr)
+    print("\n".join([f"minift: error: {printable(str(error))}", *notes(error)]), file=sys.stderr)
+    return 1
+
+
+def notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way."""
+    return [printable(note) for note in getattr(error, "__notes__", ())]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch found no memory; torch has a class for it on CUDA only."""
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0][:200]) if lines else type(error).__name__
+
+
+def report_fault(error: Exception) -> int:
+    """Says that minift itself is at fault, and where the details are; exit code 1."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="minift-fault-", suffix=".txt", delete=False, encoding="utf-8") as f:
+        f.write(f"minift {__version__}, {sys.version}, {sys.platform}\n{' '.join(sys.argv)}\n\n")
+        f.write("".join(traceback.format_exception(error)))
+    print(
+        f"minift: this is a fault of minift, not of your input: {type(error).__name__}: {first_line(error)}\n"
+        f"the details are in {f.name}; please report them, with the input if you can share it",
+        file=sys.stderr,
+    )
     return 1

@@ -42,9 +42,9 @@ class Config:
             if low is not None and not value >= low:  # `not >=` also refuses nan
                 raise ValueError(f"{flag} is {value!r}; expected at least {low}")
 
-    def save(self, path: Path) -> None:
-        """Writes the JSON file that `--config` reads."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+    def to_json(self) -> str:
+        """The content of the JSON file that `--config` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 @dataclass
@@ -180,6 +180,7 @@ class PredictConfig(Config):
     text: str = option("", "one text instead of a file")
     pair: str = option("", "the second sentence of --text")
     out: str = option("", "write here instead of standard output")
+    overwrite: bool = option(False, "replace the file in --out if it is there")
     columns: str = option("", "columns or keys to read, as text or text=review")
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
     max_length: int = option(
@@ -201,6 +202,7 @@ class GenerateConfig(Config):
     prompt: str = option("", "one prompt")
     data: str = option("", "file of prompts: .jsonl with prompt or messages")
     out: str = option("", "write here instead of standard output")
+    overwrite: bool = option(False, "replace the file in --out if it is there")
     max_tokens: int = option(64, "most tokens to generate for a prompt", at_least=1)
     temperature: float = option(0.0, "divides the logits; 0: always the likeliest token", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)

@@ -11,9 +11,7 @@ layers.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -31,14 +29,16 @@ from .adapters.lora import put as replace_module
 from .adapters.lora import wrappers
 from .config import InputError
 from .distributed import whole
+from .files import check_folder, write_folder
 from .layers import Linear
 from .models import FAMILIES, Model
 from .ops import native
 from .quantize import PARTS, STATE, NF4Linear, linears, quantization_config, swap
 from .tokenizer import Tokenizer
 
+MODEL = "model.safetensors"
 WEIGHT_FILES = (
-    "model.safetensors",
+    MODEL,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -444,26 +444,47 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
 # saving
 
 
-def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path, write: bool = True) -> None:
+def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
     Of a model with an adapter, the adapter alone: a PEFT folder, with config.json and the tokenizer's files beside
-    it. Layers in four bits are written as bitsandbytes writes them.
-    It is written aside and renamed, so that `folder` is never half a model. An older model there is replaced; raises
-    InputError where something else is.
-    write: whether this process does; of a sharded model, all have to give their parts.
+    it. Layers in four bits are written as bitsandbytes writes them. minift.json lists what was written.
+    An older model that minift saved there is replaced, and everything else in the folder stays. Raises InputError
+    where a file that minift did not write would be replaced, OSError on a full disk.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder}: holds something else than a model; expected a new folder, or an older model")
+    weights = peft_format.WEIGHTS if model.adapter else MODEL
+    tokenizer_files = tokenizer.files if tokenizer else ()
+    check_folder(folder, {weights, "config.json", *([peft_format.CONFIG] if model.adapter else ()), *tokenizer_files})
+    write_model(model, tokenizer, folder)
+
+
+def write_model(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bool = True) -> None:
+    """What `save` writes, over whatever has these names: for a run's own folders.
+
+    write: whether this process does; of a sharded model, all have to give their parts.
+    """
     if model.adapter:
         parameters = peft_format.tensors(model)
         state = {name: whole(p.detach()).cpu().contiguous() for name, p in parameters.items()}
         weights, texts = peft_format.WEIGHTS, {peft_format.CONFIG: peft_format.settings(model)}
     else:
-        state, weights, texts = weights_of(model), "model.safetensors", {}
-    if write:
-        write_folder(folder, texts | {"config.json": settings_of(model)}, weights, state, tokenizer)
+        state, weights, texts = weights_of(model), MODEL, {}
+    texts["config.json"] = settings_of(model)
+
+    def put_files(aside: Path) -> None:
+        for name, content in texts.items():
+            (aside / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(state, aside / weights, metadata={"format": "pt"})
+        if tokenizer:
+            tokenizer.save(aside)
+
+    if not write:
+        return
+    try:
+        write_folder(folder, put_files)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{folder}: the model could not be written ({e}); what was there before is whole") from e
 
 
 def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bool = True) -> None:
@@ -471,7 +492,7 @@ def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bo
     adapter, model.adapter, layers = model.adapter, None, wrappers(model)
     for name, layer in layers.items():
         replace_module(model, name, layer.frozen)
-    save(model, tokenizer, folder, write)
+    write_model(model, tokenizer, folder, write)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     model.adapter = replace(adapter, base=address(folder))
@@ -488,27 +509,6 @@ def weights_of(model: Model) -> dict[str, Tensor]:
             parts = model.get_submodule(name.removesuffix(".weight")).parts()
             state |= {f"{hub}.{part}": tensor.clone().cpu() for part, tensor in parts.items()}
     return state
-
-
-def write_folder(folder: Path, texts: dict[str, dict], weights: str, state: dict, tokenizer: Tokenizer | None) -> None:
-    """A folder of JSON files, one of tensors and a tokenizer's, complete or not at all. Raises OSError (disk full)."""
-    aside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for path in (aside, old):
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        for name, content in texts.items():
-            (aside / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        save_file(state, aside / weights, metadata={"format": "pt"})
-        if tokenizer:
-            tokenizer.save(aside)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{folder}: the model could not be written ({e}); what was there before is whole") from e
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def settings_of(model: Model) -> dict:

@@ -19,6 +19,7 @@ from .adapters.lora import put, wrappers
 from .batch import Batch, Sequence, pack
 from .config import InputError, MergeConfig
 from .evaluate import check_length
+from .files import check_new_folder
 from .layers import Linear
 from .models import Model
 from .quantize import NF4Linear, swap
@@ -128,8 +129,7 @@ def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Ba
 def write(config: MergeConfig) -> Cost:
     """merge, and the model saved in config.out. Raises InputError, also where something else is there."""
     out = Path(config.out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise InputError(f"--out {out}: is there already; expected a new or empty folder")
+    check_new_folder("--out", out)
     model, tokenizer, cost = merge(config)
     hub.save(model, tokenizer, out)
     return cost

@@ -6,17 +6,19 @@ Precision is explicit: trained weights are float32 and are cast to the dtype of 
 
 import torch
 
+from .config import InputError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
-    """(device, reason) for `--device auto|cpu|cuda`. Raises ValueError where cuda is asked for and absent."""
+    """(device, reason) for `--device auto|cpu|cuda`. Raises InputError where cuda is asked for and absent."""
     if wanted == "cpu":
         return torch.device("cpu"), "asked for"
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
     if wanted == "cuda":
-        raise ValueError("--device is 'cuda', but torch finds no CUDA device; expected auto or cpu")
+        raise InputError("--device is 'cuda', but torch finds no CUDA device; expected auto or cpu")
     return torch.device("cpu"), f"no CUDA device; {torch.get_num_threads()} threads"
 
 

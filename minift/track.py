@@ -5,9 +5,12 @@ Standard error carries progress, standard output results.
 
 import csv
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import resource
+import secrets
 import signal
 import sys
 import threading
@@ -19,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .config import InputError
+from .files import naming, write_text
 
 RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 EVERY = 10.0  # seconds between two plain lines where standard error is no terminal
@@ -84,10 +88,13 @@ class Tracker:
     def __init__(self, out: Path, steps: int, done: int = 0, active: bool = True, loggers: list = ()):
         self.active, self.smooth, self.loggers = active, None, loggers
         if active:
-            for name, lines in (("metrics.jsonl", done), ("results.csv", done + 1)):
-                keep_lines(out / name, lines)
-            self.jsonl = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-            self.file = open(out / "results.csv", "a", encoding="utf-8", newline="", buffering=1)
+            self.paths = out / "metrics.jsonl", out / "results.csv"
+            for path, lines in zip(self.paths, (done, done + 1), strict=True):
+                found = keep_lines(path, lines)
+                if done and found < lines:
+                    say(f"{path}: has {found} of the {lines} lines of the steps before; it goes on with what comes now")
+            self.jsonl = open(self.paths[0], "a", encoding="utf-8", buffering=1)
+            self.file = open(self.paths[1], "a", encoding="utf-8", newline="", buffering=1)
             self.csv = csv.DictWriter(self.file, RESULTS)
             if self.file.tell() == 0:
                 self.csv.writeheader()
@@ -100,13 +107,17 @@ class Tracker:
         loss = values["train/loss"]
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         values = values | {f"eval/{k}": v for k, v in (evaluated or {}).items()}
-        self.jsonl.write(json.dumps(values) + "\n")
+        # JSON has no NaN and no infinity: null stands for them
+        values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+        with naming(self.paths[0]):
+            self.jsonl.write(json.dumps(values, allow_nan=False) + "\n")
         for logger in self.loggers:
             logger.log({k: v for k, v in values.items() if v is not None}, values["train/global_step"])
         row = {"step": values["train/global_step"], "train_loss": loss, "train_accuracy": values["train/accuracy"]}
         if evaluated:
             row |= {"valid_loss": evaluated["loss"], "valid_mean_token_accuracy": evaluated["accuracy"]}
-        self.csv.writerow(row)
+        with naming(self.paths[1]):
+            self.csv.writerow(row)
         self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tok/s")
 
     def finish(self, model: Path) -> None:
@@ -154,12 +165,8 @@ class WandB:
         import wandb
 
         self.wandb = wandb
-        identity = hashlib.blake2b(
-            str(out.resolve()).encode(), digest_size=8
-        ).hexdigest()  # a resumed run is the same run
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "minift"), dir=str(out), config=options, id=identity, resume="allow"
-        )
+        project = os.environ.get("WANDB_PROJECT", "minift")
+        self.run = wandb.init(project=project, dir=str(out), config=options, id=wandb_id(out, options), resume="allow")
 
     def log(self, values: dict, step: int) -> None:
         """One point on every curve."""
@@ -173,11 +180,30 @@ class WandB:
         self.run.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
+def wandb_id(out: Path, options: dict) -> str:
+    """What the run in `out` is called at Weights & Biases: a resumed run is the same run, one begun anew another."""
+    path = out / "wandb-id"
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    if options["resume"]:  # a run that an older minift began
+        return hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+    name = secrets.token_hex(8)
+    write_text(path, name + "\n")
+    return name
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}  # by the name of the library
+
+
+def check_loggers(names: str) -> None:
+    """Raises InputError where a library of `--log`, a comma list, is not installed."""
+    for name in filter(None, names.split(",")):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f'--log {name}: {name} is not installed; `pip install "minift[{name}]"` installs it')
 
 
 def make_loggers(names: str, out: Path, options: dict) -> list:
-    """The loggers of `--log`, a comma list. Raises InputError where a library is not installed."""
+    """The loggers of `--log`. Raises InputError where a library does not load."""
     loggers = []
     for name in filter(None, names.split(",")):
         try:
@@ -187,13 +213,14 @@ def make_loggers(names: str, out: Path, options: dict) -> list:
     return loggers
 
 
-def keep_lines(path: Path, n: int) -> None:
-    """Cuts a file down to its first n lines."""
-    if path.exists():
-        with open(path, "r+b") as f:
-            for _ in range(n):
-                f.readline()
-            f.truncate(f.tell())
+def keep_lines(path: Path, n: int) -> int:
+    """Cuts a file down to its first n lines; returns how many it has then, 0 where there is none."""
+    if not path.exists():
+        return 0
+    with open(path, "r+b") as f:
+        kept = sum(1 for _ in range(n) if f.readline())
+        f.truncate(f.tell())
+    return kept
 
 
 @contextmanager

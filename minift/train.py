@@ -7,14 +7,16 @@ micro-batches change memory, and nothing else; nor do more processes, or a run t
 
 import dataclasses
 import math
+import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import checkpoint, data, hub
+from . import checkpoint, data, files, hub
 from .adapters import CHANGES_BASE, apply
 from .adapters.lora import adapters, names
 from .batch import Sequence, order, pack
@@ -32,7 +34,7 @@ from .precision import choose_device, choose_dtype
 from .quantize import NF4Linear, quantize
 from .tasks import TASKS
 from .tokenizer import Tokenizer
-from .track import Tracker, make_loggers, peak_memory, say, stop_signals
+from .track import Tracker, check_loggers, make_loggers, peak_memory, say, stop_signals
 
 BASE = 109_000_000  # weights of BERT-base
 
@@ -57,6 +59,7 @@ class Job:
     optimizer: AdamW
     scaler: torch.amp.GradScaler  # does nothing unless activations are float16
     world: World = ALONE
+    base: dict = field(default_factory=dict)  # checkpoint.fingerprint_base of the model as it was loaded
     graphs: Graphs | None = None  # with --graph, from the first step on
     caught: list[int] = field(default_factory=list)  # signals that arrived
 
@@ -124,14 +127,18 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     FloatingPointError when the loss is no longer finite, Interrupted after SIGINT or SIGTERM, OSError on a full disk.
     """
     config.check()
+    check_out(config)
+    check_loggers(config.log)
     out = Path(config.out)
-    if not config.resume and (out.is_file() or out.is_dir() and any(out.iterdir())):
-        raise InputError(f"--out {out}: is there already; expected a new or empty folder, or --resume")
     device, why = choose_device(config.device)
     world = join(device, config.shard)
     dtype, reason = choose_dtype(config.precision, device)
     say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {world.size} process{'es' * (world.size > 1)}")
-    say(f"kernels: {native.use(config.kernels, device)}")
+    try:
+        kernels = native.use(config.kernels, device)
+    except ValueError as e:  # --kernels native, and there is no way
+        raise InputError(str(e)) from e
+    say(f"kernels: {kernels}")
     if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
         found = f"{str(dtype)[6:]} on {device.type} with {world.size} process{'es' * (world.size > 1)}"
         raise InputError(f"--graph is True, with {found}; expected bfloat16 on cuda with 1 process")
@@ -145,12 +152,16 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     tokens = config.tokens or default_tokens(model, device)
     if world.first:
         describe(model, config, sequences, valid, max_length, tokens)
-        out.mkdir(parents=True, exist_ok=True)
-        recorded(config, model).save(out / "config.json")
+        files.real(out).mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / "checkpoints", out / "best", out / "last"):
+            files.remove_leftovers(folder)
+        if not config.resume or not (out / "config.json").exists():
+            files.write_text(out / "config.json", recorded(config, model).to_json())
     world.wait()
     model.settings["minift"] = {"max_length": max_length}  # eval and predict cut where training cut
     if model.adapter and model.adapter.variant in CHANGES_BASE:
         hub.save_base(model, tokenizer, out / "base", world.first)
+    base = checkpoint.fingerprint_base(model)
     model.to(device)
     if config.base == "bf16" or config.base == "auto" and model.adapter:  # else they are saved with the model
         keep_frozen(model, torch.bfloat16 if config.base == "bf16" else dtype)
@@ -159,7 +170,21 @@ def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tup
     config = dataclasses.replace(config, lr=config.lr or default_lr(model), tokens=tokens)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return loop(Job(model, config, optimizer, scaler, world), tokenizer, sequences, valid)
+    return loop(Job(model, config, optimizer, scaler, world, base), tokenizer, sequences, valid)
+
+
+def check_out(config: TrainConfig) -> None:
+    """Raises InputError unless the run folder is free, or is to be gone on with."""
+    out = Path(config.out)
+    if not config.resume and (out / "config.json").exists():
+        raise InputError(f"--out {out}: is there already; expected a new or empty folder, or --resume")
+    if not config.resume:
+        files.check_new_folder("--out", out)
+    for option, text in (("--data", config.data), ("--valid", config.valid)):
+        if text and os.path.isdir(text) and files.real(text) in (files.real(out), *files.real(out).parents):
+            raise InputError(f"--out {out}: lies in the folder of {option} {text}, whose sub-folders are its classes")
+    if (out / "checkpoints").exists() and not (out / "checkpoints").is_dir():
+        raise InputError(f"{out / 'checkpoints'}: is a file; expected the folder of the run's checkpoints")
 
 
 def recorded(config: TrainConfig, model: Model) -> TrainConfig:
@@ -220,7 +245,11 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
     total = config.steps or per_epoch * config.epochs
     warmup = warmup_steps(config.warmup, total)
     state = {"step": 0, "best": {}, "stale": 0, "data": checkpoint.fingerprint(sequences)}
-    state = resume(job, state) if config.resume else state
+    state["valid"] = checkpoint.fingerprint(valid)
+    state["base"] = job.base
+    state["options"] = dataclasses.asdict(recorded(config, job.model))
+    if config.resume:
+        state = resume(job, state, total)
 
     def due(every: str) -> bool:
         """Whether something is done `every` epoch or N steps, and now."""
@@ -241,12 +270,14 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
             evaluated = validate(job, tokenizer, valid, state) if valid and due(config.eval_every) else None
             tracker.step({**values, "train/epoch": (step + 1) / per_epoch, "train/global_step": step + 1}, evaluated)
             if stop or due(config.save_every):
+                check_finite(job, step + 1)
                 saved = state | {"scaler": job.scaler.state_dict()}
                 checkpoint.save(out, job.model, job.optimizer, saved, config.keep, world.first)
             world.wait()
             if stop:
                 raise Interrupted(stop, checkpoint.latest(out))
-        hub.save(job.model, tokenizer, out / "last", world.first)
+        check_finite(job, state["step"])
+        hub.write_model(job.model, tokenizer, out / "last", world.first)
         model = out / ("best" if state["best"] else "last")
         tracker.finish(model)
     return Run(out, state["step"], time.perf_counter() - start, model, state["best"])
@@ -318,28 +349,98 @@ def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict)
         world.settle(model)
     else:
         found = measure(model, valid[world.rank :: world.size], add_up=world.add_up)
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(
+            f"the validation loss after step {state['step']} is {found['loss']}; "
+            f"the last checkpoint: {checkpoint.latest(Path(job.config.out)) or 'none yet'}"
+        )
     best = state["best"]
     state["stale"] += 1
-    if not best or found[name] != best[name] and better(found[name], best[name]) == found[name]:
+    if not best or is_better(found, best, name, better):
+        check_finite(job, state["step"])
         state["best"], state["stale"] = found, 0
-        hub.save(model, tokenizer, Path(job.config.out, "best"), world.first)
+        hub.write_model(model, tokenizer, Path(job.config.out, "best"), world.first)
     say(f"step {state['step']} valid: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items() if type(v) is float))
     return found
 
 
-def resume(job: Job, fresh: dict) -> dict:
+def is_better(found: dict, best: dict, name: str, better: Callable) -> bool:
+    """Whether a validation is better by the metric `name`, or as good with a lower loss."""
+    if found[name] != best[name]:
+        return better(found[name], best[name]) == found[name]
+    return found["loss"] < best["loss"]
+
+
+def check_finite(job: Job, step: int) -> None:
+    """Raises FloatingPointError where a trained weight or its moments are not finite: no such model is saved."""
+    faults = []
+    for name, p in checkpoint.trained(job.model):
+        for tensor in (p, *job.optimizer.state.get(p, {}).values()):
+            tensor = tensor.detach()
+            if hasattr(tensor, "to_local"):  # a process's own part of a sharded one
+                tensor = tensor.to_local()
+            if not checkpoint.is_finite(tensor):
+                faults.append(name)
+    count = torch.tensor([len(faults)], dtype=torch.float64, device=job.model.device)
+    if job.world.add_up(count).item():
+        where = faults[0] if faults else "a weight of another process"
+        raise FloatingPointError(
+            f"after step {step} {where} is not finite, and nothing of it was saved; "
+            f"the last checkpoint: {checkpoint.latest(Path(job.config.out)) or 'none yet'}"
+        )
+
+
+# options that may be another when a run goes on: they change where and how fast it runs, and not what it learns
+FREE = {"model", "data", "valid", "out", "columns", "labels", "tokens", "device", "kernels", "graph", "recompute"}
+FREE |= {"save_every", "keep", "shard", "log", "resume"}
+
+
+def resume(job: Job, fresh: dict, total: int) -> dict:
     """The state of the latest checkpoint, with model and optimizer as they were; `fresh` where there is none yet."""
     folder = checkpoint.latest(Path(job.config.out))
     if folder is None:
         say(f"{job.config.out}: no checkpoint yet; the run begins at its first step")
         return fresh
-    state = checkpoint.load(folder, job.model, job.optimizer)
-    if state["data"] != fresh["data"]:
-        raise InputError(f"{folder}: the training data or the tokenizer is not what the run began with")
-    if scaler := state.pop("scaler"):
-        job.scaler.load_state_dict(scaler)
+
+    def check(state: dict) -> None:
+        check_options(folder, fresh["options"], state.get("options", {}))
+        if state["step"] > total:
+            raise InputError(f"{folder}: is of step {state['step']}; expected one of the run's {total} steps")
+        if state["data"] != fresh["data"]:
+            raise InputError(f"{folder}: the training data or the tokenizer is not what the run began with")
+        if state.get("valid", fresh["valid"]) != fresh["valid"]:
+            raise InputError(f"{folder}: the validation data is not what the run began with")
+        if "base" in state:  # not in a checkpoint of an older minift
+            checkpoint.check_base(folder, fresh["base"], state["base"])
+
+    state = checkpoint.load(folder, job.model, job.optimizer, check)
+    scaler = state.pop("scaler")
+    if job.scaler.is_enabled():
+        load_scaler(job, folder, scaler)
     say(f"resumed after step {state['step']}")
-    return state
+    return fresh | state | {"options": fresh["options"]}
+
+
+def check_options(folder: Path, now: dict, then: dict) -> None:
+    """Raises InputError where an option that changes what is learned is not what the checkpoint was made with."""
+    for name in now.keys() & then.keys():
+        if now[name] == then[name]:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in FREE:
+            raise InputError(
+                f"{flag} is {now[name]!r} in the run's config.json, but {folder} was made with {then[name]!r}; "
+                "a run goes on as it began"
+            )
+        if name not in ("resume", "out"):
+            say(f"{flag} is {now[name]!r} from here on; until now it was {then[name]!r}")
+
+
+def load_scaler(job: Job, folder: Path, state: dict) -> None:
+    """Puts back the scale of float16's loss."""
+    if missing := job.scaler.state_dict().keys() - state.keys():
+        raise InputError(f"{folder / checkpoint.STATE}: scaler lacks {', '.join(sorted(missing))}")
+    job.scaler.load_state_dict(state)
 
 
 def describe(

@@ -217,23 +217,41 @@ def test_labels_are_saved(bert, tmp_path):
     assert minift.load(tmp_path / "ours", task="classify")[0].labels == ["bad", "so-so", "good"]
 
 
-def test_saving_replaces_an_older_model_whole(bert, tmp_path):
+def test_saving_replaces_an_older_model_of_minifts_and_nothing_else(bert, tmp_path):
     model, _ = minift.load(bert, task="classify")
-    shutil.copytree(bert, tmp_path / "out")
-    (tmp_path / "out/left-over").write_text("x")
-    minift.save(model, None, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    out = tmp_path / "out"
+    minift.save(model, None, out)
+    (out / "notes.md").write_text("mine")
+    (out / "onnx").mkdir()
+    with torch.no_grad():
+        model.head.out.weight.zero_()
+    minift.save(model, None, out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json", "minift.json", "model.safetensors", "notes.md", "onnx"
+    ]  # fmt: skip
+    assert (out / "notes.md").read_text() == "mine"
+    assert not minift.load(out, task="classify")[0].head.out.weight.any()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bert", "out"]
 
 
-def test_saving_replaces_nothing_else(bert, tmp_path):
+def test_saving_replaces_nothing_that_minift_did_not_write(bert, tmp_path):
+    """A model of transformers', a file changed since, a folder of other things, a file."""
     model, _ = minift.load(bert, task="classify")
+    before = (bert / "config.json").read_bytes()
+    with pytest.raises(minift.InputError, match="holds files that minift did not write"):
+        minift.save(model, None, bert)
+    assert (bert / "config.json").read_bytes() == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")
-    for place in (tmp_path / "thesis", tmp_path / "thesis/chapter.tex"):
-        with pytest.raises(minift.InputError, match="something else than a model"):
-            minift.save(model, None, place)
-    assert (tmp_path / "thesis/chapter.tex").read_text() == "x"
+    with pytest.raises(minift.InputError, match="chapter.tex.*new or empty folder"):
+        minift.save(model, None, tmp_path / "thesis")
+    with pytest.raises(minift.InputError, match="is a file"):
+        minift.save(model, None, tmp_path / "thesis/chapter.tex")
+    minift.save(model, None, tmp_path / "out")
+    (tmp_path / "out/config.json").write_text("{}")
+    with pytest.raises(minift.InputError, match="config.json would be replaced"):
+        minift.save(model, None, tmp_path / "out")
+    assert (tmp_path / "thesis/chapter.tex").read_text() == "x" and (tmp_path / "out/config.json").read_text() == "{}"
 
 
 def test_a_loaded_model_does_not_hang_on_its_file(bert):

@@ -105,15 +105,17 @@ def test_many_scales_are_compressed_alike():
 
 
 def test_bitsandbytes_misreads_some_widths():
-    """Its CPU code begins a block in every row, and so misreads blocks that go on in the next one (even widths that are
-    no multiple of 64). The bytes are right; numbers are compared in one row for that reason. Remove once it is mended.
+    """Its code for AVX-512 begins a block in every row, and so misreads blocks that go on in the next one (even widths
+    that are no multiple of 64). On other CPUs it is right. The bytes are right everywhere; numbers are compared in one
+    row for that reason.
     """
     w = torch.randn(128, 96, generator=torch.Generator().manual_seed(1))
     theirs, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=False)
     codes, absmax = nf4.quantize(w)
     assert torch.equal(codes, theirs)
     assert (nf4.dequantize(codes, absmax, torch.empty_like(w)) - w).abs().mean() < 0.075
-    assert (bnb.dequantize_4bit(theirs, state) - w).abs().mean() > 0.15
+    error = (bnb.dequantize_4bit(theirs, state) - w).abs().mean()
+    assert error < 0.075 or error > 0.15
 
 
 def test_the_published_error_and_size():
