@@ -19,6 +19,15 @@ class InputError(ValueError):
     """Something wrong with what the user gave (a file, a folder, a checkpoint); the message says what and where."""
 
 
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: what is not printable stands as its escape, as in repr.
+
+    For names, labels and texts that come from files: their control characters would move the cursor or hide words,
+    and half a surrogate pair cannot be written at all.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def option(default, help: str, choices: tuple = (), at_least=None):
     """A dataclass field that is also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
