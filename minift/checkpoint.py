@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from . import files
 from .batch import Sequence
-from .config import InputError
 from .distributed import like, whole
+from .errors import InputError
 from .optim import AdamW
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__
 from .config import (
     CheckConfig,
     Config,
@@ -25,8 +24,8 @@ from .config import (
     add_options,
     from_args,
     meant,
-    printable,
 )
+from .errors import printable
 
 
 def train(config: TrainConfig) -> int:
@@ -34,9 +33,10 @@ def train(config: TrainConfig) -> int:
     from . import data
     from .distributed import leave
     from .track import say, speaks
-    from .train import Interrupted, load_model, read_examples
+    from .train import Interrupted, check_out, load_model, read_examples
     from .train import train as run
 
+    check_out(config)
     examples = read_examples(config)
     labels = data.label_names(examples[0], config.labels) if config.task == "classify" else None
     model, tokenizer = load_model(config, labels)
@@ -68,7 +68,7 @@ def predict(config: PredictConfig) -> None:
     """Writes one JSON object a line."""
     from .evaluate import predict as run
 
-    check_out(config, [config.data])
+    check_results(config, [config.data])
     write(run(*trained(config, config.task), config), config.out)
 
 
@@ -76,11 +76,11 @@ def generate(config: GenerateConfig) -> None:
     """Writes one JSON object a line."""
     from .generate import generate as run
 
-    check_out(config, [config.data])
+    check_results(config, [config.data])
     write(run(*trained(config, "complete"), config), config.out)
 
 
-def check_out(config: PredictConfig | GenerateConfig, inputs: list[str]) -> None:
+def check_results(config: PredictConfig | GenerateConfig, inputs: list[str]) -> None:
     """Raises InputError where the results must not be written to `--out`."""
     from .files import check_output_file
 
@@ -142,12 +142,11 @@ def inspect(config: InspectConfig) -> None:
     print_columns(("tensor", "shape", "dtype", "bytes", "trainable"), rows, "<<<><")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{model.size():,} parameters, {trainable:,} trainable, {sum(t.nbytes for t in tensors.values()):,} bytes")
-    kind = model.settings["model_type"]
-    print(
-        f"{kind}, "
-        + (f"{model.task}: {', '.join(model.labels)}" if model.task == "classify" else model.task or "no head")
-    )
-    print(model.report)
+    head = model.task or "no head"
+    if model.task == "classify":
+        head += f": {printable(', '.join(model.labels))}"
+    print(f"{model.settings['model_type']}, {head}")
+    print("\n".join(map(printable, str(model.report).split("\n"))))
     print_learned(model, Path(config.model, "config.json"))
 
 
@@ -182,6 +181,7 @@ def print_learned(model, run: Path) -> None:
 
 def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str) -> None:
     """An aligned table; sides: < or > for each column."""
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         print("  ".join(f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)).rstrip())
@@ -266,6 +266,9 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding has no sign for is shown as its escape
+            stream.reconfigure(errors="backslashreplace")
     command, args = parse(arguments)
     cls, run = COMMANDS[args.command]
     try:
@@ -289,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def complain(error: Exception) -> int:
     """Says what is wrong with the input; the exit code for that."""
-    print("\n".join([f"minift: error: {printable(str(error))}", *notes(error)]), file=sys.stderr)
+    lines = [printable(line) for line in f"minift: error: {error}".split("\n")]
+    print("\n".join([*lines, *notes(error)]), file=sys.stderr)
     return 1
 
 
@@ -314,9 +318,10 @@ def report_fault(error: Exception) -> int:
     """Says that minift itself is at fault, and where the details are; exit code 1."""
     import tempfile
     import traceback
+    from importlib.metadata import version
 
     with tempfile.NamedTemporaryFile("w", prefix="minift-fault-", suffix=".txt", delete=False, encoding="utf-8") as f:
-        f.write(f"minift {__version__}, {sys.version}, {sys.platform}\n{' '.join(sys.argv)}\n\n")
+        f.write(f"minift {version('minift')}, {sys.version}, {sys.platform}\n{' '.join(sys.argv)}\n\n")
         f.write("".join(traceback.format_exception(error)))
     print(
         f"minift: this is a fault of minift, not of your input: {type(error).__name__}: {first_line(error)}\n"

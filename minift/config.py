@@ -5,27 +5,83 @@ A field `max_length: int = option(0, "...")` is the option `--max-length N` and 
 
 import argparse
 import dataclasses
+import difflib
 import json
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .errors import InputError
+from .errors import printable as printable
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
-METHODS = r"full|lora|dora|pissa|loftq|lora-fa|head|bias|norm|last-\d+"
+METHODS = ("full", "lora", "dora", "pissa", "loftq", "lora-fa", "head", "bias", "norm")  # and last-K
 
 
-class InputError(ValueError):
-    """Something wrong with what the user gave (a file, a folder, a checkpoint); the message says what and where."""
+LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
+
+# what other tools call an option, or a value of one, and what it is called here
+OTHER_NAMES = {
+    "--learning-rate": "--lr",
+    "--batch-size": "--batch",
+    "--per-device-train-batch-size": "--batch",
+    "--num-train-epochs": "--epochs",
+    "--max-steps": "--steps",
+    "--model-name-or-path": "--model",
+    "--output-dir": "--out",
+    "--train-file": "--data",
+    "--validation-file": "--valid",
+    "--max-seq-length": "--max-length",
+    "--max-new-tokens": "--max-tokens",
+    "--warmup-steps": "--warmup",
+    "--warmup-ratio": "--warmup",
+    "--lr-scheduler-type": "--schedule",
+    "--max-grad-norm": "--clip",
+    "--gradient-checkpointing": "--recompute",
+    "--lora-r": "--rank",
+    "--lora-alpha": "--alpha",
+    "--lora-dropout": "--adapter-dropout",
+    "--target-modules": "--targets",
+    "--report-to": "--log",
+    "--fp16": "--precision fp16",
+    "--bf16": "--precision bf16",
+    "--load-in-4bit": "--base nf4",
+    "classification": "classify",
+    "text-classification": "classify",
+    "sequence-classification": "classify",
+    "completion": "complete",
+    "generation": "complete",
+    "text-generation": "complete",
+    "causal-lm": "complete",
+    "clm": "complete",
+    "qlora": "lora with --base nf4",
+    "finetune": "full",
+    "freeze": "head",
+    "bitfit": "bias",
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "gpu": "cuda",
+    "4bit": "nf4",
+    "int4": "nf4",
+}
 
 
-def printable(text: str) -> str:
-    """`text` as a terminal may show it: what is not printable stands as its escape, as in repr.
+def meant(found: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" for a name that is not among the known ones, or "" where nothing is near."""
+    other = OTHER_NAMES.get(found.lower().replace("_", "-"))
+    if other is not None and other.split()[0] in known:
+        return f"; did you mean {other}?"
+    near = difflib.get_close_matches(found.lower(), list(known), 1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
 
-    For names, labels and texts that come from files: their control characters would move the cursor or hide words,
-    and half a surrogate pair cannot be written at all.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+def refused(flag: str, value: str, accepted: Sequence[str]) -> str:
+    """What is said of a value that an option does not take."""
+    return f"{flag} is {value!r}; expected one of {', '.join(accepted)}{meant(value, accepted)}"
 
 
 def option(default, help: str, choices: tuple = (), at_least=None):
@@ -46,9 +102,13 @@ class Config:
             if type(value) is not f.type:
                 raise ValueError(f"{flag} is {value!r}; expected {f.type.__name__}")
             if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise ValueError(f"{flag} is {value!r}; expected one of {', '.join(map(str, f.metadata['choices']))}")
+                raise ValueError(refused(flag, value, f.metadata["choices"]))
+            if f.type is float and not math.isfinite(value):
+                raise ValueError(f"{flag} is {value!r}; expected a finite number")
+            if f.type is int and abs(value) > LARGEST:
+                raise ValueError(f"{flag} is {value!r}; expected at most {LARGEST}")
             low = f.metadata["at_least"]
-            if low is not None and not value >= low:  # `not >=` also refuses nan
+            if low is not None and value < low:
                 raise ValueError(f"{flag} is {value!r}; expected at least {low}")
 
     def to_json(self) -> str:
@@ -130,8 +190,8 @@ class TrainConfig(Config):
         for name in filter(None, self.log.split(",")):
             if name not in ("tensorboard", "wandb"):
                 raise ValueError(f"--log is {self.log!r}; expected tensorboard, wandb, or both with a comma between")
-        if not re.fullmatch(METHODS, self.method):
-            raise ValueError(f"--method is {self.method!r}; expected one of {METHODS.replace('|', ', ')}")
+        if self.method not in METHODS and not re.fullmatch(r"last-[1-9]\d{0,5}", self.method):
+            raise ValueError(refused("--method", self.method, (*METHODS, "last-K")))
         if self.base == "nf4" and re.match("full|last", self.method):
             raise ValueError(
                 f"--base is 'nf4' with --method {self.method}; weights in 4 bits do not learn, expected lora..."
@@ -265,13 +325,18 @@ class InspectConfig(Config):
 def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
     """One `--option` per field. Defaults are left out, so that only what was typed overrides `--config FILE`."""
     for f in dataclasses.fields(cls):
-        shown = "" if f.default in ("", False) else f" (default {f.default})"
-        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"] or None}
-        if f.type is not bool and not f.metadata["choices"]:
-            how["metavar"] = {str: "X", int: "N", float: "R"}[f.type]
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how
-        )
+        # the value's own check says more than argparse's: Config.check knows what is accepted
+        if f.type is bool:
+            how = {"action": "store_true"}
+        else:
+            how = {"type": f.type, "metavar": {str: "X", int: "N", float: "R"}[f.type]}
+        help = f.metadata["help"]
+        if f.metadata["choices"]:
+            how["metavar"] = "{" + ",".join(f.metadata["choices"]) + "}"
+        if f.default != "" and f.default is not False:
+            help += f" (default {f.default})"
+        help = help.replace("%", "%%")  # argparse's own sign
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help, **how)
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of these options; the command line wins")
 
 

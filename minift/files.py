@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .config import InputError
+from .errors import InputError
 
 MANIFEST = "minift.json"
 TEMPORARY = r"\.minift-[0-9a-f]{16}\.tmp"

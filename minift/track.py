@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .config import InputError
+from .errors import InputError, printable
 from .files import naming, write_text
 
 RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -36,7 +36,7 @@ def speaks() -> bool:
 def say(message: str) -> None:
     """One message on standard error, above a progress bar if there is one."""
     if speaks():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write("\n".join(map(printable, message.split("\n"))), file=sys.stderr)
 
 
 def peak_memory() -> int:

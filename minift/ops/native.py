@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import printable
+
 # never -ffast-math: linking with it makes GCC before 13 turn subnormals off in the whole process
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -std=c++17 -fPIC -shared"
 MODES = ("auto", "native", "reference")
@@ -39,6 +42,8 @@ C_TYPES = {"*": ctypes.c_void_p, "int64_t": ctypes.c_int64, "float": ctypes.c_fl
 mode = "auto"  # `use` sets it
 loaded: dict[str, ctypes.CDLL | None] = {}  # by operator; None: it could not be made, and that was said
 making: dict[str, Future] = {}  # by operator: being made in the background
+hung: set[str] = set()  # compilers that did not end
+SECONDS = 120.0  # that a compiler may take; a kernel takes it one to four
 
 
 class Unavailable(Exception):
@@ -204,15 +209,33 @@ def build(name: str) -> ctypes.CDLL:
 def compile_(name: str, out: Path) -> Path:
     """Runs the compiler on one kernel. Raises Unavailable with its first complaint."""
     command = [*compiler()[0], *FLAGS.split(), "-o", str(out), str(sources() / f"cpu/{name}.cpp"), *more_flags(name)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as e:
-        raise Unavailable(f"{command[0]} does not run ({e})") from e
-    if done.returncode or not out.exists():
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    code, said = run(command, SECONDS)
+    if code or not out.exists():
+        lines = said.strip().splitlines() or [f"exit code {code}"]
         complaint = next((line for line in lines if "error" in line), lines[0])
-        raise Unavailable(f"{command[0]} cannot compile {name}.cpp ({complaint})")
+        raise Unavailable(f"{command[0]} cannot compile {name}.cpp ({printable(complaint[:300])})")
     return out
+
+
+def run(command: list[str], seconds: float) -> tuple[int, str]:
+    """(exit code, the first of what it said) of a compiler. Raises Unavailable where it does not run, or not end.
+
+    One that hangs is not asked again; one that says a hundred megabytes is not listened to.
+    """
+    if command[0] in hung:
+        raise Unavailable(f"{command[0]} did not end within {seconds:.0f} seconds")
+    with tempfile.TemporaryFile() as output:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
+            )
+        except subprocess.TimeoutExpired as e:
+            hung.add(command[0])
+            raise Unavailable(f"{command[0]} did not end within {seconds:.0f} seconds") from e
+        except (OSError, ValueError) as e:  # ValueError: a NUL in its name
+            raise Unavailable(f"{command[0]} does not run ({e})") from e
+        output.seek(0)
+        return done.returncode, output.read(1 << 16).decode(errors="replace")
 
 
 def more_flags(name: str) -> list[str]:
@@ -243,10 +266,15 @@ def keep(made: Path, folder: Path, stem: str) -> Path | None:
 
 
 def private(path: Path) -> bool:
-    """Whether a file or folder is this user's and nobody else can write to it: what is loaded from there runs."""
+    """Whether a file or folder is this user's and nobody else can write to it: what is loaded from there runs.
+
+    Nothing else than files and folders: to read a pipe would wait for ever.
+    """
     try:
         found = path.lstat()
     except OSError:
+        return False
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         return False
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
@@ -254,11 +282,14 @@ def private(path: Path) -> bool:
 def opened(path: Path, name: str) -> ctypes.CDLL:
     """The library with torch's thread pool handed in and the types of its functions set. Raises OSError."""
     library = ctypes.CDLL(str(path))
-    library.set_parallel_for.argtypes, library.set_parallel_for.restype = [ctypes.c_void_p], None
+    try:
+        library.set_parallel_for.argtypes, library.set_parallel_for.restype = [ctypes.c_void_p], None
+        for function, types in signatures((sources() / f"cpu/{name}.cpp").read_text()).items():
+            f = getattr(library, function)
+            f.argtypes, f.restype = types, None
+    except AttributeError as e:  # it lacks a function
+        raise OSError(f"{path}: {e}") from e
     library.set_parallel_for(torch_parallel_for())
-    for function, types in signatures((sources() / f"cpu/{name}.cpp").read_text()).items():
-        f = getattr(library, function)
-        f.argtypes, f.restype = types, None
     return library
 
 
@@ -323,12 +354,14 @@ def compiler() -> tuple[list[str], str]:
     """(command, version): that of the environment variable CXX, else c++, g++ or clang++. Raises Unavailable."""
     if os.name != "posix":
         raise Unavailable(f"kernels are compiled on Linux and macOS alone, not on {platform.system()}")
-    asked = shlex.split(os.environ.get("CXX", ""))
+    given = os.environ.get("CXX", "")
+    try:
+        asked = shlex.split(given)
+    except ValueError as e:
+        raise Unavailable(f"CXX is {given!r}, which is no command ({e})") from e
     for command in [asked] if asked else (["c++"], ["g++"], ["clang++"]):
         if shutil.which(command[0]):
-            try:
-                done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
-            except OSError as e:
-                raise Unavailable(f"{command[0]} does not run ({e})") from e
-            return command, (done.stdout.splitlines() or ["no version"])[0]
+            _, said = run([*command, "--version"], SECONDS / 6)
+            lines = said.splitlines() or ["no version"]
+            return command, printable(lines[0][:200])
     raise Unavailable(f"no C++ compiler was found (looked for {' '.join(asked) or 'c++, g++, clang++'})")
