@@ -32,6 +32,10 @@ WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 FILES = {WEIGHTS, MOMENTS, STATE, files.MANIFEST}
 
 
+LATER = {"valid": str, "base": dict, "options": dict}  # of a state; not in one that an older minift wrote
+BASE = {"config": dict, "labels": list, "frozen": str}  # what fingerprint_base finds
+
+
 def save(out: Path, model: nn.Module, optimizer: AdamW, state: dict, keep: int, write: bool) -> None:
     """Writes the checkpoint of step state["step"] and removes all but the newest `keep`. Raises OSError (disk full).
 
@@ -109,9 +113,13 @@ def check_state(path: Path, state: object) -> None:
     kinds = {"step": int, "best": dict, "stale": int, "data": str, "scaler": dict}
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds {type(state).__name__}; expected an object")
+    kinds |= {name: kind for name, kind in LATER.items() if name in state}
     for name, kind in kinds.items():
         if type(state.get(name)) is not kind:
             raise InputError(f"{path}: {name} is {state.get(name)!r:.60}; expected {kind.__name__}")
+    base = state.get("base", {"config": {}, "labels": [], "frozen": ""})
+    if not all(type(base.get(name)) is kind for name, kind in BASE.items()):
+        raise InputError(f"{path}: base is {base!r:.60}; expected {', '.join(BASE)} of the base model")
     for name, lowest in (("step", 1), ("stale", 0)):
         if state[name] < lowest:
             raise InputError(f"{path}: {name} is {state[name]}; expected at least {lowest}")

@@ -1,0 +1,344 @@
+"""What a run is resumed from is what it wrote, or it is refused by name: every single change of a checkpoint's files,
+of the base model, of the options. A change that is let pass changes no bit.
+
+python -m pytest tests/invariance/test_changed.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import reviews, small_bert
+from safetensors.torch import load_file, save_file
+
+from minift import checkpoint
+from minift.cli import main
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "minift.json"]
+METHODS = ["lora", "lora-fa", "head", "full"]
+
+
+def command(folder: Path, name: str, method: str, seed: int = 42) -> list[str]:
+    data = str(folder / "train.tsv")
+    return ["train", "--model", str(folder / "model"), "--data", data, "--out", str(folder / name), "--method", method,
+            "--steps", "4", "--save-every", "2", "--keep", "9", "--lr", "1e-3", "--seed", str(seed),
+            "--kernels", "reference"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """model/, train.tsv; for each method a run of four steps, and the same as it was after two; another seed's."""
+    folder = tmp_path_factory.mktemp("changed")
+    small_bert(folder / "model")
+    reviews(folder / "train.tsv", 32)
+    for name, method, seed in [*((method, method, 42) for method in METHODS), ("other", "lora", 43)]:
+        assert main(command(folder, name, method, seed)) == 0
+        shutil.copytree(folder / name, folder / f"{name}-half")
+        shutil.rmtree(folder / f"{name}-half/checkpoints/step-4")
+    return folder
+
+
+@pytest.fixture
+def half(folder, tmp_path, monkeypatch):
+    """A function: a copy of a run as it was after two steps, in a place of its own. Its model may be changed there."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+
+    def copy(name: str = "lora") -> Path:
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(folder / f"{name}-half", run)
+        options = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(options | {"model": str(tmp_path / "model")}))
+        return run
+
+    return copy
+
+
+def learned(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights after the last step."""
+    return load_file(run / "checkpoints/step-4/model.safetensors")
+
+
+def check_refused(run: Path, capsys, *words: str) -> None:
+    """The run is not resumed, the words are in the one message, and no step was made."""
+    capsys.readouterr()
+    code = main(["train", "--resume", "--out", str(run)])
+    said = capsys.readouterr().err
+    assert code == 1, said
+    for word in words:
+        assert word in said, said
+    assert "fault of minift" not in said and not (run / "checkpoints/step-4").exists()
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    """The run is resumed, and learns what the undisturbed one did, to the bit."""
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    mine, theirs = learned(run), learned(whole)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_changed(folder, half, method):
+    check_equal(half(method), folder / method)
+
+
+# ---- the files of a checkpoint
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("file", FILES[:3])
+def test_a_flipped_bit(half, file, place, capsys):
+    path = half() / "checkpoints/step-2" / file
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    check_refused(path.parents[2], capsys, f"step-2: not a whole checkpoint: {file} is not what was written")
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95, 1.0])
+def test_a_flipped_bit_among_the_checksums(folder, half, place, capsys):
+    """What is not a checksum may be another: the run is the same."""
+    path = half() / "checkpoints/step-2/minift.json"
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    if main(["train", "--resume", "--out", str(path.parents[2])]):
+        assert "minift.json" in capsys.readouterr().err or "step-2" in capsys.readouterr().err
+    else:
+        assert all(torch.equal(t, learned(folder / "lora")[n]) for n, t in learned(path.parents[2]).items())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file(folder, half, file, capsys):
+    """Without minift.json it is as an older minift wrote it, and the rest is as it was."""
+    run = half()
+    (run / "checkpoints/step-2" / file).unlink()
+    if file == "minift.json":
+        check_equal(run, folder / "lora")
+    else:
+        check_refused(run, capsys, f"{file} is missing")
+
+
+@pytest.mark.parametrize("file", FILES[:3])
+def test_a_file_of_another_run(folder, half, file, capsys):
+    run = half()
+    shutil.copy(folder / "other-half/checkpoints/step-2" / file, run / "checkpoints/step-2")
+    check_refused(run, capsys, f"{file} is not what was written")
+
+
+def test_a_checkpoint_of_another_run(folder, half, capsys):
+    run = half()
+    shutil.rmtree(run / "checkpoints/step-2")
+    shutil.copytree(folder / "other-half/checkpoints/step-2", run / "checkpoints/step-2")
+    check_refused(run, capsys, "--seed is 42 in the run's config.json, but", "was made with 43")
+
+
+def test_the_one_before_is_offered(folder, half, capsys):
+    """And works, once the damaged one is out of the way."""
+    run = half()
+    shutil.copytree(folder / "lora/checkpoints/step-4", run / "checkpoints/step-3")
+    (run / "checkpoints/step-3/model.safetensors").write_bytes(b"x")
+    check_refused(run, capsys, "step-3: not a whole checkpoint", f"{run}/checkpoints/step-2 is whole", "mv ")
+    (run / "checkpoints/step-3").rename(run / "checkpoints/step-3.damaged")
+    check_equal(run, folder / "lora")
+
+
+def test_no_other_is_there_to_be_offered(half, capsys):
+    run = half()
+    (run / "checkpoints/step-2/model.safetensors").write_bytes(b"x")
+    check_refused(run, capsys, "no earlier checkpoint is whole")
+
+
+TENSORS = {
+    "no numbers": lambda t: t.flatten()[:0],
+    "one number": lambda t: t.flatten()[:1].clone(),
+    "five numbers": lambda t: torch.zeros(5),
+    "another dtype": lambda t: t.double(),
+    "transposed": lambda t: torch.zeros(*t.shape, 2)[..., 0].t().contiguous() if t.dim() == 2 else t[None],
+    "not finite": lambda t: torch.full_like(t, torch.nan),
+    "infinite": lambda t: torch.full_like(t, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("what", [*TENSORS, "gone", "renamed", "all gone"])
+@pytest.mark.parametrize("file", FILES[:2])
+def test_tensors_that_do_not_fit(half, file, what, capsys):
+    """In a checkpoint without checksums, as an older minift wrote them."""
+    run = half()
+    path = run / "checkpoints/step-2" / file
+    (path.parent / "minift.json").unlink()
+    tensors = load_file(path)
+    name = next(n for n, t in tensors.items() if t.dim() == 2 and t.shape[0] != t.shape[1])
+    tensor = tensors.pop(name)
+    if what in TENSORS:
+        tensors[name] = TENSORS[what](tensor)
+    elif what == "renamed":
+        tensors[f"{name}2"] = tensor
+    elif what == "all gone":
+        tensors = {}
+    save_file(tensors, path)
+    check_refused(run, capsys, str(path), "different: " if "gone" in what or what == "renamed" else name)
+
+
+STATES = {
+    "step": [10**9, -3, 0, "4", None, True, 2.5],
+    "stale": [-1, "0", None],
+    "best": [3, [], {"loss": "x"}, {"loss": [1]}],
+    "data": [None, 3, "0" * 32],
+    "scaler": [None, [], {"scale": "x"}],
+    "base": [{}, None, [], 3, {"config": 3}],
+    "options": [[], 3, None],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in STATES.items() for value in values])
+def test_a_state_that_was_tampered_with(half, name, value, capsys):
+    run = half()
+    path = run / "checkpoints/step-2/state.json"
+    (path.parent / "minift.json").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    check_refused(run, capsys, "step-2")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, '{"step": 2}', "\udcff"])
+def test_a_state_that_is_none(half, text, capsys):
+    run = half()
+    path = run / "checkpoints/step-2/state.json"
+    (path.parent / "minift.json").unlink()
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    check_refused(run, capsys, "step-2")
+
+
+# ---- the base model
+
+
+CONFIGS = {
+    "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.3,
+    "attention_probs_dropout_prob": 0.2,
+    "hidden_act": "relu",
+    "layer_norm_eps": 1e-5,
+    "classifier_dropout": 0.5,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_another_config_of_the_base(half, tmp_path, method, name, capsys):
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: CONFIGS[name]}))
+    check_refused(half(method), capsys, f"config.json says {name}", "the run began with")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_weight_of_the_base(folder, half, tmp_path, method, capsys):
+    """One number by one unit in its last place. In full training the checkpoint has it, and the base's is not used."""
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    weight = tensors["encoder.layer.1.output.dense.weight"]
+    weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
+    save_file(tensors, path, metadata={"format": "pt"})
+    run = half(method)
+    if method == "full":
+        check_equal(run, folder / method)
+    else:
+        check_refused(run, capsys, "the base model's weights are not those that the run began with")
+
+
+# ---- the options
+
+
+OPTIONS = {
+    "lr": 0.5,
+    "batch": 4,
+    "steps": 5,
+    "epochs": 7,
+    "seed": 1,
+    "dropout": 0.4,
+    "alpha": 3.0,
+    "rank": 4,
+    "adapter_dropout": 0.4,
+    "base": "nf4",
+    "method": "dora",
+    "targets": "key",
+    "rslora": True,
+    "weight_decay": 0.3,
+    "clip": 3.0,
+    "schedule": "cosine",
+    "warmup": 2.0,
+    "max_length": 12,
+    "precision": "bf16",
+    "label_smoothing": 0.2,
+    "lora_plus": 4.0,
+    "limit": 30,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_another_option(half, name, capsys):
+    """In the run's config.json. What changes the data or the model before it is looked at may be told as that."""
+    run = half()
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(options | {name: OPTIONS[name]}))
+    check_refused(run, capsys, f"--{name.replace('_', '-')} is {OPTIONS[name]!r} in the run's config.json")
+
+
+def test_an_option_that_changes_nothing_learned_is_told(folder, half, capsys):
+    run = half()
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(options | {"keep": 3}))
+    check_equal(run, folder / "lora")
+    assert "--keep is 3 from here on; until now it was 9" in capsys.readouterr().err
+
+
+# ---- the run's other files
+
+
+def test_a_metrics_file_that_is_gone(folder, half, capsys):
+    run = half()
+    (run / "metrics.jsonl").unlink()
+    check_equal(run, folder / "lora")
+    assert "metrics.jsonl: has 0 of the 2 lines of the steps before" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_a_file(half, capsys):
+    run = half()
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("mine")
+    check_refused(run, capsys, "checkpoints: is a file; expected the folder of the run's checkpoints")
+    assert (run / "checkpoints").read_text() == "mine"
+
+
+def test_files_of_the_users_among_the_checkpoints_stay(folder, half):
+    """A note in one that is removed, a folder with a name like theirs."""
+    run = half()
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(options | {"keep": 1}))
+    (run / "checkpoints/step-2/notes.md").write_text("mine")
+    (run / "checkpoints/step-1").mkdir()
+    (run / "checkpoints/step-1/mine").write_text("mine")
+    check_equal(run, folder / "lora")
+    assert [p.name for p in (run / "checkpoints/step-2").iterdir()] == ["notes.md"]
+    assert (run / "checkpoints/step-1/mine").read_text() == "mine" and checkpoint.steps(run) == [4]
+
+
+# ---- what is not finite is not saved
+
+
+@pytest.mark.parametrize("lr", ["1e38", "1e30"])
+@pytest.mark.parametrize("valid", [[], ["--valid", "0.25"]])
+def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, lr, valid, capsys):
+    """After one step the weights are about the learning rate, at the second nothing is finite any more."""
+    for steps in ("1", "3"):
+        run = tmp_path / f"run-{steps}"
+        arguments = [*command(folder, "unused", "full"), "--out", str(run), "--lr", lr, "--steps", steps, *valid]
+        code = main([*arguments, "--save-every", "1"])
+        said = capsys.readouterr().err
+        for path in run.rglob("*.safetensors"):
+            assert all(t.isfinite().all() for t in load_file(path).values()), path
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            assert "NaN" not in line and "Infinity" not in line and json.loads(line)
+        if steps == "3" or valid:
+            assert code == 1 and "minift: error: " in said and not (run / "best").exists()
