@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from minift.config import KERNELS, TrainConfig
 from minift.ops import lora, native
 from minift.ops.gelu import gelu_erf
+from minift.track import peak_memory
 
 ROOT = Path(__file__).parents[2]
 try:
@@ -408,3 +410,65 @@ sizes = [e.self_cpu_memory_usage for e in p.key_averages()]
 assert max(sizes) == 2**22, sizes
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+# ---- compilers and caches that are none
+
+
+def script(path: Path, text: str) -> str:
+    """An executable shell script; its path."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("given", ["'c++", 'c++ "'])
+def test_a_compiler_that_is_no_command(given, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", given)
+    assert "which is no command (No closing quotation)" in native.use("auto")
+    assert native.load("add") is None and "which is no command" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--kernels is 'native'"):
+        native.use("native")
+
+
+def test_a_compiler_that_never_ends(monkeypatch, tmp_path, capsys):
+    """It is waited for once, and not for every kernel."""
+    monkeypatch.setattr(native, "hung", set())
+    monkeypatch.setattr(native, "SECONDS", 6)
+    monkeypatch.setenv("CXX", script(tmp_path / "slow", '[ "$1" = --version ] && echo slow && exit; exec sleep 100'))
+    began = time.monotonic()
+    assert native.load("add") is None and "did not end within 6 seconds" in capsys.readouterr().err
+    native.loaded.clear()
+    assert native.load("add") is None
+    assert time.monotonic() - began < 9
+
+
+def test_a_compiler_that_prints_garbage(monkeypatch, tmp_path, capsys):
+    """Its words reach the terminal with the control characters taken out, and only the first of a hundred megabytes."""
+    lines = r"printf 'error: \033[31mred\007\n'; yes error | head -c 30000000; exit 1"
+    monkeypatch.setenv("CXX", script(tmp_path / "loud", rf'[ "$1" = --version ] && printf "v\0331\n" && exit; {lines}'))
+    before = peak_memory()
+    assert "v\\x1b1" in native.use("auto")
+    assert native.load("add") is None
+    said = capsys.readouterr().err
+    assert r"error: \x1b[31mred\x07" in said and "\x1b" not in said and len(said) < 1000
+    assert peak_memory() - before < 20e6
+
+
+def test_a_library_that_lacks_its_functions(monkeypatch, tmp_path, capsys):
+    """A compiler that makes something else of the source: the reference runs."""
+    (tmp_path / "empty.cpp").write_text("")
+    command = '[ "$1" = --version ] && exec c++ --version; c++ -shared -o "$(echo "$@" | sed "s/.*-o //; s/ .*//")" '
+    monkeypatch.setenv("CXX", script(tmp_path / "wrong", command + str(tmp_path / "empty.cpp")))
+    assert native.load("add") is None
+    assert "does not load" in capsys.readouterr().err
+
+
+def test_a_pipe_in_the_cache_is_passed_over():
+    """To read it would wait for ever."""
+    assert adds(native.load("add"))
+    (path,) = cached()
+    path.unlink()
+    os.mkfifo(path, 0o700)
+    native.loaded.clear()
+    assert adds(native.load("add"))
