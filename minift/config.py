@@ -251,6 +251,29 @@ class InspectConfig(Config):
     model: str = option("", "run folder, model folder or hub id (required)")
 
 
+NESTED = 100  # levels of a JSON file; a model's or a tokenizer's has about ten
+
+
+def parse_json(content: str | bytes, path: str | Path):
+    """What a JSON file says. Raises InputError that names `path`, also where it is nested so deep that readers fail."""
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        if text.count("[") + text.count("{") > NESTED and depth(text) > NESTED:
+            raise ValueError(f"nested more than {NESTED} levels deep")
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON ({e})") from e
+
+
+def depth(text: str) -> int:
+    """How many brackets and braces of a JSON text are open at once, at most."""
+    deepest = level = 0
+    for sign in re.findall(r"[\[{}\]]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        level += 1 if sign in "[{" else -1
+        deepest = max(deepest, level)
+    return deepest
+
+
 def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
     """One `--option` per field. Defaults are left out, so that only what was typed overrides `--config FILE`."""
     for f in dataclasses.fields(cls):

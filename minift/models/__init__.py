@@ -39,6 +39,18 @@ class Model(nn.Module):
         self.settings = self.settings | {"tie_word_embeddings": False}
         self.head.out.weight = nn.Parameter(self.head.out.weight.detach().clone())
 
+    def resize(self, rows: int) -> None:
+        """Makes the vocabulary `rows` long; the new rows hold nothing yet, the old ones what they did."""
+        old = self.get_parameter(self.family.EMBEDDING + ".weight")
+        new = old.new_empty(rows, old.shape[1])
+        new[: len(old)] = old.detach()[:rows]
+        self.get_submodule(self.family.EMBEDDING).weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.config = replace(self.config, vocab_size=rows)
+        self.settings = self.settings | {"vocab_size": rows}
+        if self.tied:
+            self.head.out.out_features = rows
+            self.tie()
+
     @property
     def tied(self) -> bool:
         """Whether the head has no weight of its own."""
