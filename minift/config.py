@@ -157,6 +157,7 @@ class EvalConfig(Config):
     """Measure a fine-tuned model on labelled examples."""
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     task: str = option("classify", "what it was trained for", choices=("classify", "complete"))
     data: str = option("", "labelled file or folder (required)")
     columns: str = option("", "columns or keys to read, as text,label")
@@ -175,6 +176,7 @@ class PredictConfig(Config):
     """Label new texts; one JSON object a line, in the order of the input."""
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     task: str = option("classify", "what it was trained for", choices=("classify",))
     data: str = option("", "file of texts (a label, if there, is not looked at)")
     text: str = option("", "one text instead of a file")
@@ -198,6 +200,7 @@ class GenerateConfig(Config):
     """Complete prompts; one JSON object {"prompt", "completion"} a line, in the order of the input."""
 
     model: str = option("", "run folder, or model folder or hub id of a language model (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     prompt: str = option("", "one prompt")
     data: str = option("", "file of prompts: .jsonl with prompt or messages")
     out: str = option("", "write here instead of standard output")
@@ -234,6 +237,7 @@ class MergeConfig(Config):
     """Make one model of a base and its adapter, and print what it costs: per layer and on the logits of a sample."""
 
     model: str = option("", "run folder or adapter folder (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     out: str = option("", "folder for the merged model (required)")
     into: str = option(
         "dequantized",
@@ -249,6 +253,7 @@ class InspectConfig(Config):
     """Show the module tree of a model: shapes, dtypes, bytes, trainable or not; of an adapter, what it learned."""
 
     model: str = option("", "run folder, model folder or hub id (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
 
 
 NESTED = 100  # levels of a JSON file; a model's or a tokenizer's has about ten

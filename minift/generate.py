@@ -66,10 +66,16 @@ def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iter
 
 @torch.inference_mode()
 def continuation(
-    model: Model, ids: list[int], max_tokens: int, sampling: Sampling, stop: int | list[int] | None = None, number: int = 0
+    model: Model,
+    ids: list[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: int | list[int] | None = None,
+    number: int = 0,
 ) -> list[int]:
-    """The tokens that continue the prompt `ids`: up to `stop` (or one of several; not included), `max_tokens`, or a full context.
+    """The tokens that continue the prompt `ids`: up to `stop` (not included), `max_tokens`, or a full context.
 
+    stop: an id, or several.
     The context is full when the model has read config.longest tokens; the token it then says is still given.
     number: of the prompt in its file, names its randomness. Raises InputError for an empty or too long prompt.
     """

@@ -15,14 +15,15 @@ import math
 import os
 import re
 import shutil
-import socket
+import ssl
 import threading
 import typing
-import urllib.parse
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ from torch import Tensor, nn
 
 from . import tokenizer as tokenizers
 from .adapters import peft_format
+from .adapters.lora import LoRAConfig, wrappers
 from .adapters.lora import put as replace_module
-from .adapters.lora import wrappers
 from .config import InputError, parse_json
 from .distributed import whole
 from .layers import Linear
@@ -56,7 +57,7 @@ LAYERS = 1024  # most layers of a model; a config.json that asks for billions is
 LABELS = 10**5  # most classes that have no names
 SIZE = 10**8  # most of anything else that it counts
 WRAPPERS = r"(?:(?:state_dict|model_state_dict|module|model|_orig_mod|_fsdp_wrapped_module)\.)*"  # before names
-REACH = 1.5  # seconds in which the hub has to answer
+REACH = 1.8  # seconds in which the hub has to answer
 IN_CACHE = 1 << 18  # numbers: what is copied at once, so that looking at it again costs little
 
 
@@ -108,26 +109,22 @@ def load(
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
-    given = folder = resolve(source)
-    adapter, notes = None, []
-    if (given / peft_format.CONFIG).is_file() and not adapter_file(given) and has_weights(given):
-        notes.append(f"{given}: {peft_format.CONFIG} is there without an adapter; its own model is used")
-    elif (given / peft_format.CONFIG).is_file():
-        adapter, kind, notes = peft_format.read_config(given)
-        task, folder = task or kind, base_folder(given, adapter.base, base_model, notes)
-        extra = adapter_tensors(given)
+    given, notes = resolve(source), []
+    adapter, kind, folder = find_adapter(given, base_model, notes)
     if base_model and adapter is None:
         raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
+    extra = adapter_tensors(given) if adapter else {}
+    task = task or kind
     settings = read_settings(folder)
     if adapter and (given / "config.json").is_file():  # a run's; the shape of the model is its base's affair
         of_run = read_settings(given)
         settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
         settings.pop("problem_type", None)  # of the base's head; the run has its own
-    packed = settings.get("minift", {}).pop("base", "")  # how the run kept its base
+    packed = (settings.get("minift") or {}).pop("base", "")  # how the run kept its base
     model = build(settings, folder, task, labels, dropout)
     prepare(model, folder, base or packed)
     with native.returned_memory():
-        model.report, model.source = fill(model, folder, fresh_head or adapter is not None, seed), address(folder)
+        model.report, model.source = fill(model, folder, fresh_head or adapter is not None, seed), address(source)
     model.report.notes += notes
     if model.task and isinstance(model.head.out, NF4Linear):
         model.head.out = unpacked(
@@ -137,14 +134,29 @@ def load(
         peft_format.load(model, given, adapter, extra)
         if model.report.fresh and not fresh_head:
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
-    else:
-        model.source = address(source)
     found = next((place for place in (given, folder) if tokenizers.is_there(place)), None)
     tokenizer = tokenizers.load(found) if found else None
     if tokenizer:
         check_tokenizer(tokenizer, model, found)
         declare_end(model, tokenizer, folder)
     return model.to(device), tokenizer
+
+
+def find_adapter(given: Path, base_model: str | Path, notes: list[str]) -> tuple[LoRAConfig | None, str | None, Path]:
+    """(the adapter's configuration or None, the task it is for, the folder of the model) of a folder."""
+    config = given / peft_format.CONFIG
+    if not config.is_file():
+        return None, None, given
+    if has_weights(given) and not adapter_file(given):
+        notes.append(f"{given}: {config.name} is there without an adapter; its own model is used")
+        return None, None, given
+    adapter, kind, more = peft_format.read_config(given)
+    notes += more
+    base = base_of(given, adapter.base, base_model, notes)
+    folder = resolve(base, "" if base_model else str(config))
+    if folder != given and adapter_file(folder):
+        raise InputError(f"{config}: its base {base} is an adapter itself; expected a model (merge that one first)")
+    return replace(adapter, base=base), kind, folder
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: Model, folder: Path) -> None:
@@ -206,32 +218,29 @@ def address(source: str | Path) -> str:
     return str(resolve(source).resolve()) if Path(source).is_dir() else str(source)
 
 
-def base_folder(given: Path, named: str, base_model: str | Path, notes: list[str]) -> Path:
-    """The folder of the model that the adapter in `given` adapts. Raises InputError that says who named it."""
+def base_of(given: Path, named: str, base_model: str | Path, notes: list[str]) -> str:
+    """The folder or hub id of the model that the adapter in `given` adapts. Raises InputError where nothing says it."""
     config = given / peft_format.CONFIG
     if base_model:
-        return resolve(base_model, "--base-model")
+        return address(base_model)
     if has_weights(given) and (not named or Path(named).resolve() == given.resolve()):
-        return given
+        return address(given)
     if not named:
         raise InputError(f"{config}: no base_model_name_or_path; expected the model to adapt (or --base-model FOLDER)")
     # a run that changed its base keeps it beside its models; the two move together
     beside = given.parent / Path(named).name
     if beside.name == "base" and (beside / "config.json").is_file():
-        return beside
+        return address(beside)
     is_gone = is_path(named) and not Path(named).is_dir()
     if is_gone and (beside / "config.json").is_file():
         notes.append(f"{named}, which {config} names, is not there; {beside} is used")
-        return beside
+        return address(beside)
     if is_gone and has_weights(given):
         notes.append(f"{named}, which {config} names, is not there; the model beside the adapter is used")
-        return given
+        return address(given)
     if has_weights(given):
         notes.append(f"{given}: the model beside the adapter is not used; {config.name} names {named}")
-    folder = resolve(named, str(config))
-    if adapter_file(folder):
-        raise InputError(f"{config} names {named}, which is an adapter itself; expected a model (merge that one first)")
-    return folder
+    return named
 
 
 def has_weights(folder: Path) -> bool:
@@ -289,17 +298,17 @@ def download(repo: str, who: str = "") -> Path:
 
 def is_in_reach() -> bool:
     """Whether the hub answers at all, asked once and briefly: its client would try for most of a minute."""
-    url = urllib.parse.urlsplit(constants.ENDPOINT)
-    if {url.scheme, "all"} & urllib.request.getproxies().keys():
-        return True  # it is the proxy's to say
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            socket.create_connection((url.hostname, url.port or 443), timeout=REACH).close()
-            answered.set()
-        except OSError:
-            pass
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=REACH).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, too
+        except (OSError, ValueError, HTTPException) as e:
+            if not isinstance(getattr(e, "reason", None), ssl.SSLError):  # of certificates, the client knows more
+                return
+        answered.set()
 
     thread = threading.Thread(target=ask, daemon=True)  # looking a name up has no time limit of its own
     thread.start()
@@ -320,10 +329,12 @@ def read_settings(folder: Path) -> dict:
         if not isinstance(settings.get(name) or kind(), kind):
             expected = {dict: "an object", list: "a list"}[kind]
             raise InputError(f"{path}: {name} is {short(settings[name])}; expected {expected}")
-    own = settings.get("minift") or {}
+    own = settings["minift"] = settings.get("minift") or {}
     length = own.get("max_length", 0)
     if own.get("base", "") not in ("", "nf4") or type(length) is not int or length < 0:
         raise InputError(f"{path}: minift is {short(own)}; expected base nf4 or none, and max_length a number")
+    if not own:
+        del settings["minift"]
     return settings
 
 
@@ -338,7 +349,7 @@ def short(value: object) -> str:
 
 def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
     """The model on the meta device."""
-    family, path = FAMILIES[settings["model_type"]], folder / "config.json"
+    family, path = FAMILIES[settings["model_type"]], Path(folder, "config.json")
     known = shape_of(family, settings, path)
     try:
         config = family.Config(**known)

@@ -33,7 +33,7 @@ GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by 
 
 # tokenizer_class without "Tokenizer" and "Fast", of which transformers makes BERT's tokenizer, or GPT-2's
 BERT = ("Bert", "DistilBert", "Electra", "MobileBert", "LayoutLM", "Lxmert", "ConvBert", "SqueezeBert")
-GPT2 = ("GPT2", "Roberta", "Bart", "Longformer")
+GPT2 = ("GPT2",)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -208,7 +208,7 @@ def _kind(settings: dict, folder: Path, names: tuple[str, ...]) -> str:
     if name == "BertJapanese":
         raise InputError("tokenizer_class is BertJapaneseTokenizer, which splits words by MeCab; that is not supported")
     expected = {"vocab.txt": "bert", "vocab.json": "gpt2"}.get(names[0], kind)
-    if kind != expected or names[0] == "vocab.json" and name != "GPT2":  # the others put tokens around a text
+    if kind != expected:
         raise InputError(f"tokenizer_class is {declared}, whose rules are not known here; expected a tokenizer.json")
     return kind
 
@@ -219,7 +219,7 @@ def _whole(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
 
 def _wordpiece(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
     """BERT's, from vocab.txt: one token per line, the id is the number of the line."""
-    lines = files["vocab.txt"].decode().removesuffix("\n").split("\n")  # splitlines() would split at U+2028, a token
+    lines = files["vocab.txt"].decode().rstrip("\r\n").split("\n")  # splitlines() would split at U+2028, a token
     vocab = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
     special = {key: _content(settings.get(key)) or default for key, default in BERT_TOKENS.items()}
     if lacking := [special[key] for key in ("unk_token", "cls_token", "sep_token") if special[key] not in vocab]:
@@ -237,6 +237,8 @@ def _byte_bpe(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens([token for token in ("<|endoftext|>",) if token in vocab])
+    if settings.get("add_bos_token") or settings.get("add_eos_token"):
+        backend.post_processor = _ends(backend, settings)
     return backend
 
 
@@ -271,14 +273,12 @@ def _follow_settings(backend: tokenizers.Tokenizer, settings: dict, kind: str) -
     if kind == "gpt2" and isinstance(backend.model, models.BPE):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
         backend.decoder = decoders.ByteLevel()
-    if kind != "bert" and {"add_bos_token", "add_eos_token"} & settings.keys():
-        backend.post_processor = _ends(backend, settings, "<|endoftext|>" if kind == "gpt2" else None)
 
 
-def _ends(backend: tokenizers.Tokenizer, settings: dict, default: str | None) -> processors.TemplateProcessing:
-    """What add_bos_token and add_eos_token put around a text, in place of anything else."""
+def _ends(backend: tokenizers.Tokenizer, settings: dict) -> processors.TemplateProcessing:
+    """What add_bos_token and add_eos_token put around a text, where there is no tokenizer.json to say so."""
     bos, eos = (
-        _content(settings.get(f"{end}_token")) or default if settings.get(f"add_{end}_token") else None
+        _content(settings.get(f"{end}_token")) or "<|endoftext|>" if settings.get(f"add_{end}_token") else None
         for end in ("bos", "eos")
     )
     ids = {token: backend.token_to_id(token) for token in (bos, eos) if token}
@@ -339,7 +339,7 @@ def _check_rules(backend: tokenizers.Tokenizer) -> None:
         if texts != ["A"]:
             raise InputError(f"the template for one text is for {', '.join(texts) or 'none'}; expected A, once")
     unk = getattr(backend.model, "unk_token", None)
-    if isinstance(backend.model, (models.WordPiece, models.WordLevel)) and backend.token_to_id(unk or "") is None:
+    if isinstance(backend.model, (models.WordPiece, models.WordLevel)) and backend.model.token_to_id(unk or "") is None:
         raise InputError(f"the vocabulary lacks {unk}, its token for what it does not know")
 
 

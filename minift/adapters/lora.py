@@ -127,8 +127,8 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
     for i, (name, hub) in enumerate(layers.items()):
         if hub in chosen:
             r, a = (
-                by_pattern(config.rank_pattern, hub, config.rank),
-                by_pattern(config.alpha_pattern, hub, config.alpha),
+                by_pattern(config.rank_pattern, name_in(model, hub), config.rank),
+                by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha),
             )
             layer = model.get_submodule(name)
             check_rank(r, hub, layer)
@@ -136,7 +136,9 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
     for name, module in model.named_modules():
         if name.startswith("head.") and is_within(model.hub_name(name), saved):
             module.requires_grad_()
-    targets = tuple(chosen) if config.targets == "all-linear" else config.targets
+    targets = config.targets
+    if targets == "all-linear":
+        targets = tuple(name_in(model, hub) for hub in chosen)
     model.adapter = LoRAConfig(**vars(config) | {"saved": saved, "targets": targets or default_targets(model)})
 
 
@@ -186,14 +188,19 @@ def candidates(model: nn.Module) -> dict[str, str]:
     }
 
 
+def name_in(model: nn.Module, hub: str) -> str:
+    """The hub's name as it is in this model, for transformers and PEFT: a body without a head has no prefix."""
+    return hub if model.head else hub.removeprefix(model.family.PREFIX)
+
+
 def select(model: nn.Module, config: LoRAConfig, layers: dict[str, str]) -> list[str]:
     """Those of the hub names `layers` that the configuration means. Raises InputError where it means none."""
     targets = config.targets or default_targets(model)
     found = [
         hub
         for hub in layers
-        if not (config.exclude and is_named(hub, config.exclude))
-        and (targets == "all-linear" or is_named(hub, targets))
+        if not (config.exclude and is_named(name_in(model, hub), config.exclude))
+        and (targets == "all-linear" or is_named(name_in(model, hub), targets))
         and (not config.layers or number(hub) in config.layers)
     ]
     if not found:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import InputError, parse_json
 from . import dora
-from .lora import LoRAConfig, adapters, by_pattern, candidates, check_float, is_within, wrap
+from .lora import LoRAConfig, adapters, by_pattern, candidates, check_float, is_within, name_in, wrap
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")
@@ -134,7 +134,7 @@ def load(model: nn.Module, folder: Path, config: LoRAConfig, found: dict[str, Te
     config, found: what read_config and the file of tensors in `folder` say.
     """
     found, is_bare = modern_names(found, model)
-    if is_bare:  # its regular expressions are for names without the body's prefix
+    if is_bare and model.head:  # its regular expressions are for names without the body's prefix
         config = replace(config, targets=prefixed(config.targets, model), exclude=prefixed(config.exclude, model))
     heads = [model.hub_name(name) for name, _ in model.named_modules() if name.startswith("head.")]
     embedding = model.hub_name(model.family.EMBEDDING)
@@ -144,7 +144,7 @@ def load(model: nn.Module, folder: Path, config: LoRAConfig, found: dict[str, Te
     saved = tuple(hub for hub in heads if is_within(hub, config.saved))
     if model.tied and saved:
         model.untie()  # PEFT trains a copy
-    config = replace(config, saved=saved, kept=take_embeddings(model, found, saved))
+    config = replace(config, saved=saved, kept=take_embeddings(model, found, config.saved, saved))
     if config.initial:
         config, found = with_initial_part(model, config, found)
     wrap(model, config)
@@ -201,19 +201,23 @@ def prefixed(names: str | tuple[str, ...], model: nn.Module) -> str | tuple[str,
 
 
 def file_name(model: nn.Module, hub: str) -> str:
-    """How an adapter's file calls what the hub calls `hub`: without the body's prefix, where there is no head."""
-    return PREFIX + (hub if model.head else hub.removeprefix(model.family.PREFIX))
+    """How an adapter's file calls what the hub calls `hub`."""
+    return PREFIX + name_in(model, hub)
 
 
-def take_embeddings(model: nn.Module, found: dict[str, Tensor], saved: tuple[str, ...]) -> tuple[str, ...]:
-    """Puts the word embedding that came with an adapter, as after its vocabulary was resized, into the model, frozen.
+def take_embeddings(
+    model: nn.Module, found: dict[str, Tensor], wanted: tuple[str, ...], saved: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Makes room for the word embedding that came with an adapter, as after its vocabulary was resized.
 
-    Returns the names of what is to be saved with the adapter again, by our names.
+    wanted: the adapter's modules_to_save; saved: those of the head. Returns what is frozen, but saved with the adapter
+    again, by our names.
     """
     name, kept = model.family.EMBEDDING + ".weight", ()
     tensor = found.get(file_name(model, model.hub_name(name)))
     if tensor is not None and tensor.dim() == 2:
         model.resize(tensor.shape[0])
+    if tensor is not None or is_within(model.hub_name(name), wanted):
         kept = (name,)
     head = getattr(model.head, "tied", ("",))[0]
     tensor = found.get(PREFIX + model.hub_name(head)) if head else None
@@ -244,8 +248,8 @@ def with_initial_part(model: nn.Module, config: LoRAConfig, found: dict) -> tupl
             continue
         layer = model.get_submodule(name)
         check_float(hub, layer.weight)
-        rank = by_pattern(config.rank_pattern, hub, config.rank)
-        alpha = by_pattern(config.alpha_pattern, hub, config.alpha)
+        rank = by_pattern(config.rank_pattern, name_in(model, hub), config.rank)
+        alpha = by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha)
         scale = alpha / (math.sqrt(rank) if config.rslora else rank)
         a, b = initial_part(layer.matrix(torch.float32), config.initial, rank, scale)
         found[keys[0]] = torch.cat([found[keys[0]].float(), a])

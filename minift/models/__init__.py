@@ -40,16 +40,19 @@ class Model(nn.Module):
         self.head.out.weight = nn.Parameter(self.head.out.weight.detach().clone())
 
     def resize(self, rows: int) -> None:
-        """Makes the vocabulary `rows` long; the new rows hold nothing yet, the old ones what they did."""
-        old = self.get_parameter(self.family.EMBEDDING + ".weight")
-        new = old.new_empty(rows, old.shape[1])
-        new[: len(old)] = old.detach()[:rows]
-        self.get_submodule(self.family.EMBEDDING).weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        """Makes the vocabulary `rows` long; new rows are zero."""
+        resized = [self.get_submodule(self.family.EMBEDDING)]
+        if hasattr(self.head, "tied"):  # it says a token too
+            self.head.out.out_features = rows
+            resized += [] if self.tied else [self.head.out]
+        for module in resized:
+            old = module.weight
+            new = old.new_zeros(rows, old.shape[1])
+            new[: len(old)] = old.detach()[:rows]
+            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
         self.config = replace(self.config, vocab_size=rows)
         self.settings = self.settings | {"vocab_size": rows}
-        if self.tied:
-            self.head.out.out_features = rows
-            self.tie()
+        self.tie()
 
     @property
     def tied(self) -> bool:

@@ -81,7 +81,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.before + tokenizer.encode([text], special=False)[0].ids
 
 
-def end_of_text(model: Model, tokenizer: Tokenizer) -> int:
+def end_of_text(model: Model | None, tokenizer: Tokenizer) -> int:
     """The id of the token that ends a completion: the checkpoint's eos_token_id, else the tokenizer's own.
 
     Raises InputError where neither says one that the tokenizer has.
@@ -89,9 +89,9 @@ def end_of_text(model: Model, tokenizer: Tokenizer) -> int:
     return ends_of_text(model, tokenizer)[0]
 
 
-def ends_of_text(model: Model, tokenizer: Tokenizer) -> list[int]:
+def ends_of_text(model: Model | None, tokenizer: Tokenizer) -> list[int]:
     """The ids of all tokens that end a completion; the first is the one that is learned."""
-    declared = model.settings.get("eos_token_id")
+    declared = model.settings.get("eos_token_id") if model else None
     found = declared if isinstance(declared, list) else [declared]
     found = [i for i in found if type(i) is int and tokenizer.token(i) is not None]
     if tokenizer.end in found or not found:
