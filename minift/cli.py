@@ -136,7 +136,7 @@ def inspect(config: InspectConfig) -> None:
     """Prints every tensor, then the sums; of an adapter, what it learned."""
     from . import hub
 
-    model, _ = hub.load(config.model, task_of(config.model))
+    model, _ = hub.load(config.model, task_of(config.model), base_model=config.base_model)
     tensors = {name: t for name, t in model.named_parameters()} | dict(model.named_buffers())
     rows = [describe(name, tensor) for name, tensor in tensors.items()]
     print_columns(("tensor", "shape", "dtype", "bytes", "trainable"), rows, "<<<><")
@@ -210,7 +210,10 @@ def trained(config: EvalConfig | PredictConfig | GenerateConfig, task: str) -> t
     from . import hub
     from .precision import choose_device
 
-    model, tokenizer = hub.load(config.model, task, fresh_head=False, device=choose_device(config.device)[0])
+    device = choose_device(config.device)[0]
+    model, tokenizer = hub.load(config.model, task, base_model=config.base_model, fresh_head=False, device=device)
+    for note in model.report.notes:
+        print(note, file=sys.stderr)
     return model, need(tokenizer, config.model)
 
 

@@ -226,6 +226,7 @@ class EvalConfig(Config):
     """Measure a fine-tuned model on labelled examples."""
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     task: str = option("classify", "what it was trained for", choices=("classify", "complete"))
     data: str = option("", "labelled file or folder (required)")
     columns: str = option("", "columns or keys to read, as text,label")
@@ -244,6 +245,7 @@ class PredictConfig(Config):
     """Label new texts; one JSON object a line, in the order of the input."""
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     task: str = option("classify", "what it was trained for", choices=("classify",))
     data: str = option("", "file of texts (a label, if there, is not looked at)")
     text: str = option("", "one text instead of a file")
@@ -268,6 +270,7 @@ class GenerateConfig(Config):
     """Complete prompts; one JSON object {"prompt", "completion"} a line, in the order of the input."""
 
     model: str = option("", "run folder, or model folder or hub id of a language model (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     prompt: str = option("", "one prompt")
     data: str = option("", "file of prompts: .jsonl with prompt or messages")
     out: str = option("", "write here instead of standard output")
@@ -305,6 +308,7 @@ class MergeConfig(Config):
     """Make one model of a base and its adapter, and print what it costs: per layer and on the logits of a sample."""
 
     model: str = option("", "run folder or adapter folder (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     out: str = option("", "folder for the merged model (required)")
     into: str = option(
         "dequantized",
@@ -320,6 +324,30 @@ class InspectConfig(Config):
     """Show the module tree of a model: shapes, dtypes, bytes, trainable or not; of an adapter, what it learned."""
 
     model: str = option("", "run folder, model folder or hub id (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
+
+
+NESTED = 100  # levels of a JSON file; a model's or a tokenizer's has about ten
+
+
+def parse_json(content: str | bytes, path: str | Path):
+    """What a JSON file says. Raises InputError that names `path`, also where it is nested so deep that readers fail."""
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        if text.count("[") + text.count("{") > NESTED and depth(text) > NESTED:
+            raise ValueError(f"nested more than {NESTED} levels deep")
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON ({e})") from e
+
+
+def depth(text: str) -> int:
+    """How many brackets and braces of a JSON text are open at once, at most."""
+    deepest = level = 0
+    for sign in re.findall(r"[\[{}\]]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        level += 1 if sign in "[{" else -1
+        deepest = max(deepest, level)
+    return deepest
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:

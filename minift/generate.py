@@ -20,7 +20,7 @@ from .config import GenerateConfig, InputError
 from .models import Model
 from .models.gpt2 import Past
 from .ops.dropout import MASK, SILENT, mix
-from .tasks.complete import end_of_text
+from .tasks.complete import ends_of_text, prompt_ids
 from .tokenizer import Tokenizer
 from .track import Progress
 
@@ -49,7 +49,7 @@ def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iter
     """
     config.check()
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
-    stop = end_of_text(tokenizer)
+    stops = ends_of_text(model, tokenizer)
     if config.prompt:
         prompts = [config.prompt]
     else:
@@ -57,8 +57,8 @@ def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iter
         prompts = ["".join(text for text, learned in p.parts[:1] if not learned) for p in passages]
     progress = Progress(len(prompts), "prompt")
     for number, prompt in enumerate(prompts):
-        ids = tokenizer.encode([prompt])[0].ids or [stop]
-        tokens = continuation(model, ids, config.max_tokens, sampling, stop, number)
+        ids = prompt_ids(tokenizer, prompt) or stops[:1]
+        tokens = continuation(model, ids, config.max_tokens, sampling, stops, number)
         yield {"prompt": prompt, "completion": tokenizer.decode(tokens)}
         progress.add(note=f"{len(tokens)} tokens")
     progress.close()
@@ -66,10 +66,16 @@ def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iter
 
 @torch.inference_mode()
 def continuation(
-    model: Model, ids: list[int], max_tokens: int, sampling: Sampling, stop: int | None = None, number: int = 0
+    model: Model,
+    ids: list[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: int | list[int] | None = None,
+    number: int = 0,
 ) -> list[int]:
     """The tokens that continue the prompt `ids`: up to `stop` (not included), `max_tokens`, or a full context.
 
+    stop: an id, or several.
     The context is full when the model has read config.longest tokens; the token it then says is still given.
     number: of the prompt in its file, names its randomness. Raises InputError for an empty or too long prompt.
     """
@@ -81,11 +87,12 @@ def continuation(
     room = model.config.longest - len(ids) + 1
     cache = [Past(model.config.longest) for _ in model.body.h]
     generator = dice(sampling.seed, number)
+    stops = stop if isinstance(stop, list) else [stop]
     tokens, new = [], ids
     while len(tokens) < min(max_tokens, room):
         h = model.body(ask(new).to(model.device), SILENT, cache)  # (1, C)
         token = choose(model.head.out(h)[0], sampling, generator)
-        if token == stop:
+        if token in stops:
             break
         tokens.append(token)
         new = [token]

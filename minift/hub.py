@@ -11,13 +11,21 @@ layers.
 """
 
 import json
+import math
 import re
+import ssl
+import threading
+import typing
+import urllib.error
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,9 +33,9 @@ from torch import Tensor, nn
 
 from . import tokenizer as tokenizers
 from .adapters import peft_format
+from .adapters.lora import LoRAConfig, wrappers
 from .adapters.lora import put as replace_module
-from .adapters.lora import wrappers
-from .config import InputError
+from .config import InputError, parse_json
 from .distributed import whole
 from .files import check_folder, write_folder
 from .layers import Linear
@@ -45,6 +53,14 @@ WEIGHT_FILES = (
 )
 
 
+LAYERS = 1024  # most layers of a model; a config.json that asks for billions is answered at once
+LABELS = 10**5  # most classes that have no names
+SIZE = 10**8  # most of anything else that it counts
+WRAPPERS = r"(?:(?:state_dict|model_state_dict|module|model|_orig_mod|_fsdp_wrapped_module)\.)*"  # before names
+REACH = 1.8  # seconds in which the hub has to answer
+IN_CACHE = 1 << 18  # numbers: what is copied at once, so that looking at it again costs little
+
+
 @dataclass
 class Report:
     """What loading met, in the hub's names."""
@@ -56,6 +72,7 @@ class Report:
         default_factory=list
     )  # of another shape in the file (another number of labels), drawn at random
     unused: list[str] = field(default_factory=list)  # in the file, for another task
+    notes: list[str] = field(default_factory=list)  # what else was unusual and how it was taken, a sentence each
 
     def __str__(self) -> str:
         lines = [f"{self.loaded} tensors loaded" + f", {self.adapter} of an adapter" * bool(self.adapter)]
@@ -66,7 +83,7 @@ class Report:
         ):
             if names:
                 lines.append(f"{len(names)} {what}: {', '.join(names)}")
-        return "\n".join(lines)
+        return "\n".join(lines + self.notes)
 
 
 def load(
@@ -75,6 +92,7 @@ def load(
     labels: list[str] | None = None,
     *,
     base: str = "",
+    base_model: str | Path = "",
     fresh_head: bool = True,
     dropout: float = -1,
     seed: int = 42,
@@ -86,55 +104,113 @@ def load(
     labels: names of the classes; None takes the checkpoint's own.
     base: "nf4" packs the layers of the body into four bits; "" leaves them as the checkpoint (or the adapter's run)
     had them.
+    base_model: of an adapter, the folder or hub id of the model to adapt; "" takes the one that the adapter names.
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
-    given = folder = resolve(source)
-    is_adapter = (given / peft_format.CONFIG).is_file()
-    if is_adapter:
-        adapter, kind = peft_format.read_config(given)
-        if not adapter.base:
-            raise InputError(f"{given / peft_format.CONFIG}: no base_model_name_or_path; expected the model to adapt")
-        task, folder = task or kind, resolve(adapter.base)
+    given, notes = resolve(source), []
+    adapter, kind, folder = find_adapter(given, base_model, notes)
+    if base_model and adapter is None:
+        raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
+    extra = adapter_tensors(given) if adapter else {}
+    task = task or kind
     settings = read_settings(folder)
-    if is_adapter and (given / "config.json").is_file():  # a run's; the shape of the model is its base's affair
+    if adapter and (given / "config.json").is_file():  # a run's; the shape of the model is its base's affair
         of_run = read_settings(given)
         settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
-    packed = settings.get("minift", {}).pop("base", "")  # how the run kept its base
+        settings.pop("problem_type", None)  # of the base's head; the run has its own
+    packed = (settings.get("minift") or {}).pop("base", "")  # how the run kept its base
     model = build(settings, folder, task, labels, dropout)
     prepare(model, folder, base or packed)
     with native.returned_memory():
-        model.report, model.source = fill(model, folder, fresh_head or is_adapter, seed), address(source)
+        model.report, model.source = fill(model, folder, fresh_head or adapter is not None, seed), address(source)
+    model.report.notes += notes
     if model.task and isinstance(model.head.out, NF4Linear):
         model.head.out = unpacked(
             model.head.out
         )  # which transformers packs too; a head's numbers are looked at, and learn
-    if is_adapter:
-        peft_format.load(model, given)
+    if adapter:
+        peft_format.load(model, given, adapter, extra)
         if model.report.fresh and not fresh_head:
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
-    found = next((place for place in (given, folder) if any((place / n).is_file() for n in tokenizers.FILES)), None)
+    found = next((place for place in (given, folder) if tokenizers.is_there(place)), None)
     tokenizer = tokenizers.load(found) if found else None
-    if tokenizer and tokenizer.vocab_size > model.config.vocabulary:
+    if tokenizer:
+        check_tokenizer(tokenizer, model, found)
+        declare_end(model, tokenizer, folder)
+    return model.to(device), tokenizer
+
+
+def find_adapter(given: Path, base_model: str | Path, notes: list[str]) -> tuple[LoRAConfig | None, str | None, Path]:
+    """(the adapter's configuration or None, the task it is for, the folder of the model) of a folder."""
+    config = given / peft_format.CONFIG
+    if not config.is_file():
+        return None, None, given
+    if has_weights(given) and not adapter_file(given):
+        notes.append(f"{given}: {config.name} is there without an adapter; its own model is used")
+        return None, None, given
+    adapter, kind, more = peft_format.read_config(given)
+    notes += more
+    base = base_of(given, adapter.base, base_model, notes)
+    folder = resolve(base, "" if base_model else str(config))
+    if folder != given and adapter_file(folder):
+        raise InputError(f"{config}: its base {base} is an adapter itself; expected a model (merge that one first)")
+    return replace(adapter, base=base), kind, folder
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: Model, folder: Path) -> None:
+    """Raises InputError where the tokenizer gives what the model has no embedding for."""
+    if tokenizer.vocab_size > model.config.vocabulary:
         raise InputError(
-            f"{found}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
             f"{model.config.vocabulary}, the rows of the model's embedding"
         )
-    return model.to(device), tokenizer
+    kinds = getattr(model.config, "type_vocab_size", None)
+    if kinds and tokenizer.types > kinds:
+        raise InputError(
+            f"{folder}: the tokenizer gives a text the token type {tokenizer.types - 1}; expected below {kinds}, "
+            "the rows of the model's token type embedding"
+        )
+
+
+def declare_end(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
+    """Makes `eos_token_id` of the model's settings what ends a text: it is trained, stopped at, and saved.
+
+    The first of these that the tokenizer has: generation_config.json's, config.json's, the tokenizer's own.
+    """
+    path = folder / "generation_config.json"
+    generation = parse_json(path.read_bytes(), path) if path.is_file() else {}
+    declared = generation.get("eos_token_id") if isinstance(generation, dict) else None
+    for found in (declared, model.settings.get("eos_token_id"), tokenizer.end):
+        ids = found if isinstance(found, list) else [found]
+        ids = [i for i in ids if type(i) is int and tokenizer.token(i) is not None]
+        if ids and model.task == "complete":
+            model.settings = model.settings | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+            return
 
 
 # where the files are
 
 
-def resolve(source: str | Path) -> Path:
-    """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache."""
+def resolve(source: str | Path, named_by: str = "") -> Path:
+    """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache.
+
+    named_by: who says that the model is there, for the message where it is not.
+    """
     folder = Path(source)
     if folder.is_dir():
         return next((folder / name for name in ("best", "last") if (folder / name / "config.json").is_file()), folder)
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or folder.exists():
-        raise InputError(f"{source}: no such folder")
-    return download(str(source))
+    who = f"{named_by} names " if named_by else ""
+    if is_path(source) or folder.exists():
+        advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
+        raise InputError(f"{who}{source}: no such folder{advice}")
+    return download(str(source), who)
+
+
+def is_path(source: str | Path) -> bool:
+    """Whether this can only be the path of a folder, and no hub id."""
+    return str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
 
 
 def address(source: str | Path) -> str:
@@ -142,28 +218,76 @@ def address(source: str | Path) -> str:
     return str(resolve(source).resolve()) if Path(source).is_dir() else str(source)
 
 
-def download(repo: str) -> Path:
+def base_of(given: Path, named: str, base_model: str | Path, notes: list[str]) -> str:
+    """The folder or hub id of the model that the adapter in `given` adapts. Raises InputError where nothing says it."""
+    config = given / peft_format.CONFIG
+    if base_model:
+        return address(base_model)
+    if has_weights(given) and (not named or Path(named).resolve() == given.resolve()):
+        return address(given)
+    if not named:
+        raise InputError(f"{config}: no base_model_name_or_path; expected the model to adapt (or --base-model FOLDER)")
+    # a run that changed its base keeps it beside its models; the two move together
+    beside = given.parent / Path(named).name
+    if beside.name == "base" and (beside / "config.json").is_file():
+        return address(beside)
+    is_gone = is_path(named) and not Path(named).is_dir()
+    if is_gone and (beside / "config.json").is_file():
+        notes.append(f"{named}, which {config} names, is not there; {beside} is used")
+        return address(beside)
+    if is_gone and has_weights(given):
+        notes.append(f"{named}, which {config} names, is not there; the model beside the adapter is used")
+        return address(given)
+    if has_weights(given):
+        notes.append(f"{given}: the model beside the adapter is not used; {config.name} names {named}")
+    return named
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a whole model is in a folder."""
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """The file with an adapter's tensors, or None."""
+    return next((folder / name for name in peft_format.WEIGHT_FILES if (folder / name).is_file()), None)
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter. Raises InputError."""
+    path = adapter_file(folder)
+    if path is None:
+        raise InputError(f"{folder}: no adapter; expected {' or '.join(peft_format.WEIGHT_FILES)}")
+    reader = safetensors_in if path.suffix == ".safetensors" else pickled_in
+    return {name: read().clone() for name, _, read in reader(path)}
+
+
+def download(repo: str, who: str = "") -> Path:
     """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
+    offline = constants.HF_HUB_OFFLINE or not is_in_reach()
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, name))
+            return Path(hf_hub_download(repo, name, local_files_only=offline))
         except LocalEntryNotFoundError:  # the hub is out of reach, and the file not in the cache
             return None
         except EntryNotFoundError:
             return None
         except (HfHubHTTPError, HFValidationError) as e:
-            raise InputError(f"{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
+            raise InputError(f"{who}{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
 
     config = fetch(peft_format.CONFIG)
     if config is not None:
-        fetch(peft_format.WEIGHTS)
+        _ = fetch(peft_format.WEIGHT_FILES[0]) or fetch(peft_format.WEIGHT_FILES[1])
     config = fetch("config.json") or config
-    if config is None:
+    if config is None and offline:
         raise InputError(
-            f"{repo}: no such folder, and no config.json of it on the hub or, if the hub is out of reach, in its cache"
+            f"{who}{repo}: no such folder, the hub ({constants.ENDPOINT}) is out of reach, and its cache "
+            f"({constants.HF_HUB_CACHE}) has no such model; expected a folder with a model's files, or a network"
         )
-    for name in tokenizers.FILES:
+    if config is None:
+        raise InputError(f"{who}{repo}: no such folder, and no config.json of it on the hub")
+    for name in (*tokenizers.FILES, "generation_config.json"):
         fetch(name)
     weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
     if weights and weights.suffix == ".json":
@@ -172,19 +296,52 @@ def download(repo: str) -> Path:
     return config.parent
 
 
+def is_in_reach() -> bool:
+    """Whether the hub answers at all, asked once and briefly: its client would try for most of a minute."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=REACH).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, too
+        except (OSError, ValueError, HTTPException) as e:
+            if not isinstance(getattr(e, "reason", None), ssl.SSLError):  # of certificates, the client knows more
+                return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking a name up has no time limit of its own
+    thread.start()
+    thread.join(REACH)
+    return answered.is_set()
+
+
 def read_settings(folder: Path) -> dict:
-    """The model's config.json."""
+    """The model's config.json. Raises InputError that names the field, where one is of a kind that nobody can use."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e})") from e
-    if not isinstance(settings, dict) or settings.get("model_type") not in FAMILIES:
-        found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
-        raise InputError(f"{path}: model_type is {found!r}; expected one of {', '.join(FAMILIES)}")
+    settings = parse_json(path.read_bytes(), path)
+    found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
+    if not isinstance(settings, dict) or not isinstance(found, str) or found not in FAMILIES:
+        raise InputError(f"{path}: model_type is {short(found)}; expected one of {', '.join(FAMILIES)}")
+    for name, kind in (("minift", dict), ("quantization_config", dict), ("architectures", list)):
+        if not isinstance(settings.get(name) or kind(), kind):
+            expected = {dict: "an object", list: "a list"}[kind]
+            raise InputError(f"{path}: {name} is {short(settings[name])}; expected {expected}")
+    own = settings["minift"] = settings.get("minift") or {}
+    length = own.get("max_length", 0)
+    if own.get("base", "") not in ("", "nf4") or type(length) is not int or length < 0:
+        raise InputError(f"{path}: minift is {short(own)}; expected base nf4 or none, and max_length a number")
+    if not own:
+        del settings["minift"]
     return settings
+
+
+def short(value: object) -> str:
+    """A value of a file as a message shows it: at most a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # the model without memory
@@ -192,23 +349,98 @@ def read_settings(folder: Path) -> dict:
 
 def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
     """The model on the meta device."""
-    family = FAMILIES[settings["model_type"]]
-    known = {f.name: settings[f.name] for f in fields(family.Config) if f.name in settings}
+    family, path = FAMILIES[settings["model_type"]], Path(folder, "config.json")
+    known = shape_of(family, settings, path)
     try:
         config = family.Config(**known)
-    except (ValueError, TypeError) as e:
-        raise InputError(f"{folder / 'config.json'}: {e}") from e
+    except ValueError as e:
+        raise InputError(f"{path}: {e}") from e
     if dropout >= 0:
         config = replace(config, **config.with_dropout(dropout))
     if task and task not in family.HEADS:
         raise InputError(
             f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(family.HEADS)}"
         )
+    if task == "classify":
+        check_head(settings, labels, path)
     if labels is None:
-        by_id = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-        labels = [by_id[key] for key in sorted(by_id, key=int)]
+        labels = label_names(settings, path) if task == "classify" else []
     with torch.device("meta"):
         return Model(settings, config, task, labels)
+
+
+def shape_of(family, settings: dict, path: Path) -> dict:
+    """The fields of config.json that a family's Config has. Raises InputError that names one that cannot be."""
+    known = {}
+    for f in fields(family.Config):
+        names = [f.name, *(alias for alias, name in family.ALIASES.items() if name == f.name)]
+        given = {name: settings[name] for name in names if name in settings}
+        for name, value in given.items():
+            if expected := fault_of(f.name, f.type, value):
+                raise InputError(f"{path}: {name} is {short(value)}; expected {expected}")
+            if known.setdefault(f.name, value) != value:
+                raise InputError(f"{path}: {name} is {value!r}, but {f.name}, its other name, {known[f.name]!r}")
+    return known
+
+
+def fault_of(name: str, kind: type, value: object) -> str:
+    """What a field of Config should be, where `value` is not; else "". kind: its type, as declared there."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return ""
+    if kinds[0] is int:
+        most = LAYERS if name in ("num_hidden_layers", "n_layer") else SIZE
+        good, expected = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}"
+    elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
+        good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
+    elif kinds[0] is float:
+        good, expected = type(value) in (int, float) and 0 <= value < math.inf, "a number, 0 or above"
+    else:
+        good, expected = type(value) is kinds[0], {bool: "true or false", str: "a string"}[kinds[0]]
+    return "" if good else expected
+
+
+def check_head(settings: dict, labels: list[str] | None, path: Path) -> None:
+    """Raises InputError where the checkpoint's head is for something else than one label of several.
+
+    labels: those of a new task; where they are as many as the head has outputs, it would be trained further.
+    """
+    kind = settings.get("problem_type")
+    found = label_names(settings, path) if labels is None or kind else labels
+    is_own = labels is None or len(labels) == len(found)
+    if is_own and kind in ("regression", "multi_label_classification"):
+        raise InputError(
+            f"{path}: problem_type is {kind!r}, whose head is not supported; expected single_label_classification"
+        )
+    if labels is None and len(found) == 1:
+        raise InputError(
+            f"{path}: its head has one output (num_labels 1), a number and no label; expected two labels or more"
+        )
+
+
+def label_names(settings: dict, path: Path) -> list[str]:
+    """The names of a checkpoint's classes, in the order of their numbers. Raises InputError."""
+    by_id = settings.get("id2label")
+    if by_id is None or by_id == {}:
+        n = settings.get("num_labels") or 2  # as transformers
+        if type(n) is not int or not 1 <= n <= LABELS:
+            raise InputError(f"{path}: num_labels is {short(n)}; expected a whole number from 1 to {LABELS:,}")
+        return [f"LABEL_{i}" for i in range(n)]
+    expected = 'expected an object from each number to its name, as {"0": "negative", "1": "positive"}'
+    if not isinstance(by_id, dict) or not all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in by_id):
+        raise InputError(f"{path}: id2label is {short(by_id)}; {expected}")
+    gap = next((i for i in range(len(by_id)) if str(i) not in by_id), None)
+    if gap is not None:
+        raise InputError(f"{path}: id2label has {len(by_id)} names, but none for {gap}; {expected}")
+    names = [by_id[str(i)] for i in range(len(by_id))]
+    for name in names:
+        if not isinstance(name, str) and type(name) is not int:
+            raise InputError(f"{path}: id2label has {short(name)} as a name; {expected}")
+    names = [str(name) for name in names]
+    if len(set(names)) < len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        raise InputError(f"{path}: id2label has the name {short(twice)} twice; expected different ones")
+    return names
 
 
 def prepare(model: Model, folder: Path, base: str) -> None:
@@ -216,7 +448,7 @@ def prepare(model: Model, folder: Path, base: str) -> None:
     packed = read_settings(folder).get("quantization_config") or {}
     if packed and (packed.get("quant_method"), packed.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
         raise InputError(
-            f"{folder / 'config.json'}: quantization_config is {packed}; expected bitsandbytes' nf4, or none"
+            f"{folder / 'config.json'}: quantization_config is {short(packed)}; expected bitsandbytes' nf4, or none"
         )
     model.settings = {k: v for k, v in model.settings.items() if k != "quantization_config"}
     layers = {name for name, _ in linears(model)} if base == "nf4" else set()
@@ -224,7 +456,7 @@ def prepare(model: Model, folder: Path, base: str) -> None:
         ours = {hub: name for name, hub in hub_names(model).items()}
         for raw, *_ in tensors(folder):
             weight, is_state, _ = raw.partition(f".{STATE}")
-            name = ours.get(modern(weight, ours, model.family.PREFIX))
+            name = ours.get(known_name(weight, ours, model.family.PREFIX)[0])
             layers |= {name.removesuffix(".weight")} if is_state and name else set()
     for name in sorted(layers):
         swap(model, name)
@@ -246,13 +478,19 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
     names, report, faults = hub_names(model), Report(), []
     ours = {hub: name for name, hub in names.items()}
     packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
+    wrapped: set[str] = set()  # what a wrapper left in front of the names
+    tied = model.hub_name(model.head.tied[0]) if model.tied else ""
+    second = ""  # what the file calls a tied head that it has too
     for raw, shape, read in tensors(folder):
         weight, part = split_part(raw)
-        hub = modern(weight, ours, model.family.PREFIX)
-        if hub in ours and not part and can_pack(model, ours[hub]) and shape == tuple(get(model, ours[hub]).shape):
+        hub, before = known_name(weight, ours, model.family.PREFIX)
+        wrapped.add(before)
+        if hub in ours and not part and can_pack(model, ours[hub]) and is_packed(shape, get(model, ours[hub])):
             part = "weight"
         if hub in ours and part:
             packed.setdefault(hub, {})[part] = read()
+        elif hub == tied:
+            second = raw  # compared when the embedding is there
         elif hub in ours:
             faults += place(model, ours[hub], hub, raw, shape, read, report)
         elif re.fullmatch(model.family.OTHER_HEADS, hub):
@@ -278,7 +516,32 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
         raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
     draw(model, seed)
     model.tie()
+    if second:
+        untie_where_different(model, folder, second, report)
+    for before in sorted(wrapped - {""}):
+        report.notes.append(f"names in the file begin with {before}, which was taken off")
     return report
+
+
+def untie_where_different(model: Model, folder: Path, raw: str, report: Report) -> None:
+    """Gives a tied head the weight `raw` of the file, unless it is the embedding's: as transformers does."""
+    reading = tensors(folder)
+    tensor = next(read() for name, _, read in reading if name == raw)
+    embedding = model.head.out.weight
+    if tensor.shape != embedding.shape or not tensor.is_floating_point():
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise InputError(f"{folder}: {raw} is {found} in the file; expected {tuple(embedding.shape)}, floating-point")
+    if not torch.equal(tensor.float(), embedding):
+        model.untie()
+        with torch.no_grad():
+            is_finite = copy_finite(model.head.out.weight, tensor)
+        if not is_finite:
+            raise InputError(f"{folder}: {raw} has numbers that are not finite")
+        report.loaded += 1
+        report.notes.append(
+            f"{raw} is not the word embedding, though config.json ties the two (tie_word_embeddings): both are used"
+        )
+    reading.close()
 
 
 def split_part(raw: str) -> tuple[str, str]:
@@ -317,11 +580,25 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
         return [f"{raw} is {tensor.dtype} in the file; expected floating-point numbers"]
     tensor = tensor.t() if flip else tensor
     if pack:
+        is_finite = bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
         layer.pack(tensor)
     else:
-        put(model, name, torch.empty(want[::-1] if flip else want).copy_(tensor))
+        ours = torch.empty(tensor.shape)
+        is_finite = copy_finite(ours, tensor)
+        put(model, name, ours)
+    if not is_finite:
+        return [f"{raw} has numbers that are not finite"]
     report.loaded += 1
     return []
+
+
+def copy_finite(target: Tensor, source: Tensor) -> bool:
+    """Copies a tensor, and tells whether all its numbers are finite: part by part, while they are in the cache."""
+    rows, sums = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), []
+    for a in range(0, len(target), rows):
+        sums.append(target[a : a + rows].copy_(source[a : a + rows]).sum())
+    total = torch.stack(sums).sum() if sums else target.sum()
+    return bool(total.isfinite()) or bool(target.isfinite().all())  # a sum may overflow where no number does
 
 
 def is_transposed(model: Model, hub: str) -> bool:
@@ -338,10 +615,20 @@ def hub_names(model: Model) -> dict[str, str]:
     return {name: model.hub_name(name) for name in found if name != tied}
 
 
-def modern(name: str, known: dict, prefix: str) -> str:
-    """A file's name for a tensor, as transformers would write it today: no gamma and beta, with the body's prefix."""
+def known_name(name: str, known: dict, prefix: str) -> tuple[str, str]:
+    """(a file's name for a tensor as transformers would write it today, what a wrapper had put before it).
+
+    Today there is no gamma and beta, and the body's prefix.
+    """
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-    return prefix + name if prefix + name in known else name
+    before = "" if name in known else re.match(WRAPPERS, name)[0]
+    name = name.removeprefix(before)
+    return prefix + name if prefix + name in known else name, before
+
+
+def is_packed(shape: tuple, codes: Tensor) -> bool:
+    """Whether a weight of the file has the shape of `codes`, kept as numbers of 1, 2 or 4 bytes (quant_storage)."""
+    return len(shape) == 2 and shape[1] == 1 and any(shape[0] * size == len(codes) for size in (1, 2, 4))
 
 
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -389,17 +676,13 @@ def tensors(folder: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
 
 def read_index(path: Path) -> dict[str, str]:
     """tensor name -> file name of a sharded checkpoint. Refuses files outside its folder."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        for name, shard in index.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
-                raise InputError(f"{path}: puts {name} into {shard!r}; expected a weight file in the same folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(
-            f"{path}: not an index of shards ({type(e).__name__}: {e}); expected an object with weight_map"
-        ) from e
+    content = parse_json(path.read_bytes(), path)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict):
+        raise InputError(f"{path}: not an index of shards; expected an object with weight_map")
+    for name, shard in index.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
+            raise InputError(f"{path}: puts {name} into {short(shard)}; expected a weight file in the same folder")
     return index
 
 
@@ -435,10 +718,31 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
     except Exception as e:  # UnpicklingError, RuntimeError, EOFError, zip errors: torch's own words say which
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(f"{path}: not a checkpoint of tensors alone, or not whole ({reason})") from e
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path}: holds something else than named tensors")
+    key = next((key for key in ("state_dict", "model_state_dict", "model") if is_dict_in(state, key)), "")
+    if key:  # a trainer's, with more beside it
+        state = {f"{key}.{name}": tensor for name, tensor in state[key].items()}
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}; expected named tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"{path}: {short(name)} is of type {type(tensor).__name__}; expected named tensors")
+        if not is_plain(tensor):
+            kind = "without content" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise InputError(f"{path}: {name} is a tensor {kind}; expected plain ones, each with all its numbers")
     for name, tensor in state.items():
         yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
+
+
+def is_dict_in(state: object, key: str) -> bool:
+    """Whether `state` is a dictionary with another one under `key`."""
+    return isinstance(state, dict) and isinstance(state.get(key), dict)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether each of a tensor's numbers is in memory."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 # saving

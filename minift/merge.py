@@ -41,7 +41,7 @@ class Cost:
 def merge(config: MergeConfig) -> tuple[Model, Tokenizer | None, Cost]:
     """Loads the adapted model that `config` names, merges it and compares the two. Raises InputError."""
     config.check()
-    model, tokenizer = hub.load(config.model, fresh_head=False)
+    model, tokenizer = hub.load(config.model, base_model=config.base_model, fresh_head=False)
     if not model.adapter:
         raise InputError(f"{config.model}: has no adapter; expected a run trained with one, or an adapter folder")
     if not model.task:

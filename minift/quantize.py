@@ -8,6 +8,7 @@ tensor `weight` with six more beside it (transformers loads them with bitsandbyt
 """
 
 import json
+import math
 from collections.abc import Iterator
 
 import torch
@@ -72,11 +73,15 @@ class NF4Linear(nn.Module):
             if nested := "nested_offset" in state:
                 want |= {"nested_blocksize": nf4.NESTED, "nested_dtype": "float32"}
             dtype, mean = getattr(torch, state["dtype"]), float(state.get("nested_offset", 0))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             return f"has a quant_state that cannot be read ({type(e).__name__}: {e})"
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not math.isfinite(mean):
+            return f"has dtype {state['dtype']!r} and nested_offset {mean} in its quant_state; expected finite numbers"
         for key, value in want.items():
             if state.get(key) != value:
                 return f"has {key} {state.get(key)!r} in its quant_state; expected {value!r}"
+        if found["weight"].is_floating_point():  # bytes, kept as wider numbers (bnb_4bit_quant_storage)
+            found = found | {"weight": found["weight"].contiguous().view(torch.uint8).view(-1, 1)}
         blocks = len(self.absmax)
         like = {
             "weight": torch.empty_like(self.weight, device="meta"),

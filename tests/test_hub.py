@@ -394,8 +394,8 @@ def test_a_pickle_that_would_run_code(bert, tmp_path, zipped):
 
 def test_a_bin_of_something_else(bert):
     (bert / "model.safetensors").unlink()
-    torch.save({"model": {"a": torch.zeros(2)}}, bert / "pytorch_model.bin")
-    refuse(bert, "pytorch_model.bin", "something else than named tensors")
+    torch.save({"a": {"a": torch.zeros(2)}}, bert / "pytorch_model.bin")
+    refuse(bert, "pytorch_model.bin", "'a' is of type dict; expected named tensors")
 
 
 def test_no_config(bert):
@@ -445,7 +445,7 @@ def test_an_index_that_points_outside(bert, place):
     refuse(bert, path.name, "classifier.bias", place, "same folder")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": [1]}'])
 def test_bad_index(bert, text):
     path, _ = shard(bert, weights(bert))
     path.write_text(text)

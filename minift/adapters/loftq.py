@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import nf4
-from .lora import adapters, check_float
+from .lora import adapters, check_splits
 
 ROUNDS = 5
 
@@ -19,7 +19,7 @@ ROUNDS = 5
 def add(model: nn.Module) -> None:
     """Splits each adapted weight into what will be packed and an adapter that makes up for its error."""
     for name, lora in adapters(model):
-        check_float(name, lora)
+        check_splits(name, lora)
         w, rank = lora.base.matrix(torch.float32), len(lora.A)
         for _ in range(ROUNDS):
             rest = w - lora.delta()

@@ -43,6 +43,8 @@ class LoRAConfig:
     variant: str = "lora"
     saved: tuple[str, ...] | None = None  # modules of the head that are trained in full, and saved with the adapter
     base: str = ""  # where the frozen weights come from, as a folder or hub id
+    kept: tuple[str, ...] = ()  # frozen parameters, by our names, that came with the adapter and are saved with it
+    initial: str = ""  # of a file: what was taken out of the base before training (peft_format.with_initial_part)
 
 
 class LoRALinear(nn.Module):
@@ -117,6 +119,7 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
             raise InputError(f"{option} is {value}; expected at least 1")
     if not 0 <= config.dropout < 1:
         raise InputError(f"adapter dropout is {config.dropout}; expected at least 0 and below 1")
+    check_patterns(config)
     saved = default_saved(model) if config.saved is None else config.saved
     layers = candidates(model)
     chosen = select(model, config, {hub: name for name, hub in layers.items() if not is_within(hub, saved)})
@@ -124,15 +127,45 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
     for i, (name, hub) in enumerate(layers.items()):
         if hub in chosen:
             r, a = (
-                by_pattern(config.rank_pattern, hub, config.rank),
-                by_pattern(config.alpha_pattern, hub, config.alpha),
+                by_pattern(config.rank_pattern, name_in(model, hub), config.rank),
+                by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha),
             )
-            put(model, name, LoRALinear(model.get_submodule(name), r, a, config.dropout, config.rslora, SITE + i))
+            layer = model.get_submodule(name)
+            check_rank(r, hub, layer)
+            put(model, name, LoRALinear(layer, r, a, config.dropout, config.rslora, SITE + i))
     for name, module in model.named_modules():
         if name.startswith("head.") and is_within(model.hub_name(name), saved):
             module.requires_grad_()
-    targets = tuple(chosen) if config.targets == "all-linear" else config.targets
+    targets = config.targets
+    if targets == "all-linear":
+        targets = tuple(name_in(model, hub) for hub in chosen)
     model.adapter = LoRAConfig(**vars(config) | {"saved": saved, "targets": targets or default_targets(model)})
+
+
+def check_patterns(config: LoRAConfig) -> None:
+    """Raises InputError that names the option and the regular expression that is none."""
+    for option, value in (("targets", config.targets), ("exclude", config.exclude)):
+        if isinstance(value, str):
+            check_pattern(option, value)
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            check_pattern(option, key, end_of(key))
+
+
+def check_pattern(option: str, pattern: str, used: str = "") -> None:
+    """Raises InputError where `pattern` is no regular expression; used: the longer one that it is a part of."""
+    try:
+        re.compile(used or pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise InputError(f"{option} is {pattern!r}: not a regular expression ({e})") from e
+
+
+def check_rank(rank: int, hub: str, layer: nn.Module) -> None:
+    """Raises InputError where A and B would be larger than anything that the layer can use."""
+    most = layer.in_features + layer.out_features
+    if rank > most:
+        size = f"{layer.out_features} x {layer.in_features}"
+        raise InputError(f"rank is {rank} for {hub}, which is {size}; expected at most {most}")
 
 
 def initialise(lora: LoRALinear, generator: torch.Generator) -> None:
@@ -155,14 +188,19 @@ def candidates(model: nn.Module) -> dict[str, str]:
     }
 
 
+def name_in(model: nn.Module, hub: str) -> str:
+    """The hub's name as it is in this model, for transformers and PEFT: a body without a head has no prefix."""
+    return hub if model.head else hub.removeprefix(model.family.PREFIX)
+
+
 def select(model: nn.Module, config: LoRAConfig, layers: dict[str, str]) -> list[str]:
     """Those of the hub names `layers` that the configuration means. Raises InputError where it means none."""
     targets = config.targets or default_targets(model)
     found = [
         hub
         for hub in layers
-        if not (config.exclude and is_named(hub, config.exclude))
-        and (targets == "all-linear" or is_named(hub, targets))
+        if not (config.exclude and is_named(name_in(model, hub), config.exclude))
+        and (targets == "all-linear" or is_named(name_in(model, hub), targets))
         and (not config.layers or number(hub) in config.layers)
     ]
     if not found:
@@ -193,7 +231,12 @@ def is_named(hub: str, wanted: str | tuple[str, ...]) -> bool:
 
 def by_pattern(patterns: dict, hub: str, default):
     """The value of the first pattern that the end of a name fits."""
-    return next((value for key, value in patterns.items() if re.match(rf"(?:.*\.)?(?:{key})$", hub)), default)
+    return next((value for key, value in patterns.items() if re.match(end_of(key), hub)), default)
+
+
+def end_of(key: str) -> str:
+    """The regular expression for names of which `key` fits the end."""
+    return rf"(?:.*\.)?(?:{key})$"
 
 
 def is_within(hub: str, modules: tuple[str, ...]) -> bool:
@@ -225,10 +268,21 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield model.hub_name(name.removesuffix(".lora")), module
 
 
-def check_float(name: str, lora: LoRALinear) -> None:
-    """Raises InputError where the frozen weight is packed already, for variants that split it first."""
-    if not lora.base.weight.is_floating_point():
+def check_float(name: str, weight: Tensor) -> None:
+    """Raises InputError where a frozen weight is packed already, for variants that split it first."""
+    if not weight.is_floating_point():
         raise InputError(f"{name}: its weight is in 4 bits; expected the original (quantize() the model afterwards)")
+
+
+def check_splits(name: str, lora: LoRALinear) -> None:
+    """Raises InputError where no part of a frozen weight can become the adapter's first A and B."""
+    check_float(name, lora.base.weight)
+    rank, most = len(lora.A), min(lora.in_features, lora.out_features)
+    if rank > most:
+        size = f"{lora.out_features} x {lora.in_features}"
+        raise InputError(f"rank is {rank} for {name}, which is {size}; expected at most {most}, its singular values")
+    if lora.scale <= 0:
+        raise InputError(f"alpha is {lora.alpha} for {name}; expected above 0, as the first A and B are divided by it")
 
 
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:

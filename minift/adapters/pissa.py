@@ -9,14 +9,14 @@ run keeps it beside the adapter (base/). With `--base nf4` the rest is packed af
 import torch
 from torch import nn
 
-from .lora import adapters, check_float
+from .lora import adapters, check_splits
 
 
 @torch.no_grad()
 def add(model: nn.Module) -> None:
     """Moves the principal part of each adapted weight into its adapter."""
     for name, lora in adapters(model):
-        check_float(name, lora)
+        check_splits(name, lora)
         rank, scale = len(lora.A), lora.scale
         u, s, vt = torch.linalg.svd(lora.base.matrix(torch.float32), full_matrices=False)
         root = (s[:rank] / scale).sqrt()

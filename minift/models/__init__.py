@@ -39,6 +39,21 @@ class Model(nn.Module):
         self.settings = self.settings | {"tie_word_embeddings": False}
         self.head.out.weight = nn.Parameter(self.head.out.weight.detach().clone())
 
+    def resize(self, rows: int) -> None:
+        """Makes the vocabulary `rows` long; new rows are zero."""
+        resized = [self.get_submodule(self.family.EMBEDDING)]
+        if hasattr(self.head, "tied"):  # it says a token too
+            self.head.out.out_features = rows
+            resized += [] if self.tied else [self.head.out]
+        for module in resized:
+            old = module.weight
+            new = old.new_zeros(rows, old.shape[1])
+            new[: len(old)] = old.detach()[:rows]
+            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.config = replace(self.config, vocab_size=rows)
+        self.settings = self.settings | {"vocab_size": rows}
+        self.tie()
+
     @property
     def tied(self) -> bool:
         """Whether the head has no weight of its own."""

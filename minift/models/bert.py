@@ -199,6 +199,8 @@ RENAME = (
     ("mlp.norm.", "output.LayerNorm."),
 )
 PREFIX = "bert."
+EMBEDDING = "body.embeddings.word"  # which has a row for each token of the vocabulary
+ALIASES = {}  # other names that a config.json may give a field of Config
 TRANSPOSED = ()
 IGNORED = r"(.*\.)?position_ids"  # buffers of old files, computed here
 OTHER_HEADS = r"(bert\.)?pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task

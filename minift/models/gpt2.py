@@ -211,6 +211,13 @@ ASKED = "last"  # the token of a sequence that classification asks about
 
 RENAME = (("body.", "transformer."),)  # our name -> the hub's
 PREFIX = "transformer."
+EMBEDDING = "body.wte"  # which has a row for each token of the vocabulary
+ALIASES = {  # other names that a config.json may give a field of Config (transformers' attribute_map)
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) on the hub: Conv1D
 IGNORED = r"(.*\.)?attn\.(bias|masked_bias)"  # causal masks kept as buffers
 OTHER_HEADS = r"lm_head\..*|score\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task

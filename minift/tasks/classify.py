@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import data
 from ..batch import Batch, Sequence
+from ..config import InputError
 from ..data import Example, label_ids
 from ..models import Model
 from ..ops.dropout import Noise
@@ -25,16 +26,25 @@ def encode(
 ) -> list[Sequence]:
     """Tokens, the row asked about and its label, for each example. Raises InputError for an unknown label."""
     labels = label_ids(examples, model.labels) if labelled else [0] * len(examples)
+    kinds = min(getattr(model.config, "type_vocab_size", 0), 128)  # they travel in 8 bits
     sequences = []
     for i in range(0, len(examples), CHUNK):
         part = examples[i : i + CHUNK]
         for tokens in tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length):
             number, n = len(sequences), len(tokens.ids)
+            types = tokens.types if kinds and any(tokens.types) else None
+            if not n:
+                raise InputError(f"{examples[number].where}: the text gives no tokens at all; expected one or more")
+            if types and max(types) >= kinds:
+                raise InputError(
+                    f"{examples[number].where}: the tokenizer gives token type {max(types)}; expected below {kinds}, "
+                    "since the model has no more (type_vocab_size)"
+                )
             sequences.append(
                 Sequence(
                     number=number,
                     ids=np.array(tokens.ids, np.int32),
-                    types=np.array(tokens.types, np.int8) if any(tokens.types) else None,
+                    types=None if types is None else np.array(types, np.int8),
                     rows=np.array([0 if model.family.ASKED == "first" else n - 1], np.int32),
                     targets=np.array([labels[number]], np.int64),
                     cut=tokens.truncated,

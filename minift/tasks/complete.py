@@ -1,7 +1,8 @@
 """The next token: GPT-2 learns to complete prompts, to answer in a chat, or to go on with plain text.
 
 Prompt and completion are tokenised apart and joined, so the boundary between them never moves; each completion ends
-with the end-of-text token. The loss falls on completions alone: rows are the positions before each of their tokens.
+with the end-of-text token. Special tokens that the tokenizer puts in front of a text stand once, at the start of all.
+The loss falls on completions alone: rows are the positions before each of their tokens.
 
 M rows, V vocabulary.
 """
@@ -30,13 +31,14 @@ def encode(
     passages: list[Passage], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
 ) -> list[Sequence]:
     """Tokens, and the rows and targets of the parts to be learned. Raises InputError where nothing is to be learned."""
-    stop, sequences, stream = end_of_text(tokenizer), [], []
+    stop, sequences, stream = end_of_text(model, tokenizer), [], list(tokenizer.before)
     for i in range(0, len(passages), CHUNK):
         some = passages[i : i + CHUNK]
         texts = [text for passage in some for text, _ in passage.parts]
-        tokens = iter(tokenizer.encode(texts))
+        tokens = iter(tokenizer.encode(texts, special=False))
         for passage in some:
-            ids, learned = [], []
+            ids = [] if passage.plain else list(tokenizer.before)
+            learned = [False] * len(ids)
             for _, learn in passage.parts:
                 part = next(tokens).ids + ([stop] if learn and not passage.plain else [])
                 ids += part
@@ -45,7 +47,8 @@ def encode(
                 stream += ids
             else:
                 sequences.append(masked(len(sequences), ids, learned, max_length))
-    sequences += blocks(len(sequences), stream, max_length)
+    if any(passage.plain for passage in passages):
+        sequences += blocks(len(sequences), stream, max_length)
     if not any(len(s.targets) for s in sequences):
         raise InputError(
             f"{passages[0].where}: nothing to learn from; every completion is cut off at {max_length} tokens"
@@ -73,11 +76,32 @@ def blocks(number: int, stream: list[int], length: int) -> list[Sequence]:
     ]
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of GPT-2's end-of-text token."""
-    if (stop := tokenizer.id("<|endoftext|>")) is None:
-        raise InputError("the tokenizer has no <|endoftext|>, which ends a completion")
-    return stop
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a prompt, as training saw it: what stands in front of a text, and nothing behind it."""
+    return tokenizer.before + tokenizer.encode([text], special=False)[0].ids
+
+
+def end_of_text(model: Model | None, tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a completion: the checkpoint's eos_token_id, else the tokenizer's own.
+
+    Raises InputError where neither says one that the tokenizer has.
+    """
+    return ends_of_text(model, tokenizer)[0]
+
+
+def ends_of_text(model: Model | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids of all tokens that end a completion; the first is the one that is learned."""
+    declared = model.settings.get("eos_token_id") if model else None
+    found = declared if isinstance(declared, list) else [declared]
+    found = [i for i in found if type(i) is int and tokenizer.token(i) is not None]
+    if tokenizer.end in found or not found:
+        found = [tokenizer.end, *(i for i in found if i != tokenizer.end)]
+    if found == [None]:
+        raise InputError(
+            "the checkpoint has no token that ends a completion; expected an eos_token_id in config.json, or an "
+            "eos_token in tokenizer_config.json, that is in the vocabulary"
+        )
+    return found
 
 
 def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -364,7 +364,7 @@ def test_ill_formed_weights_are_refused_by_name(saved, fault, words):
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora"),
-        ({"modules_to_save": ["word_embeddings"]}, "modules_to_save names word_embeddings"),
+        ({"modules_to_save": ["position_embeddings"]}, "modules_to_save names position_embeddings"),
         ({"r": "eight"}, "eight"),
         ({"base_model_name_or_path": None}, "no base_model_name_or_path"),
         ({"target_modules": ["nothing"]}, "no layer has such a name"),
