@@ -95,6 +95,8 @@ def check(config: CheckConfig) -> int:
         config.task,
         valid=config.valid,
         columns=config.columns,
+        header=config.header,
+        max_line=config.max_line,
         tokenizer=tokenizer,
         max_length=config.max_length,
         epochs=config.epochs,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
+LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 METHODS = r"full|lora|dora|pissa|loftq|lora-fa|head|bias|norm|last-\d+"
 
 
@@ -28,9 +29,26 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is read as a number: inf and nan too."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def option(default, help: str, choices: tuple = (), at_least=None):
     """A dataclass field that is also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+HEADER = {
+    "default": "auto",
+    "help": "whether a .csv or .tsv begins with a header; auto: by its names",
+    "choices": ("auto", "yes", "no"),
+}
+MAX_LINE = {"default": LONGEST, "help": "longest line of a data file in bytes; 0: no limit", "at_least": 0}
 
 
 @dataclass
@@ -66,6 +84,8 @@ class TrainConfig(Config):
     valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
     out: str = option("", "run folder, new or empty (required)")
     columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
     limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
     method: str = option("full", "what is trained: full, lora, dora, pissa, loftq, lora-fa, head, bias, norm, last-K")
@@ -130,6 +150,10 @@ class TrainConfig(Config):
         for name in filter(None, self.log.split(",")):
             if name not in ("tensorboard", "wandb"):
                 raise ValueError(f"--log is {self.log!r}; expected tensorboard, wandb, or both with a comma between")
+        if is_number(self.valid) and not 0 < float(self.valid) < 1:  # nan is not above 0
+            raise ValueError(f"--valid is {self.valid!r}; expected a file, or a fraction above 0 and below 1")
+        if self.patience and not self.valid:
+            raise ValueError(f"--patience is {self.patience} without --valid; expected one, to tell what is better")
         if not re.fullmatch(METHODS, self.method):
             raise ValueError(f"--method is {self.method!r}; expected one of {METHODS.replace('|', ', ')}")
         if self.base == "nf4" and re.match("full|last", self.method):
@@ -169,6 +193,8 @@ class EvalConfig(Config):
     task: str = option("classify", "what it was trained for", choices=("classify", "complete"))
     data: str = option("", "labelled file or folder (required)")
     columns: str = option("", "columns or keys to read, as text,label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     limit: int = option(0, "evaluate N examples drawn at random; 0: all", at_least=0)
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
     max_length: int = option(
@@ -190,6 +216,8 @@ class PredictConfig(Config):
     pair: str = option("", "the second sentence of --text")
     out: str = option("", "write here instead of standard output")
     columns: str = option("", "columns or keys to read, as text or text=review")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
     max_length: int = option(
         0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0
@@ -209,6 +237,7 @@ class GenerateConfig(Config):
     model: str = option("", "run folder, or model folder or hub id of a language model (required)")
     prompt: str = option("", "one prompt")
     data: str = option("", "file of prompts: .jsonl with prompt or messages")
+    max_line: int = option(**MAX_LINE)
     out: str = option("", "write here instead of standard output")
     max_tokens: int = option(64, "most tokens to generate for a prompt", at_least=1)
     temperature: float = option(0.0, "divides the logits; 0: always the likeliest token", at_least=0)
@@ -233,6 +262,8 @@ class CheckConfig(Config):
     task: str = option("complete", "what it is for", choices=("classify", "complete"))
     valid: str = option("", "validation file, for leakage between the two")
     columns: str = option("", "columns or keys to read, as text,label (classify)")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     model: str = option("", "folder or hub id whose tokenizer counts tokens")
     max_length: int = option(0, "longest sequence in tokens, the rest would be cut; 0: no limit", at_least=0)
     epochs: int = option(3, "passes over the data, for the estimate of tokens trained", at_least=1)
@@ -251,6 +282,8 @@ class MergeConfig(Config):
     )
     data: str = option("", "file of examples to compare the logits on; none: random tokens")
     columns: str = option("", "its columns or keys, as text,label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
 
 
 @dataclass

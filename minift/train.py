@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from . import checkpoint, data, hub
 from .adapters import CHANGES_BASE, apply
 from .adapters.lora import adapters, names
 from .batch import Sequence, order, pack
-from .config import InputError, TrainConfig
+from .config import InputError, TrainConfig, is_number
 from .distributed import ALONE, World, join
 from .evaluate import check_length, measure
 from .graph import Graphs
@@ -71,15 +72,12 @@ class Interrupted(Exception):
 
 def read_examples(config: TrainConfig) -> tuple[list, list]:
     """(training, validation) examples of a configuration; the second is empty without --valid. Raises InputError."""
-    read = TASKS[config.task].read
+    read = partial(TASKS[config.task].read, header=config.header, max_line=config.max_line)
     examples, valid = read(config.data, config.columns), []
-    if config.valid:
-        try:
-            fraction = float(config.valid)
-        except ValueError:
-            valid = read(config.valid, config.columns)
-        else:
-            examples, valid = data.split(examples, fraction, config.seed)
+    if is_number(config.valid):
+        examples, valid = data.split(examples, float(config.valid), config.seed)
+    elif config.valid:
+        valid = read(config.valid, config.columns)
     return data.sample(examples, config.limit, config.seed) if config.limit else examples, valid
 
 
