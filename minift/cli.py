@@ -30,11 +30,12 @@ def train(config: TrainConfig) -> int:
     from . import data
     from .distributed import leave
     from .track import say, speaks
-    from .train import Interrupted, load_model, read_examples
+    from .train import Interrupted, load_model, read_training, set_aside
     from .train import train as run
 
-    examples = read_examples(config)
-    labels = data.label_names(examples[0], config.labels) if config.task == "classify" else None
+    whole = read_training(config, config.data)
+    labels = data.label_names(whole, config.labels) if config.task == "classify" else None  # before some are set aside
+    examples = set_aside(config, whole)
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:

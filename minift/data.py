@@ -190,7 +190,8 @@ def _wrong(role: str, value: object) -> tuple[str, str] | None:
     if not value.strip():
         return "empty text", f"is empty, {_short(value)}; expected some text"
     if lone := re.search("[\ud800-\udfff]", value):  # "\ud83d" alone is legal JSON, but has no UTF-8 and so no tokens
-        return "lone surrogate", f"has the lone surrogate {lone[0]!r} at character {lone.start()}; expected valid Unicode"
+        where = f"{lone[0]!r} at character {lone.start()}"
+        return "lone surrogate", f"has the lone surrogate {where}; expected valid Unicode"
     return None
 
 
@@ -456,15 +457,15 @@ def _by_name(where: str, row: list[str], wanted: Columns, faults: Faults) -> Lay
     for role, at in found.items():
         if len(at) > 1:
             named = " and ".join(_short(row[i]) for i in at)
-            message = f"found the header {_short(row)}, where {named} could each be the {role}"
-            example = ",".join(f"{r}={row[cells[0]]}" for r, cells in found.items())
-            faults.stop(where, f"{message}; expected one, or which it is, as in --columns {example!r}", "unknown header")
+            message = f"found the header {_short(row)}, where {named} could each be the {role}; expected one"
+            example = ",".join(f"{r}={cells[0] + 1}" for r, cells in found.items())
+            faults.stop(where, f"{message}, or its number: --header yes --columns {example}", "unknown header")
     cells = {role: at[0] for role, at in found.items()}
     return Layout(cells, len(row), f"{len(row)}, as in the header", header=True)
 
 
 def _called(row: list[str], role: str, wanted: Columns) -> list[int]:
-    """The cells of a header that may be a role's: those called exactly so, else alike, else by one of the usual names."""
+    """The cells of a header that may be a role's: called exactly so, else alike, else by one of the usual names."""
     name = wanted.names[role]
     exact = [i for i, cell in enumerate(row) if cell == name]
     alike = [i for i, cell in enumerate(row) if _plain_name(cell) == _plain_name(name)]
@@ -508,8 +509,9 @@ def _is_doubtful(row: list[str], cells: dict[str, int]) -> bool:
 
 
 def _stop_at_a_doubt(where: str, row: list[str], faults: Faults) -> NoReturn:
-    message = f"found {_short(row)}, which may be a header or an example; expected to be told: --header yes, --header no"
-    faults.stop(where, f"{message}, or the names of its columns, as in --columns text=sentence,label=class", "header?")
+    message = f"found {_short(row)}, which may be a header or an example; expected to be told, by --header yes"
+    advice = "--header no, or the names of its columns, as in --columns text=sentence,label=class"
+    faults.stop(where, f"{message}, {advice}", "header or example")
 
 
 def _check_separator(where: str, row: list[str], wanted: Columns, faults: Faults) -> None:
@@ -614,7 +616,7 @@ def _kind(path: Path) -> str:
 
 
 def _check_kind(path: Path, task: str) -> None:
-    """Raises InputError unless `path` is a regular file of a kind that the task reads, or a folder where it reads one."""
+    """Raises InputError unless `path` is a regular file of a kind that the task reads, or for classify a folder."""
     folder = task == "classify"
     kinds = READERS if folder else TEXTS
     shown = printable(str(path))
@@ -781,7 +783,8 @@ OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and
     ),
     "instruction": (
         "Alpaca's form",
-        """`jq -c '{prompt: ([.instruction, .input // empty] | join("\\n") + "\\n"), completion: .output}'` converts it""",
+        """`jq -c '{prompt: ([.instruction, .input // empty] | join("\\n") + "\\n"), completion: .output}'` """
+        "converts it",
     ),
     "chosen": ("pairs of preferences", "of which only the chosen one can be learned"),
 }

@@ -25,7 +25,6 @@ from .tasks.complete import end_of_text, tokens_of
 from .tokenizer import Tokenizer
 from .track import Progress
 
-
 WHY = "since the model reads %d at most"
 
 
@@ -74,7 +73,8 @@ def judge(prompts: Iterable[Passage], model: Model, tokenizer: Tokenizer) -> int
     for prompt, ids, _ in tokens_of(prompts, tokenizer):
         count += 1
         if len(ids) >= longest:
-            faults.add(prompt.where, f"the prompt has {len(ids)} tokens; expected at most {longest - 1}, {WHY % longest}")
+            message = f"the prompt has {len(ids)} tokens; expected at most {longest - 1}, {WHY % longest}"
+            faults.add(prompt.where, message)
     faults.check()
     return count
 

@@ -29,7 +29,7 @@ from . import tokenizer as tokenizers
 from .adapters import peft_format
 from .adapters.lora import put as replace_module
 from .adapters.lora import wrappers
-from .config import InputError
+from .config import InputError, printable
 from .distributed import whole
 from .layers import Linear
 from .models import FAMILIES, Model
@@ -55,6 +55,8 @@ class Report:
     reshaped: list[str] = field(
         default_factory=list
     )  # of another shape in the file (another number of labels), drawn at random
+    relabelled: list[str] = field(default_factory=list)  # of other classes in the file, drawn at random
+    labels: str = ""  # what became of the checkpoint's classes, where that is worth a word
     unused: list[str] = field(default_factory=list)  # in the file, for another task
 
     def __str__(self) -> str:
@@ -62,10 +64,13 @@ class Report:
         for names, what in (
             (self.fresh, "missing, freshly initialised"),
             (self.reshaped, "of another shape, freshly initialised"),
+            (self.relabelled, "of other classes, freshly initialised"),
             (self.unused, "of another task, not used"),
         ):
             if names:
                 lines.append(f"{len(names)} {what}: {', '.join(names)}")
+        if self.labels:
+            lines.append(self.labels)
         return "\n".join(lines)
 
 
@@ -76,6 +81,7 @@ def load(
     *,
     base: str = "",
     fresh_head: bool = True,
+    ordered: bool = True,
     dropout: float = -1,
     seed: int = 42,
     device: str | torch.device = "cpu",
@@ -83,7 +89,9 @@ def load(
     """The model in `source` (a folder, a run folder, an adapter folder or a hub id), and its tokenizer or None.
 
     task: which head to put on it; None for the body alone.
-    labels: names of the classes; None takes the checkpoint's own.
+    labels: names of the classes; None takes the checkpoint's own. Where these are the same names, the head's rows stay
+    theirs; of other classes its last layer is drawn anew.
+    ordered: whether the order of `labels` counts; else the checkpoint's holds where the names are the same.
     base: "nf4" packs the layers of the body into four bits; "" leaves them as the checkpoint (or the adapter's run)
     had them.
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
@@ -102,10 +110,15 @@ def load(
         of_run = read_settings(given)
         settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
     packed = settings.get("minift", {}).pop("base", "")  # how the run kept its base
-    model = build(settings, folder, task, labels, dropout)
+    classes = choose_classes(own_labels(settings), labels, ordered) if task == "classify" else Classes(labels)
+    fresh_classes = classes.fresh and not is_adapter  # an adapter's head is first read as it is
+    model = build(settings, folder, task, classes.first_rows(is_adapter), dropout)
     prepare(model, folder, base or packed)
+    if fresh_classes:
+        model.head.out = on_meta(model.head.out, len(classes.rows))  # though the file has it in four bits
     with native.returned_memory():
-        model.report, model.source = fill(model, folder, fresh_head or is_adapter, seed), address(source)
+        model.report = fill(model, folder, fresh_head or is_adapter, seed, fresh_classes)
+        model.source = address(source)
     if model.task and isinstance(model.head.out, NF4Linear):
         model.head.out = unpacked(
             model.head.out
@@ -114,6 +127,8 @@ def load(
         peft_format.load(model, given)
         if model.report.fresh and not fresh_head:
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
+    if task == "classify":
+        settle_classes(model, classes, seed)
     found = next((place for place in (given, folder) if any((place / n).is_file() for n in tokenizers.FILES)), None)
     tokenizer = tokenizers.load(found) if found else None
     if tokenizer and tokenizer.vocab_size > model.config.vocabulary:
@@ -204,11 +219,8 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
         raise InputError(
             f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(family.HEADS)}"
         )
-    if labels is None:
-        by_id = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-        labels = [by_id[key] for key in sorted(by_id, key=int)]
     with torch.device("meta"):
-        return Model(settings, config, task, labels)
+        return Model(settings, config, task, own_labels(settings) if labels is None else labels)
 
 
 def prepare(model: Model, folder: Path, base: str) -> None:
@@ -238,17 +250,100 @@ def unpacked(layer: NF4Linear) -> Linear:
     return new
 
 
+# the classes
+
+
+@dataclass
+class Classes:
+    """Which classes a model gets, and what becomes of the rows that the checkpoint has for its own."""
+
+    rows: list[str] | None  # in the order of the head's rows as they are loaded; None: the checkpoint's own
+    labels: list[str] | None = None  # the order they are put in afterwards, if it is another
+    own: list[str] | None = None  # the checkpoint's
+    fresh: bool = False  # whether the last layer is drawn anew
+    said: str = ""  # of a last layer that is not drawn anew
+
+    def first_rows(self, is_adapter: bool) -> list[str] | None:
+        """The labels that the model is built with: those of an adapter's own head if that does not stay."""
+        if is_adapter and self.rows and (self.fresh or len(self.rows) != len(self.own)):
+            return self.own
+        return self.rows
+
+
+def own_labels(settings: dict) -> list[str]:
+    """The names of the checkpoint's classes."""
+    by_id = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return [by_id[key] for key in sorted(by_id, key=int)]
+
+
+def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> Classes:
+    """The one place where a checkpoint's classes and those asked for (of the data, or of --labels) are joined.
+
+    LABEL_0 or 0 is no name, only a number: such rows are given the names wanted, in their order.
+    """
+    if wanted is None or own == wanted:
+        return Classes(wanted, own=own)
+    if all(name in (f"LABEL_{i}", str(i)) for i, name in enumerate(own)):
+        named = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted))
+        same = len(own) == len(wanted)
+        return Classes(wanted, own=own, said=f"its classes had no names, and are now: {named}" if same else "")
+    numbers = {str(i) for i in range(len(own))}
+    if sorted(own) == sorted(wanted) or not ordered and set(wanted) <= numbers and not numbers & set(own):
+        order = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted if ordered else own))
+        what = "the head's rows were put in the order of --labels" if ordered else "classes as the checkpoint has them"
+        return Classes(own, wanted if ordered else None, own, said=f"{what}: {order}")
+    return Classes(wanted, own=own, fresh=True)
+
+
+def settle_classes(model: Model, classes: Classes, seed: int) -> None:
+    """What can be done only when all weights are there: a head under an adapter drawn anew, rows put in order."""
+    report, out = model.report, model.head.out
+    if classes.rows and model.labels != classes.rows:
+        model.head.out = on_meta(out, len(classes.rows))
+        model.labels = classes.rows
+        draw(model, seed)
+        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
+    if report.relabelled:
+        own = ", ".join(map(printable, classes.own))
+        report.labels = f"the checkpoint's classes were {own}; to go on with these, name them all: --labels"
+    elif classes.labels:
+        rows = [model.labels.index(name) for name in classes.labels]
+        for parameter in out.parameters():
+            parameter.data = parameter.data[rows]
+        model.labels = classes.labels
+    if not any(name.startswith("head.out.") for name in fresh_names(model)):
+        report.labels = report.labels or classes.said
+
+
+def on_meta(layer: nn.Module, rows: int) -> Linear:
+    """A layer like this one for another number of rows, without memory: to be drawn."""
+    with torch.device("meta"):
+        return Linear(layer.in_features, rows, layer.bias is not None)
+
+
+def fresh_names(model: Model) -> list[str]:
+    """Our names of what was drawn at random because the file lacks it or has another shape of it."""
+    drawn = {*model.report.fresh, *model.report.reshaped}
+    return [name for name, hub in hub_names(model).items() if hub in drawn]
+
+
 # the weights
 
 
-def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
-    """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError."""
+def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes: bool = False) -> Report:
+    """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError.
+
+    fresh_classes: whether the last layer of the head is drawn though the file has one, of other classes.
+    """
     names, report, faults = hub_names(model), Report(), []
     ours = {hub: name for name, hub in names.items()}
     packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
     for raw, shape, read in tensors(folder):
         weight, part = split_part(raw)
         hub = modern(weight, ours, model.family.PREFIX)
+        if hub in ours and fresh_classes and ours[hub].startswith("head.out."):
+            report.relabelled += [] if hub in report.relabelled else [hub]
+            continue
         if hub in ours and not part and can_pack(model, ours[hub]) and shape == tuple(get(model, ours[hub]).shape):
             part = "weight"
         if hub in ours and part:
@@ -265,7 +360,8 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
             fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
         faults += [f"{hub} {fault}"] if fault else []
         report.loaded += 1
-    missing = [n for n in names if get(model, n).is_meta and names[n] not in (*report.reshaped, *packed)]
+    known = (*report.reshaped, *report.relabelled, *packed)
+    missing = [n for n in names if get(model, n).is_meta and names[n] not in known]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
     faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:
