@@ -4,7 +4,7 @@ Training stops at the fifth fault; this tells every one, as file:line, what was 
 warns of what is legal but seldom meant: duplicates, validation examples among the training ones, texts to be cut.
 
 Memory does not grow with the file but for 32 bytes an example (three 8-byte hashes and its line). A line of LONGEST
-bytes or more is told by its length and never held whole (for classify and plain text it is: train reads it too).
+bytes or more is told by its length and never held whole, as in training.
 Two different examples share a hash, and so are called duplicates, with probability n^2 / 2^65: 3 in a million for ten
 million examples.
 
@@ -12,12 +12,9 @@ The formats are those of OpenAI's fine-tuning API (https://platform.openai.com/d
 follows its cookbook's validator for chat and the `validators` of openai-python 0.x for prompt/completion.
 """
 
-import codecs
 import difflib
-import gzip
 import hashlib
 import textwrap
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,25 +25,26 @@ from typing import NoReturn
 
 import numpy as np
 
-from .config import InputError
+from .config import LONGEST, printable
 from .data import (
-    PIECE,
     ROLES,
     _chat,
+    _check_kind,
     _columns,
-    _decoded,
     _example,
-    _folder,
     _kind,
-    _object,
-    _reader,
+    _objects,
     _short,
-    _without_end,
     _wrong,
+    look_alikes,
+    other_form,
+    pieces,
+    rows,
+    weight_fault,
+    weight_of,
 )
 from .tokenizer import Tokenizer
 
-LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 FEWEST = 10  # examples; services refuse fewer
 BATCH, CHARACTERS = 256, 1 << 20  # examples, and characters, tokenised at once
 SHOWN = 20  # classes in the report
@@ -62,18 +60,7 @@ MESSAGE_KEYS = {  # optional ones, beside "role" and "content"; the value of "we
     "refusal": str,
 }
 MIXED = "no system message, where other examples have one"
-KINDS = {  # words in the messages of data.py -> the kind of fault
-    "expected UTF-8": "not UTF-8",
-    "not JSON": "not JSON",
-    "one JSON object per line": "not an object",
-    "no field": "missing key",
-    " cells, ": "wrong number of cells",
-    "is empty": "empty text",
-    "lone surrogate": "lone surrogate",
-    "expected a string": "wrong type",
-    "can't be read": "unreadable file",
-    "truncated": "truncated or corrupt .gz",
-}
+ENDS = "<|endoftext|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +90,13 @@ class Findings:
         self.form = ""
         self.where = ""  # of the last fault: what stands there is no example
 
-    def add(self, where: str, message: str, kind: str = "") -> None:
+    def add(self, where: str, message: str, kind: str = "other") -> None:
         """A fault."""
-        self.faults[kind or next((k for words, k in KINDS.items() if words in message), "other")] += 1
+        self.faults[kind] += 1
         self.where = where
         self.say(f"{where}: {message}")
 
-    def stop(self, where: str, message: str, kind: str = "") -> NoReturn:
+    def stop(self, where: str, message: str, kind: str = "other") -> NoReturn:
         """A fault after which the rest of the file has no meaning."""
         self.add(where, message, kind)
         raise Stopped
@@ -126,68 +113,6 @@ class Findings:
         for what, (count, lines) in self.notes.items():
             more = ", ..." if count > len(lines) else ""
             yield f"{what}: {count:,} (line{'s' * (count > 1)} {', '.join(map(str, lines))}{more})"
-
-
-# ---- bytes -> lines -> objects ---------------------------------------------------------------------------------------
-
-
-def _lines(path: Path, found: Findings, most: int = LONGEST) -> Iterator[tuple[int, str]]:
-    """(number, line with its end), as data._lines; but one of `most` bytes is a fault and passed over. -1: no limit."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-            while raw := file.readline(most):
-                number += 1
-                if len(raw) == most and not raw.endswith(b"\n"):
-                    length = most + _skip(file)
-                    message = f"found a line of {length:,} bytes; expected fewer than {most:,}"
-                    found.add(f"{path.name}:{number}", message, "line too long")
-                else:
-                    yield number, _text(path.name, number, raw, found)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        message = f"the .gz is truncated or corrupt ({error}); expected a whole gzip file"
-        found.stop(f"{path.name}:{number + 1}", message)
-    except OSError as error:
-        found.stop(str(path), f"can't be read: {error.strerror}")
-
-
-def _skip(file) -> int:
-    """Read to the end of the line, a piece at a time; its length in bytes."""
-    length = 0
-    while piece := file.readline(1 << 20):
-        length += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return length
-
-
-def _text(name: str, number: int, raw: bytes, found: Findings) -> str:
-    if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        message = f"starts with {raw[:2].hex(' ')}, UTF-16; expected UTF-8 (`iconv -f utf-16 -t utf-8` converts it)"
-        found.stop(f"{name}:1", message, "not UTF-8")
-    if number == 1 and raw.startswith(codecs.BOM_UTF8):
-        found.warn("starts with a UTF-8 byte order mark, which is passed over", 1)
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-    if raw.endswith(b"\r\n"):
-        found.warn("line ends are CRLF", number)
-    return _decoded(raw, f"{name}:{number}", found)
-
-
-def _objects(path: Path, found: Findings) -> Iterator[tuple[int, dict]]:
-    """(line, JSON object) of a JSONL file."""
-    blank, first = 0, 0  # blank lines since the last other one; those at the end of a file do no harm
-    for number, line in _lines(path, found):
-        if not line.strip():
-            blank, first = blank + 1, first if blank else number
-            continue
-        if blank:
-            found.warn("blank lines", first, blank)
-            blank = 0
-        if number == 1 and line.strip() == "[":
-            message = "found a JSON array over several lines; expected one object per line (`jq -c '.[]'` converts it)"
-            found.stop(f"{path.name}:1", message, "not JSON")
-        if (row := _object(f"{path.name}:{number}", _without_end(line), found)) is not None:
-            yield number, row
 
 
 # ---- one example -----------------------------------------------------------------------------------------------------
@@ -214,7 +139,7 @@ def _wrong_type(where: str, name: str, value: object, expected: str, found: Find
 
 def _check_text(where: str, name: str, value: object, found: Findings) -> None:
     if fault := _wrong("text", value):
-        found.add(where, f"{name} {fault}")
+        found.add(where, f"{name} {fault[1]}", fault[0])
     elif "\0" in value:
         message = f"{name} has a NUL at character {value.index(chr(0))}; expected text without"
         found.add(where, message, "NUL character")
@@ -230,6 +155,8 @@ def _judge_pair(where: str, line: int, row: dict, found: Findings) -> Item | Non
     if found.where == where:
         return None
     prompt, completion = row["prompt"], row["completion"]
+    if ENDS in prompt + completion:
+        found.warn(f"{ENDS} in a text, which is read as that token", line)
     if not completion[0].isspace():  # byte-level BPE joins a space to the word after it
         found.warn("completion does not start with whitespace", line)
     return Item(line, [(prompt, False), (completion, True)], prompt, completion)
@@ -269,16 +196,8 @@ def _check_message(where: str, i: int, message: object, found: Findings) -> None
         found.add(where, prefix + text, "tool call without text")
     elif "content" in message:
         _check_text(where, prefix + "content", message["content"], found)
-    if "weight" in message:
-        _check_weight(where, prefix, role, message["weight"], found)
-
-
-def _check_weight(where: str, prefix: str, role: object, weight: object, found: Findings) -> None:
-    if role != "assistant":
-        text = f"found a weight on the role {_short(role)}; expected one on assistant messages only"
-        found.add(where, prefix + text, "misplaced weight")
-    elif type(weight) is not int or weight not in (0, 1):  # not isinstance: True is an int too
-        found.add(where, f"{prefix}weight is {_short(weight)}; expected 0 or 1", "wrong weight")
+    if fault := weight_fault(message):
+        found.add(where, prefix + fault[1], fault[0])
 
 
 def _check_trained(where: str, messages: list, found: Findings) -> None:
@@ -288,7 +207,7 @@ def _check_trained(where: str, messages: list, found: Findings) -> None:
         roles = [m.get("role") for m in messages if isinstance(m, dict)]
         text = f"found the roles {_short(roles)}; expected at least one message of the assistant"
         found.add(where, text, "no assistant message")
-    elif all(m.get("weight", 1) == 0 for m in spoken):
+    elif all(weight_of(m) == 0 for m in spoken):
         text = "found weight 0 on every message of the assistant; expected at least one to train"
         found.add(where, text, "nothing trained")
 
@@ -299,6 +218,10 @@ def _warn_of_roles(line: int, messages: list[dict], found: Findings) -> None:
         found.warn("no message of the user", line)
     if not {"system", "developer"} & set(roles):
         found.warn(MIXED, line)
+    if any(ENDS in message["content"] for message in messages):
+        found.warn(f"{ENDS} in a text, which is read as that token", line)
+    if messages[-1]["role"] != "assistant" or not weight_of(messages[-1]):
+        found.warn("messages after the last answer that is learned, which are left out", line)
     if any(message.get("tool_calls") or message.get("function_call") for message in messages):
         found.warn("tool calls, which are left out: only text is trained", line)
 
@@ -309,19 +232,21 @@ def _warn_of_roles(line: int, messages: list[dict], found: Findings) -> None:
 def _form(row: dict) -> str:
     """Which of FORMS an object is by its keys, if need be by keys spelt nearly so; "" for none."""
     exact = [form for form, keys in FORMS.items() if any(key in row for key in keys)]
+    if exact or other_form(row):
+        return exact[0] if exact else ""
     words = [key.lower()[:40] for key in list(row)[:20]]
     near = (form for form, keys in FORMS.items() if any(difflib.get_close_matches(word, keys, 1) for word in words))
-    return exact[0] if exact else next(near, "")
+    return next(near, "")
 
 
-def _pairs_or_chats(path: Path, found: Findings) -> Iterator[Item]:
+def _pairs_or_chats(path: Path, found: Findings, most: int) -> Iterator[Item]:
     """The first example without faults sets the format of the file; a change is told at the line where it begins."""
     judges, last = {"chat": _judge_chat, "prompt/completion": _judge_pair}, ""
-    for line, row in _objects(path, found):
-        where, form = f"{path.name}:{line}", _form(row)
+    for where, row in _objects(path, found, most):
+        line, form = int(where.rpartition(":")[2]), _form(row)
         if not form:
             text = f"unknown format, found {_short(list(row))}; expected either prompt and completion, or messages"
-            found.add(where, text, "unknown format")
+            found.add(where, text + other_form(row), "unknown format")
             continue
         if found.form not in ("", form) and last == found.form:
             text = f"found the format {form}; expected {found.form}, as in the lines before"
@@ -332,24 +257,17 @@ def _pairs_or_chats(path: Path, found: Findings) -> Iterator[Item]:
             yield item
 
 
-def _plain_text(path: Path, found: Findings) -> Iterator[Item]:
+def _plain_text(path: Path, found: Findings, most: int) -> Iterator[Item]:
     """Pieces of whole lines, the same as training cuts."""
-    found.form, held, size = "plain text", [], 0
-    for number, line in _lines(path, found, most=-1):
-        held.append(line)
-        size += len(line)
-        if size >= PIECE:
-            yield Item(number, [("".join(held), False)], "", "")
-            held, size = [], 0
-    if held:
-        yield Item(number, [("".join(held), False)], "", "")
+    found.form = "plain text"
+    for number, text in pieces(path, found, most):
+        yield Item(number, [(text, False)], "", "")
 
 
-def _labelled(path: Path, columns: str, found: Findings) -> Iterator[Item]:
+def _labelled(path: Path, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
     """What data.read() reads for classification."""
-    wanted, found.form = _columns(columns, need_label=True), "classes"
-    rows = _folder(path, found) if path.is_dir() else _reader(path)(path, wanted, found)
-    for number, (where, fields) in enumerate(rows, 1):
+    wanted, found.form = _columns(columns, need_label=True, header=header), "classes"
+    for number, (where, fields) in enumerate(rows(path, wanted, found, most), 1):
         example = _example(where, fields, wanted, found)
         if example and found.where != where:  # a line that is not UTF-8 is told and then read all the same
             line = number if path.is_dir() else int(where.rpartition(":")[2])
@@ -357,20 +275,15 @@ def _labelled(path: Path, columns: str, found: Findings) -> Iterator[Item]:
             yield Item(line, [(text, False) for text in texts], "\n".join(texts), str(example.label))
 
 
-def _items(path: Path, task: str, columns: str, found: Findings) -> Iterator[Item]:
+def _items(path: Path, task: str, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
     """The examples without faults, by task and kind of file."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
     if task == "classify":
-        rows = _labelled(path, columns, found)
-    elif _kind(path) == ".txt":
-        rows = _plain_text(path, found)
-    elif _kind(path) in (".jsonl", ".json"):
-        rows = _pairs_or_chats(path, found)
+        items = _labelled(path, columns, header, found, most)
     else:
-        raise InputError(f"{path}: unknown kind of file {_kind(path)!r}; expected .jsonl, .json or .txt, or with .gz")
+        _check_kind(path, task)
+        items = (_plain_text if _kind(path) == ".txt" else _pairs_or_chats)(path, found, most)
     with suppress(Stopped):
-        yield from rows
+        yield from items
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
@@ -551,7 +464,7 @@ class Report:
         return not self.faults
 
     def __str__(self) -> str:
-        head = textwrap.wrap(f"{self.name} ({self.form or 'format unknown'})", 80, subsequent_indent="  ")
+        head = textwrap.wrap(f"{printable(self.name)} ({self.form or 'format unknown'})", 80, subsequent_indent="  ")
         unit = "pieces" if self.form == "plain text" else "examples"
         rows = [*head, f"{unit:<12}{self.examples:>12,}  without faults"]
         rows += [*_listing("faults", self.faults), *_classes(self.labels), *self._tokens()]
@@ -603,6 +516,8 @@ def check(
     *,
     valid: str | Path = "",
     columns: str = "",
+    header: str = "auto",
+    max_line: int = LONGEST,
     tokenizer: Tokenizer | None = None,
     max_length: int = 0,
     epochs: int = 3,
@@ -612,7 +527,7 @@ def check(
 
     task: complete (JSONL of prompt/completion or of chat messages, or plain text) or classify (what train reads).
     valid: a validation file, judged too, and searched for what is also in the training file.
-    columns: the --columns option, for classify.
+    columns, header, max_line: the options of that name; the first two are for classify.
     tokenizer: with one, tokens are counted; max_length: what is longer will be cut, 0: nothing is.
     Raises InputError for a file that isn't there or is of an unknown kind, ValueError for an unknown task.
     """
@@ -622,7 +537,7 @@ def check(
     text = task == "complete" and _kind(path) == ".txt"
     lengths = Lengths(0 if text else max_length) if tokenizer else None  # a plain text is divided, and not cut
     empty = True
-    for batch in _batches(_items(path, task, columns, found)):
+    for batch in _batches(_items(path, task, columns, header, found, max_line)):
         count += len(batch)
         empty = empty and not any(text.strip() for item in batch for text, _ in item.parts)
         for item in () if text else batch:
@@ -630,21 +545,33 @@ def check(
         labels.update(item.completion for item in batch if task == "classify")
         if lengths:
             _count(batch, task, tokenizer, lengths)
-    if empty and not found.faults:
-        found.add(str(path), "found no text; expected at least one example", "no examples")
-    if len(labels) == 1:
-        found.add(str(path), f"found one class, {_short(*labels)}; expected two or more", "one class")
+    _check_whole(printable(str(path)), empty, labels, lengths, text, found)
     warnings = [*found.warnings(count)] if text else [*_warnings(found, seen, lengths, task, _unit(path))]
     if valid:
-        theirs = _seen(Path(valid), task, columns, found)
+        theirs = _seen(Path(valid), task, columns, header, found, max_line)
         warnings += [] if text else _leaks(seen, theirs, task, _unit(path))
     return Report(path.name, found.form, count, found.faults, warnings, labels, lengths, epochs)
 
 
-def _seen(path: Path, task: str, columns: str, found: Findings) -> Seen:
+def _check_whole(
+    name: str, empty: bool, labels: Counter[str], lengths: Lengths | None, text: bool, found: Findings
+) -> None:
+    """Faults that no line has alone: nothing to learn from, one class, two classes that look alike."""
+    if empty and not found.faults:
+        found.add(name, "found no text; expected at least one example", "no examples")
+    elif lengths and lengths.examples and not labels and not (lengths.tokens - 1 if text else lengths.targets):
+        where = f" at {lengths.max_length:,} tokens" if lengths.max_length else ""
+        found.add(name, f"nothing to learn from{where}; expected at least one token that is learned", "nothing trained")
+    if len(labels) == 1:
+        found.add(name, f"found one class, {_short(*labels)}; expected two or more", "one class")
+    for first, second in look_alikes(labels):
+        found.add(name, f"found the labels {first!r} and {second!r}; expected one spelling", "labels that look alike")
+
+
+def _seen(path: Path, task: str, columns: str, header: str, found: Findings, most: int) -> Seen:
     """The examples of the validation file; its faults count, its warnings do not."""
     other, seen = Findings(found.say), Seen()
-    for item in _items(path, task, columns, other):
+    for item in _items(path, task, columns, header, other, most):
         seen.add(item)
     found.faults += other.faults
     return seen

@@ -33,12 +33,13 @@ def train(config: TrainConfig) -> int:
     from . import data
     from .distributed import leave
     from .track import say, speaks
-    from .train import Interrupted, check_out, load_model, read_examples
+    from .train import Interrupted, check_out, load_model, read_training, set_aside
     from .train import train as run
 
     check_out(config)
-    examples = read_examples(config)
-    labels = data.label_names(examples[0], config.labels) if config.task == "classify" else None
+    whole = read_training(config, config.data)
+    labels = data.label_names(whole, config.labels) if config.task == "classify" else None  # before some are set aside
+    examples = set_aside(config, whole)
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:
@@ -113,6 +114,8 @@ def check(config: CheckConfig) -> int:
         config.task,
         valid=config.valid,
         columns=config.columns,
+        header=config.header,
+        max_line=config.max_line,
         tokenizer=tokenizer,
         max_length=config.max_length,
         epochs=config.epochs,

@@ -18,6 +18,7 @@ from .errors import printable as printable
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
+LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 METHODS = ("full", "lora", "dora", "pissa", "loftq", "lora-fa", "head", "bias", "norm")  # and last-K
 
 
@@ -84,9 +85,26 @@ def refused(flag: str, value: str, accepted: Sequence[str]) -> str:
     return f"{flag} is {value!r}; expected one of {', '.join(accepted)}{meant(value, accepted)}"
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is read as a number: inf and nan too."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def option(default, help: str, choices: tuple = (), at_least=None):
     """A dataclass field that is also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+HEADER = {
+    "default": "auto",
+    "help": "whether a .csv or .tsv begins with a header; auto: by its names",
+    "choices": ("auto", "yes", "no"),
+}
+MAX_LINE = {"default": LONGEST, "help": "longest line of a data file in bytes; 0: no limit", "at_least": 0}
 
 
 @dataclass
@@ -126,6 +144,8 @@ class TrainConfig(Config):
     valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
     out: str = option("", "run folder, new or empty (required)")
     columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
     limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
     method: str = option("full", "what is trained: full, lora, dora, pissa, loftq, lora-fa, head, bias, norm, last-K")
@@ -190,6 +210,10 @@ class TrainConfig(Config):
         for name in filter(None, self.log.split(",")):
             if name not in ("tensorboard", "wandb"):
                 raise ValueError(f"--log is {self.log!r}; expected tensorboard, wandb, or both with a comma between")
+        if is_number(self.valid) and not 0 < float(self.valid) < 1:  # nan is not above 0
+            raise ValueError(f"--valid is {self.valid!r}; expected a file, or a fraction above 0 and below 1")
+        if self.patience and not self.valid:
+            raise ValueError(f"--patience is {self.patience} without --valid; expected one, to tell what is better")
         if self.method not in METHODS and not re.fullmatch(r"last-[1-9]\d{0,5}", self.method):
             raise ValueError(refused("--method", self.method, (*METHODS, "last-K")))
         if self.base == "nf4" and re.match("full|last", self.method):
@@ -230,6 +254,8 @@ class EvalConfig(Config):
     task: str = option("classify", "what it was trained for", choices=("classify", "complete"))
     data: str = option("", "labelled file or folder (required)")
     columns: str = option("", "columns or keys to read, as text,label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     limit: int = option(0, "evaluate N examples drawn at random; 0: all", at_least=0)
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
     max_length: int = option(
@@ -253,6 +279,8 @@ class PredictConfig(Config):
     out: str = option("", "write here instead of standard output")
     overwrite: bool = option(False, "replace the file in --out if it is there")
     columns: str = option("", "columns or keys to read, as text or text=review")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     tokens: int = option(4096, "tokens in memory at once", at_least=1)
     max_length: int = option(
         0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0
@@ -273,6 +301,7 @@ class GenerateConfig(Config):
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     prompt: str = option("", "one prompt")
     data: str = option("", "file of prompts: .jsonl with prompt or messages")
+    max_line: int = option(**MAX_LINE)
     out: str = option("", "write here instead of standard output")
     overwrite: bool = option(False, "replace the file in --out if it is there")
     max_tokens: int = option(64, "most tokens to generate for a prompt", at_least=1)
@@ -298,6 +327,8 @@ class CheckConfig(Config):
     task: str = option("complete", "what it is for", choices=("classify", "complete"))
     valid: str = option("", "validation file, for leakage between the two")
     columns: str = option("", "columns or keys to read, as text,label (classify)")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
     model: str = option("", "folder or hub id whose tokenizer counts tokens")
     max_length: int = option(0, "longest sequence in tokens, the rest would be cut; 0: no limit", at_least=0)
     epochs: int = option(3, "passes over the data, for the estimate of tokens trained", at_least=1)
@@ -317,6 +348,8 @@ class MergeConfig(Config):
     )
     data: str = option("", "file of examples to compare the logits on; none: random tokens")
     columns: str = option("", "its columns or keys, as text,label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
 
 
 @dataclass

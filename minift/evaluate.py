@@ -20,12 +20,15 @@ TOKENS = 4096  # at once, where nothing else is asked for
 def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str, float]:
     """The task's metrics over the labelled examples in config.data. Raises InputError."""
     config.check()
-    task = TASKS[config.task]
-    examples = task.read(config.data, config.columns)
+    task, length = TASKS[config.task], check_length(model, config.max_length)
+    examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
+    labels = task.judge(examples, model, tokenizer)  # a first pass over the file, before anything is computed
+    chosen = range(len(labels))
     if config.limit:
-        examples = data.sample(examples, config.limit, config.seed)
-    sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
-    progress = Progress(len(sequences), "example")
+        chosen = data.sample(chosen, config.limit, config.seed)
+        labels = [labels[i] for i in chosen]
+    progress = Progress(len(chosen), "example")
+    sequences = task.encoded(data.at(examples, chosen), labels, model, tokenizer, length)
     result = measure(model, sequences, config.tokens, progress.add)
     progress.close()
     return result
@@ -34,13 +37,14 @@ def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str
 def predict(model: Model, tokenizer: Tokenizer, config: PredictConfig) -> Iterator[dict]:
     """The task's prediction for config.text, or for each example in config.data, in order. Raises InputError."""
     config.check()
-    task = TASKS[config.task]
+    task, length = TASKS[config.task], check_length(model, config.max_length)
     if config.text:
         examples = [Example(config.text, config.pair or None, None, "--text")]
     else:
-        examples = task.read(config.data, config.columns, need_label=False)
-    sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length), labelled=False)
-    progress = Progress(len(sequences), "example")
+        examples = task.stream(config.data, config.columns, False, config.header, config.max_line)
+    labels = task.judge(examples, model, tokenizer, labelled=False)  # every fault is told before the first prediction
+    sequences = task.encoded(examples, labels, model, tokenizer, length)
+    progress = Progress(len(labels), "example")
     for batch in batches(sequences, config.tokens):
         with torch.inference_mode():
             found = task.predictions(model, batch.to(model.device))

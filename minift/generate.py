@@ -7,7 +7,7 @@ sampling: Holtzman et al., https://arxiv.org/abs/1904.09751); definitions and or
 drawn is a function of (seed, number of the prompt), whatever else is generated. C width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +17,15 @@ from torch import Tensor
 from . import data
 from .batch import Batch, Sequence, pack
 from .config import GenerateConfig, InputError
+from .data import Passage
 from .models import Model
 from .models.gpt2 import Past
 from .ops.dropout import MASK, SILENT, mix
-from .tasks.complete import ends_of_text, prompt_ids
+from .tasks.complete import ends_of_text, tokens_of
 from .tokenizer import Tokenizer
 from .track import Progress
+
+WHY = "since the model reads %d at most"
 
 
 @dataclass
@@ -45,23 +48,35 @@ class Sampling:
 def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[dict]:
     """{"prompt", "completion"} for config.prompt, or for each prompt in config.data, in order. Raises InputError.
 
-    What data.read_passages finds before the first part to be learned is the prompt; an empty one is end-of-text.
+    The prompt of a chat is its whole history, tokenised as in training; an empty one is end-of-text. All are judged
+    before the first is completed.
     """
     config.check()
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     stops = ends_of_text(model, tokenizer)
     if config.prompt:
-        prompts = [config.prompt]
+        prompts = [Passage(((config.prompt, False),), "--prompt")]
     else:
-        passages = data.read_passages(config.data, need_label=False)
-        prompts = ["".join(text for text, learned in p.parts[:1] if not learned) for p in passages]
-    progress = Progress(len(prompts), "prompt")
-    for number, prompt in enumerate(prompts):
-        ids = prompt_ids(tokenizer, prompt) or stops[:1]
-        tokens = continuation(model, ids, config.max_tokens, sampling, stops, number)
-        yield {"prompt": prompt, "completion": tokenizer.decode(tokens)}
+        prompts = data.stream_passages(config.data, need_label=False, max_line=config.max_line)
+    count = judge(prompts, model, tokenizer)
+    progress = Progress(count, "prompt")
+    for number, (prompt, ids, _) in enumerate(tokens_of(prompts, model, tokenizer)):
+        tokens = continuation(model, ids or stops[:1], config.max_tokens, sampling, stops, number)
+        yield {"prompt": "".join(text for text, _ in prompt.parts), "completion": tokenizer.decode(tokens)}
         progress.add(note=f"{len(tokens)} tokens")
     progress.close()
+
+
+def judge(prompts: Iterable[Passage], model: Model, tokenizer: Tokenizer) -> int:
+    """How many prompts there are. Raises InputError that names those which leave no room for a completion."""
+    longest, count, faults = model.config.longest, 0, data.Faults()
+    for prompt, ids, _ in tokens_of(prompts, model, tokenizer):
+        count += 1
+        if len(ids) >= longest:
+            message = f"the prompt has {len(ids)} tokens; expected at most {longest - 1}, {WHY % longest}"
+            faults.add(prompt.where, message)
+    faults.check()
+    return count
 
 
 @torch.inference_mode()
@@ -82,7 +97,7 @@ def continuation(
     if not 0 < len(ids) < model.config.longest:
         raise InputError(
             f"prompt {number} has {len(ids)} tokens; expected 1 to {model.config.longest - 1}, "
-            f"since the model reads {model.config.longest} at most"
+            + WHY % model.config.longest
         )
     room = model.config.longest - len(ids) + 1
     cache = [Past(model.config.longest) for _ in model.body.h]

@@ -35,7 +35,7 @@ from . import tokenizer as tokenizers
 from .adapters import peft_format
 from .adapters.lora import LoRAConfig, wrappers
 from .adapters.lora import put as replace_module
-from .config import InputError, parse_json
+from .config import InputError, parse_json, printable
 from .distributed import whole
 from .files import check_folder, write_folder
 from .layers import Linear
@@ -71,6 +71,8 @@ class Report:
     reshaped: list[str] = field(
         default_factory=list
     )  # of another shape in the file (another number of labels), drawn at random
+    relabelled: list[str] = field(default_factory=list)  # of other classes in the file, drawn at random
+    labels: str = ""  # what became of the checkpoint's classes, where that is worth a word
     unused: list[str] = field(default_factory=list)  # in the file, for another task
     notes: list[str] = field(default_factory=list)  # what else was unusual and how it was taken, a sentence each
 
@@ -79,10 +81,13 @@ class Report:
         for names, what in (
             (self.fresh, "missing, freshly initialised"),
             (self.reshaped, "of another shape, freshly initialised"),
+            (self.relabelled, "of other classes, freshly initialised"),
             (self.unused, "of another task, not used"),
         ):
             if names:
                 lines.append(f"{len(names)} {what}: {', '.join(names)}")
+        if self.labels:
+            lines.append(self.labels)
         return "\n".join(lines + self.notes)
 
 
@@ -94,6 +99,7 @@ def load(
     base: str = "",
     base_model: str | Path = "",
     fresh_head: bool = True,
+    ordered: bool = True,
     dropout: float = -1,
     seed: int = 42,
     device: str | torch.device = "cpu",
@@ -101,7 +107,9 @@ def load(
     """The model in `source` (a folder, a run folder, an adapter folder or a hub id), and its tokenizer or None.
 
     task: which head to put on it; None for the body alone.
-    labels: names of the classes; None takes the checkpoint's own.
+    labels: names of the classes; None takes the checkpoint's own. Where these are the same names, the head's rows stay
+    theirs; of other classes its last layer is drawn anew.
+    ordered: whether the order of `labels` counts; else the checkpoint's holds where the names are the same.
     base: "nf4" packs the layers of the body into four bits; "" leaves them as the checkpoint (or the adapter's run)
     had them.
     base_model: of an adapter, the folder or hub id of the model to adapt; "" takes the one that the adapter names.
@@ -121,10 +129,19 @@ def load(
         settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
         settings.pop("problem_type", None)  # of the base's head; the run has its own
     packed = (settings.get("minift") or {}).pop("base", "")  # how the run kept its base
-    model = build(settings, folder, task, labels, dropout)
+    classes = Classes(labels)
+    if task == "classify":
+        check_head(settings, labels, folder / "config.json")
+        own = label_names(settings, folder / "config.json")
+        classes = choose_classes(own, labels, ordered)
+    fresh_classes = classes.fresh and not adapter  # an adapter's head is first read as it is
+    model = build(settings, folder, task, classes.first_rows(adapter is not None), dropout)
     prepare(model, folder, base or packed)
+    if fresh_classes:
+        model.head.out = on_meta(model.head.out, len(classes.rows))  # though the file has it in four bits
     with native.returned_memory():
-        model.report, model.source = fill(model, folder, fresh_head or adapter is not None, seed), address(source)
+        model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
+        model.source = address(source)
     model.report.notes += notes
     if model.task and isinstance(model.head.out, NF4Linear):
         model.head.out = unpacked(
@@ -134,6 +151,8 @@ def load(
         peft_format.load(model, given, adapter, extra)
         if model.report.fresh and not fresh_head:
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
+    if task == "classify":
+        settle_classes(model, classes, seed)
     found = next((place for place in (given, folder) if tokenizers.is_there(place)), None)
     tokenizer = tokenizers.load(found) if found else None
     if tokenizer:
@@ -361,8 +380,6 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
         raise InputError(
             f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(family.HEADS)}"
         )
-    if task == "classify":
-        check_head(settings, labels, path)
     if labels is None:
         labels = label_names(settings, path) if task == "classify" else []
     with torch.device("meta"):
@@ -470,11 +487,85 @@ def unpacked(layer: NF4Linear) -> Linear:
     return new
 
 
+# the classes
+
+
+@dataclass
+class Classes:
+    """Which classes a model gets, and what becomes of the rows that the checkpoint has for its own."""
+
+    rows: list[str] | None  # in the order of the head's rows as they are loaded; None: the checkpoint's own
+    labels: list[str] | None = None  # the order they are put in afterwards, if it is another
+    own: list[str] | None = None  # the checkpoint's
+    fresh: bool = False  # whether the last layer is drawn anew
+    said: str = ""  # of a last layer that is not drawn anew
+
+    def first_rows(self, is_adapter: bool) -> list[str] | None:
+        """The labels that the model is built with: those of an adapter's own head if that does not stay."""
+        if is_adapter and self.rows and (self.fresh or len(self.rows) != len(self.own)):
+            return self.own
+        return self.rows
+
+
+def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> Classes:
+    """The one place where a checkpoint's classes and those asked for (of the data, or of --labels) are joined.
+
+    LABEL_0 or 0 is no name, only a number: such rows are given the names wanted, in their order.
+    """
+    if wanted is None or own == wanted:
+        return Classes(wanted, own=own)
+    if all(name in (f"LABEL_{i}", str(i)) for i, name in enumerate(own)):
+        named = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted))
+        same = len(own) == len(wanted)
+        return Classes(wanted, own=own, said=f"its classes had no names, and are now: {named}" if same else "")
+    numbers = {str(i) for i in range(len(own))}
+    if sorted(own) == sorted(wanted) or not ordered and set(wanted) <= numbers and not numbers & set(own):
+        order = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted if ordered else own))
+        what = "the head's rows were put in the order of --labels" if ordered else "classes as the checkpoint has them"
+        return Classes(own, wanted if ordered else None, own, said=f"{what}: {order}")
+    return Classes(wanted, own=own, fresh=True)
+
+
+def settle_classes(model: Model, classes: Classes, seed: int) -> None:
+    """What can be done only when all weights are there: a head under an adapter drawn anew, rows put in order."""
+    report, out = model.report, model.head.out
+    if classes.rows and model.labels != classes.rows:
+        model.head.out = on_meta(out, len(classes.rows))
+        model.labels = classes.rows
+        draw(model, seed)
+        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
+    if report.relabelled:
+        own = ", ".join(map(printable, classes.own))
+        report.labels = f"the checkpoint's classes were {own}; to go on with these, name them all: --labels"
+    elif classes.labels:
+        rows = [model.labels.index(name) for name in classes.labels]
+        for parameter in out.parameters():
+            parameter.data = parameter.data[rows]
+        model.labels = classes.labels
+    if not any(name.startswith("head.out.") for name in fresh_names(model)):
+        report.labels = report.labels or classes.said
+
+
+def on_meta(layer: nn.Module, rows: int) -> Linear:
+    """A layer like this one for another number of rows, without memory: to be drawn."""
+    with torch.device("meta"):
+        return Linear(layer.in_features, rows, layer.bias is not None)
+
+
+def fresh_names(model: Model) -> list[str]:
+    """Our names of what was drawn at random because the file lacks it or has another shape of it."""
+    drawn = {*model.report.fresh, *model.report.reshaped}
+    return [name for name, hub in hub_names(model).items() if hub in drawn]
+
+
 # the weights
 
 
-def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
-    """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError."""
+def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes: bool = False) -> Report:
+    """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError.
+
+    fresh_classes: whether the last layer of the head is drawn though the file has one, of other classes.
+    """
     names, report, faults = hub_names(model), Report(), []
     ours = {hub: name for name, hub in names.items()}
     packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
@@ -485,6 +576,9 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
         weight, part = split_part(raw)
         hub, before = known_name(weight, ours, model.family.PREFIX)
         wrapped.add(before)
+        if hub in ours and fresh_classes and ours[hub].startswith("head.out."):
+            report.relabelled += [] if hub in report.relabelled else [hub]
+            continue
         if hub in ours and not part and can_pack(model, ours[hub]) and is_packed(shape, get(model, ours[hub])):
             part = "weight"
         if hub in ours and part:
@@ -503,7 +597,8 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
             fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
         faults += [f"{hub} {fault}"] if fault else []
         report.loaded += 1
-    missing = [n for n in names if get(model, n).is_meta and names[n] not in (*report.reshaped, *packed)]
+    known = (*report.reshaped, *report.relabelled, *packed)
+    missing = [n for n in names if get(model, n).is_meta and names[n] not in known]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
     faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:

@@ -117,9 +117,9 @@ def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Ba
         if tokenizer is None:
             raise InputError(f"{config.model}: no tokenizer to read --data with")
         task = TASKS[model.task]
-        examples = task.read(config.data, config.columns, **({"need_label": False} if model.task == "classify" else {}))
-        labelled = {"labelled": False} if model.task == "classify" else {}
-        return pack(task.encode(examples[:SAMPLE], model, tokenizer, check_length(model, 0), **labelled))
+        need_label = model.task != "classify"
+        examples = task.read(config.data, config.columns, need_label, config.header, config.max_line)
+        return pack(task.encode(examples[:SAMPLE], model, tokenizer, check_length(model, 0), labelled=False))
     ids = torch.randint(model.config.vocabulary, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
     at = {"first": [0], "last": [length - 1]}[model.family.ASKED] if model.task == "classify" else range(length)
     rows, targets = torch.tensor(list(at)).int().numpy(), torch.zeros(len(at), dtype=torch.int64).numpy()

@@ -20,7 +20,7 @@ from . import checkpoint, data, files, hub
 from .adapters import CHANGES_BASE, apply
 from .adapters.lora import adapters, names
 from .batch import Sequence, order, pack
-from .config import InputError, TrainConfig
+from .config import InputError, TrainConfig, is_number, printable
 from .distributed import ALONE, World, join
 from .evaluate import check_length, measure
 from .graph import Graphs
@@ -74,15 +74,21 @@ class Interrupted(Exception):
 
 def read_examples(config: TrainConfig) -> tuple[list, list]:
     """(training, validation) examples of a configuration; the second is empty without --valid. Raises InputError."""
-    read = TASKS[config.task].read
-    examples, valid = read(config.data, config.columns), []
-    if config.valid:
-        try:
-            fraction = float(config.valid)
-        except ValueError:
-            valid = read(config.valid, config.columns)
-        else:
-            examples, valid = data.split(examples, fraction, config.seed)
+    return set_aside(config, read_training(config, config.data))
+
+
+def read_training(config: TrainConfig, path: str) -> list:
+    """All examples of a file, as the configuration says that it is read."""
+    return TASKS[config.task].read(path, config.columns, header=config.header, max_line=config.max_line)
+
+
+def set_aside(config: TrainConfig, examples: list) -> tuple[list, list]:
+    """(training, validation) examples, of which the second come from the first where --valid is a fraction."""
+    valid = []
+    if is_number(config.valid):
+        examples, valid = data.split(examples, float(config.valid), config.seed)
+    elif config.valid:
+        valid = read_training(config, config.valid)
     return data.sample(examples, config.limit, config.seed) if config.limit else examples, valid
 
 
@@ -94,7 +100,8 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
         # a variant that changed the frozen weights kept them there; the checkpoint has the rest
         source, method = str(base), "lora"
     before = "" if config.base != "nf4" or method in CHANGES_BASE else "nf4"
-    model, tokenizer = hub.load(source, config.task, labels, base=before, dropout=config.dropout, seed=config.seed)
+    options = {"base": before, "dropout": config.dropout, "seed": config.seed}
+    model, tokenizer = hub.load(source, config.task, labels, ordered=bool(config.labels), **options)
     say(f"{config.model}: {model.report}")
     pairs = (
         dict(pair.split("=") for pair in text.split(",") if pair)
@@ -453,6 +460,10 @@ def describe(
     labels = f"; labels: {', '.join(model.labels)}" if config.task == "classify" else ""
     split = f", at most {at_once:,} at once" if at_once else ""
     say(f"{trainable:,} of {model.size():,} parameters are trained{labels}")
+    if config.task == "classify":
+        seen = {int(s.targets[0]) for s in sequences}
+        if unseen := [printable(name) for i, name in enumerate(model.labels) if i not in seen]:
+            say(f"no example to train on has the label {', '.join(unseen)}")
     say(
         f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step{split}; {cut:,} cut to {max_length} tokens"

@@ -3,6 +3,9 @@
 M rows, one a sequence; V labels.
 """
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,39 +21,87 @@ from ..tokenizer import Tokenizer
 
 CHUNK = 1000  # texts tokenised at once
 
-read = data.read
+read, stream = data.read, data.stream
+
+
+def judge(examples: Iterable[Example], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
+    """The label of each example (0 where none is needed), all examples read and nothing of them kept.
+
+    Raises InputError for an unknown label, and for a pair of texts where the model takes one alone.
+    """
+    paired = ""  # the first example with a pair
+
+    def watched() -> Iterator[Example]:
+        nonlocal paired
+        for example in examples:
+            if example.pair is not None:
+                paired = paired or example.where
+            yield example
+
+    labels = label_ids(watched(), model.labels) if labelled else [0 for _ in watched()]
+    if paired:
+        check_pairs(paired, model, tokenizer)
+    return labels
+
+
+def check_pairs(where: str, model: Model, tokenizer: Tokenizer) -> None:
+    """Raises InputError if the second text of a pair gets a type that the model has no embedding for."""
+    (tokens,) = tokenizer.encode(["a"], ["a"])
+    count = getattr(model.config, "type_vocab_size", None)
+    if count is not None and max(tokens.types, default=0) >= count:
+        raise InputError(
+            f"{where}: found a pair of texts, the second of type {max(tokens.types)}; expected single texts, since the "
+            f"model's type_vocab_size is {count}"
+        )
 
 
 def encode(
     examples: list[Example], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
 ) -> list[Sequence]:
-    """Tokens, the row asked about and its label, for each example. Raises InputError for an unknown label."""
-    labels = label_ids(examples, model.labels) if labelled else [0] * len(examples)
+    """Tokens, the row asked about and its label, for each example. Raises InputError as judge does."""
+    labels = judge(examples, model, tokenizer, labelled)
+    return list(encoded(examples, labels, model, tokenizer, max_length))
+
+
+def encoded(
+    examples: Iterable[Example], labels: Iterable[int], model: Model, tokenizer: Tokenizer, max_length: int
+) -> Iterator[Sequence]:
+    """The same one at a time, CHUNK examples read ahead. Raises InputError for tokens that the model cannot read."""
+    examples, labels, number = iter(examples), iter(labels), 0
     kinds = min(getattr(model.config, "type_vocab_size", 0), 128)  # they travel in 8 bits
-    sequences = []
-    for i in range(0, len(examples), CHUNK):
-        part = examples[i : i + CHUNK]
-        for tokens in tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length):
-            number, n = len(sequences), len(tokens.ids)
+    while part := list(islice(examples, CHUNK)):
+        encodings = tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length)
+        for example, tokens in zip(part, encodings, strict=True):
+            if not tokens.ids:
+                raise InputError(f"{example.where}: the text gives no tokens at all; expected one or more")
             types = tokens.types if kinds and any(tokens.types) else None
-            if not n:
-                raise InputError(f"{examples[number].where}: the text gives no tokens at all; expected one or more")
             if types and max(types) >= kinds:
                 raise InputError(
-                    f"{examples[number].where}: the tokenizer gives token type {max(types)}; expected below {kinds}, "
+                    f"{example.where}: the tokenizer gives token type {max(types)}; expected below {kinds}, "
                     "since the model has no more (type_vocab_size)"
                 )
-            sequences.append(
-                Sequence(
-                    number=number,
-                    ids=np.array(tokens.ids, np.int32),
-                    types=None if types is None else np.array(types, np.int8),
-                    rows=np.array([0 if model.family.ASKED == "first" else n - 1], np.int32),
-                    targets=np.array([labels[number]], np.int64),
-                    cut=tokens.truncated,
-                )
+            yield Sequence(
+                number=number,
+                ids=np.array(tokens.ids, np.int32),
+                types=None if types is None else np.array(types, np.int8),
+                rows=np.array([asked(tokens.ids, model)], np.int32),
+                targets=np.array([next(labels)], np.int64),
+                cut=tokens.truncated,
             )
-    return sequences
+            number += 1
+
+
+def asked(ids: list[int], model: Model) -> int:
+    """The position of the token asked about.
+
+    GPT-2's is the last one that is not the padding token, which is its end-of-text: a text that ends in
+    <|endoftext|> is asked about the token before it, as in transformers, which takes what is there for padding.
+    """
+    if model.family.ASKED == "first":
+        return 0
+    padding = model.settings.get("pad_token_id")
+    padding = model.settings.get("eos_token_id") if padding is None else padding
+    return next((i for i in reversed(range(len(ids))) if ids[i] != padding), 0)
 
 
 def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

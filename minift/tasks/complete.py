@@ -8,6 +8,8 @@ M rows, V vocabulary.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,16 +26,53 @@ from ..tokenizer import Tokenizer
 
 CHUNK = 1000  # passages tokenised at once
 
-read = data.read_passages
+read, stream = data.read_passages, data.stream_passages
+
+
+def judge(passages: Iterable[Passage], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
+    """A 0 for each passage, all of them read and nothing of them kept."""
+    return [0 for _ in passages]
 
 
 def encode(
     passages: list[Passage], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
 ) -> list[Sequence]:
     """Tokens, and the rows and targets of the parts to be learned. Raises InputError where nothing is to be learned."""
-    stop, sequences, stream = end_of_text(model, tokenizer), [], list(tokenizer.before)
-    for i in range(0, len(passages), CHUNK):
-        some = passages[i : i + CHUNK]
+    return list(encoded(passages, (), model, tokenizer, max_length))
+
+
+def encoded(
+    passages: Iterable[Passage], labels: Iterable[int], model: Model, tokenizer: Tokenizer, max_length: int
+) -> Iterator[Sequence]:
+    """The same one at a time, CHUNK passages read ahead; running text is cut at the same places."""
+    number, learnable, where, stream = 0, False, "", []
+    for passage, ids, learned in tokens_of(passages, model, tokenizer):
+        where = where or passage.where
+        if passage.plain:
+            stream = (stream or list(tokenizer.before)) + ids
+            ready = (len(stream) - 1) // max_length * max_length  # whole blocks; each asks for one token more
+            found, stream = blocks(number, stream[: ready + 1], max_length), stream[max(ready, 0) :]
+        else:
+            found = [masked(number, ids, learned, max_length)]
+        yield from found
+        number += len(found)
+        learnable = learnable or any(len(s.targets) for s in found)
+    rest = blocks(number, stream, max_length)
+    yield from rest
+    if not learnable and not any(len(s.targets) for s in rest):
+        raise InputError(f"{where}: nothing to learn from; every completion is cut off at {max_length} tokens")
+
+
+def tokens_of(
+    passages: Iterable[Passage], model: Model, tokenizer: Tokenizer
+) -> Iterator[tuple[Passage, list[int], list[bool]]]:
+    """(passage, its tokens, whether each is learned): parts tokenised apart, an end-of-text after each learned one.
+
+    What the tokenizer puts in front of a text stands once, before the first part (of running text: see `encoded`).
+    A text in which a special token is spelt out, as <|endoftext|>, holds that token, as in transformers.
+    """
+    stop, passages = end_of_text(model, tokenizer), iter(passages)
+    while some := list(islice(passages, CHUNK)):
         texts = [text for passage in some for text, _ in passage.parts]
         tokens = iter(tokenizer.encode(texts, special=False))
         for passage in some:
@@ -43,17 +82,7 @@ def encode(
                 part = next(tokens).ids + ([stop] if learn and not passage.plain else [])
                 ids += part
                 learned += [learn] * len(part)
-            if passage.plain:
-                stream += ids
-            else:
-                sequences.append(masked(len(sequences), ids, learned, max_length))
-    if any(passage.plain for passage in passages):
-        sequences += blocks(len(sequences), stream, max_length)
-    if not any(len(s.targets) for s in sequences):
-        raise InputError(
-            f"{passages[0].where}: nothing to learn from; every completion is cut off at {max_length} tokens"
-        )
-    return sequences
+            yield passage, ids, learned
 
 
 def masked(number: int, ids: list[int], learned: list[bool], max_length: int) -> Sequence:
