@@ -391,7 +391,7 @@ def test_token_types_beyond_the_model(tmp_path, kind):
     spoiled(tmp_path, lambda c: c["post_processor"]["pair"].append(token("[SEP]", kind)))
     model, ours = minift.load(tmp_path, task="classify")
     config = minift.PredictConfig(model="x", text="a", pair="b")
-    with pytest.raises(InputError, match=f"--text: the tokenizer gives token type {kind}; expected below 2"):
+    with pytest.raises(InputError, match=f"--text: found a pair of texts, the second of type {kind}; expected single texts"):
         list(minift.predict(model, ours, config))
 
 
@@ -399,7 +399,7 @@ def test_one_token_type_and_a_pair(tmp_path):
     small_bert(tmp_path, type_vocab_size=1)
     model, ours = minift.load(tmp_path, task="classify")
     assert len(list(minift.predict(model, ours, minift.PredictConfig(model="x", text="good")))) == 1
-    with pytest.raises(InputError, match="token type 1; expected below 1"):
+    with pytest.raises(InputError, match="the second of type 1; expected single texts"):
         list(minift.predict(model, ours, minift.PredictConfig(model="x", text="good", pair="film")))
 
 
