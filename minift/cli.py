@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a ch
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -272,9 +273,7 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal's encoding has no sign for is shown as its escape
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     command, args = parse(arguments)
     cls, run = COMMANDS[args.command]
     try:
@@ -285,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.error(str(e))
     try:
         return run(config) or 0
+    except BrokenPipeError:  # whoever read the results has enough of them, as `| head` does
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the interpreter flushes it once more at its end
+        return 141
     except (InputError, FloatingPointError, OSError) as e:
         return complain(e)
     except KeyboardInterrupt as e:  # before the loop, or twice within it
@@ -294,6 +296,16 @@ def main(arguments: list[str] | None = None) -> int:
         if is_out_of_memory(e):
             return complain(InputError(f"out of memory ({first_line(e)}); fewer --tokens at once take less"))
         return report_fault(e)
+
+
+def prepare_streams() -> None:
+    """Makes standard output and error take everything, also where they are closed or know few signs."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start, as by `2>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):  # what the encoding has no sign for is shown as its escape
+            stream.reconfigure(errors="backslashreplace")
 
 
 def complain(error: Exception) -> int:
@@ -326,12 +338,17 @@ def report_fault(error: Exception) -> int:
     import traceback
     from importlib.metadata import version
 
-    with tempfile.NamedTemporaryFile("w", prefix="minift-fault-", suffix=".txt", delete=False, encoding="utf-8") as f:
-        f.write(f"minift {version('minift')}, {sys.version}, {sys.platform}\n{' '.join(sys.argv)}\n\n")
-        f.write("".join(traceback.format_exception(error)))
+    details = f"minift {version('minift')}, {sys.version}, {sys.platform}\n{' '.join(sys.argv)}\n\n"
+    details += "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("wb", prefix="minift-fault-", suffix=".txt", delete=False) as file:
+            file.write(details.encode(errors="backslashreplace"))
+            place = f"the details are in {file.name}"
+    except OSError:  # nowhere to write
+        place = f"{details}these are the details"
     print(
         f"minift: this is a fault of minift, not of your input: {type(error).__name__}: {first_line(error)}\n"
-        f"the details are in {f.name}; please report them, with the input if you can share it",
+        f"{place}; please report them, with the input if you can share it",
         file=sys.stderr,
     )
     return 1

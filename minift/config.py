@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand context
 METHODS = ("full", "lora", "dora", "pissa", "loftq", "lora-fa", "head", "bias", "norm")  # and last-K
 
 
+PATHS = {"model", "base_model", "data", "valid", "out"}  # options that may name files
 LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
 
 # what other tools call an option, or a value of one, and what it is called here
@@ -408,6 +410,9 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     Raises InputError for an unreadable file, ValueError for a wrong value.
     """
     typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+    for name in PATHS & typed.keys():
+        if typed[name].startswith("~/"):  # a shell leaves it as it is in --out=~/runs
+            typed[name] = os.path.expanduser(typed[name])
     path = Path(typed.get("out", ""), "config.json") if typed.get("resume") else args.config
     base = read_json(cls, Path(path)) if path else {}
     if typed.get("resume"):  # the run goes on as it began

@@ -9,6 +9,7 @@ folder that minift wrote holds minift.json, which lists its files with their SHA
 removed, and only while they are what minift wrote.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -38,12 +40,24 @@ def real(path: str | Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Makes the disk hold what was written to a file, or the names in a folder."""
+    """Makes the disk hold what was written to a file, or the names in a folder.
+
+    Some file systems over a network know no such thing for folders: there the names are left to them.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+def keep_mode(old: Path, new: Path) -> None:
+    """Gives a file the permissions of the one that it will replace, where there is one and the file system has them."""
+    with suppress(OSError):
+        shutil.copymode(old, new)
 
 
 @contextmanager
@@ -70,8 +84,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, aside)
+        keep_mode(target, aside)
         os.replace(aside, target)
     except BaseException:
         with suppress(OSError):
@@ -138,8 +151,7 @@ def write_lines(path: Path, lines: Iterator[str]) -> None:
                 print(line, file=file, flush=True)
                 done += 1
             os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, partial)
+        keep_mode(target, partial)
         os.replace(partial, target)
     except BaseException as e:
         if done:
@@ -176,9 +188,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         with naming(folder):
             aside.mkdir()
             write(aside)
-            _write_manifest(aside)
-            for path in aside.iterdir():
-                flush(path)
+            _seal(aside)
             if is_new:
                 os.rename(aside, target)
             else:
@@ -190,11 +200,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     flush(target.parent)
 
 
-def _write_manifest(folder: Path) -> None:
-    """minift.json: the names of a folder's files, and their SHA-256."""
-    digests = {path.name: digest(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({"written_by": "minift", "files": digests}, indent=2)
+def _seal(folder: Path) -> None:
+    """Brings a folder's files to the disk, and writes minift.json: their names and their SHA-256."""
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # to hash a file takes as long as the disk does: side by side
+        digests = pool.map(digest, paths)
+        for path in paths:
+            flush(path)
+    files = dict(zip([path.name for path in paths], digests, strict=True))
+    text = json.dumps({"written_by": "minift", "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    flush(folder / MANIFEST)
 
 
 def _move_into(aside: Path, target: Path) -> None:
@@ -290,6 +306,10 @@ def is_free(folder: Path) -> bool:
 
 def check_parent(folder: Path) -> None:
     """Raises InputError where `folder` could not be made or written to."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as e:  # safetensors cannot open such a path again
+        raise InputError(f"{folder}: the name of the folder is not UTF-8; expected one that is") from e
     place = real(folder)
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -77,6 +77,34 @@ def test_an_error_of_the_disk_says_where(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.parametrize("code, passes", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_flushes_no_folders(tmp_path, code, passes, monkeypatch):
+    """Files are flushed there, and folders are left to it; every other error counts."""
+    flushed = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        flushed(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if passes:
+        files.write_text(tmp_path / "a", "new")
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            files.write_text(tmp_path / "a", "new")
+
+
+def test_a_file_system_without_permissions(tmp_path, monkeypatch):
+    def chmod(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "chmod", chmod)
+    files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+
+
 def test_a_folder_keeps_what_is_not_minifts(tmp_path):
     def put(*names):
         return lambda aside: [(aside / name).write_text(name) for name in names]

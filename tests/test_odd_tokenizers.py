@@ -391,7 +391,7 @@ def test_token_types_beyond_the_model(tmp_path, kind):
     spoiled(tmp_path, lambda c: c["post_processor"]["pair"].append(token("[SEP]", kind)))
     model, ours = minift.load(tmp_path, task="classify")
     config = minift.PredictConfig(model="x", text="a", pair="b")
-    with pytest.raises(InputError, match=f"--text: found a pair of texts, the second of type {kind}; expected single texts"):
+    with pytest.raises(InputError, match=f"--text: found a pair of texts, the second of type {kind}; expected single"):
         list(minift.predict(model, ours, config))
 
 

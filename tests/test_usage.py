@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -132,6 +133,67 @@ def test_a_terminal_of_another_encoding(folder, tmp_path, encoding):
         assert done.returncode == (1 if name == "check" else 0), done.stderr
         if name == "predict":
             assert json.loads(done.stdout.decode(encoding))["label"] in ("schön", "häßlich")
+
+
+def in_a_shell(line: str, folder, **environment) -> subprocess.CompletedProcess:
+    """A line of bash with $minift in it, run in `folder`."""
+    minift = f"{sys.executable} -m minift"
+    environment = os.environ | {"minift": minift} | environment
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough(folder, tmp_path):
+    """`| head` closes the pipe: no error, and nothing on standard error but progress."""
+    line = '{"text": "the film was good"}\n'
+    (tmp_path / "many.jsonl").write_text(line * 20_000)
+    predict = f"$minift predict --model {folder / 'run'} --data many.jsonl"
+    done = in_a_shell(f"{predict} | head -n 1; echo ${{PIPESTATUS[0]}}", tmp_path)
+    assert done.stdout.splitlines()[1:] == ["141"] and "error" not in done.stderr.lower(), done.stderr
+
+
+@pytest.mark.slow
+def test_closed_streams(folder, tmp_path):
+    command = " ".join(base(folder, tmp_path / "out"))
+    assert in_a_shell(f"$minift {command} >&- 2>&-", tmp_path).returncode == 0
+    assert (tmp_path / "out/last/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_no_temporary_folder(folder, tmp_path):
+    """Kernels cannot be compiled there; the references run."""
+    code = (
+        "import sys, tempfile; from minift import cli;"
+        "tempfile._candidate_tempdir_list = lambda: []; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *base(folder, tmp_path / "out"), "--kernels", "auto"]
+    done = subprocess.run(command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "kernels: PyTorch reference (c++ does not run" in done.stderr, done.stderr
+
+
+def test_the_home_folder_in_an_option(folder, tmp_path, monkeypatch):
+    """A shell does not expand --out=~/run; a folder called ~ is not what anybody means."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    arguments = base(folder, "unused")
+    assert main([*arguments[: arguments.index("--out")], "--out=~/run", "--steps=1", "--kernels=reference"]) == 0
+    assert (tmp_path / "run/last").is_dir() and not (tmp_path / "~").exists()
+
+
+def test_an_output_folder_that_is_not_utf_8(folder, tmp_path, capsys):
+    out = str(tmp_path / "r") + "\udcff"
+    assert main(base(folder, out)) == 1
+    assert "\\udcff: the name of the folder is not UTF-8" in capsys.readouterr().err and not os.path.exists(out)
+
+
+def test_names_with_spaces_and_signs(folder, tmp_path):
+    place = tmp_path / "a b" / "ü'\"$x"
+    shutil.copytree(folder / "model", place / "m o")
+    arguments = base(folder, place / "r n")
+    arguments[2] = str(place / "m o")
+    assert main(arguments) == 0
+    assert main(["train", "--resume", "--out", str(place / "r n")]) == 0
+    assert main(["predict", "--model", str(place / "r n"), "--text", "a film", "--out", str(place / "p q")]) == 0
 
 
 # ---- what minift did not expect

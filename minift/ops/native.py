@@ -224,18 +224,18 @@ def run(command: list[str], seconds: float) -> tuple[int, str]:
     """
     if command[0] in hung:
         raise Unavailable(f"{command[0]} did not end within {seconds:.0f} seconds")
-    with tempfile.TemporaryFile() as output:
-        try:
+    try:
+        with tempfile.TemporaryFile() as output:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
             )
-        except subprocess.TimeoutExpired as e:
-            hung.add(command[0])
-            raise Unavailable(f"{command[0]} did not end within {seconds:.0f} seconds") from e
-        except (OSError, ValueError) as e:  # ValueError: a NUL in its name
-            raise Unavailable(f"{command[0]} does not run ({e})") from e
-        output.seek(0)
-        return done.returncode, output.read(1 << 16).decode(errors="replace")
+            output.seek(0)
+            return done.returncode, output.read(1 << 16).decode(errors="replace")
+    except subprocess.TimeoutExpired as e:
+        hung.add(command[0])
+        raise Unavailable(f"{command[0]} did not end within {seconds:.0f} seconds") from e
+    except OSError as e:  # it is no program, or there is no temporary folder
+        raise Unavailable(f"{command[0]} does not run ({e})") from e
 
 
 def more_flags(name: str) -> list[str]:
