@@ -27,8 +27,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -268,10 +268,11 @@ def download(repo: str, who: str = "") -> Path:
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, name, local_files_only=offline))
-        except LocalEntryNotFoundError:  # the hub is out of reach, and the file not in the cache
-            return None
-        except EntryNotFoundError:
+            if not offline:
+                return Path(hf_hub_download(repo, name))
+            cached = try_to_load_from_cache(repo, name)
+            return Path(cached) if isinstance(cached, str) else None
+        except EntryNotFoundError:  # also where the hub went out of reach just now
             return None
         except (HfHubHTTPError, HFValidationError) as e:
             raise InputError(f"{who}{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
@@ -595,10 +596,10 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
 def copy_finite(target: Tensor, source: Tensor) -> bool:
     """Copies a tensor, and tells whether all its numbers are finite: part by part, while they are in the cache."""
     rows, sums = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), []
-    for a in range(0, len(target), rows):
-        sums.append(target[a : a + rows].copy_(source[a : a + rows]).sum())
-    total = torch.stack(sums).sum() if sums else target.sum()
-    return bool(total.isfinite()) or bool(target.isfinite().all())  # a sum may overflow where no number does
+    for to, part in zip(target.split(rows), source.split(rows), strict=True):
+        sums.append(part.sum(dtype=torch.float32))
+        to.copy_(part)
+    return bool(torch.stack(sums).sum().isfinite()) or bool(target.isfinite().all())  # a sum may overflow by itself
 
 
 def is_transposed(model: Model, hub: str) -> bool:
