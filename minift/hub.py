@@ -395,7 +395,7 @@ def fault_of(name: str, kind: type, value: object) -> str:
     elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
         good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
     elif kinds[0] is float:
-        good, expected = type(value) in (int, float) and 0 <= value < math.inf, "a number, 0 or above"
+        good, expected = type(value) in (int, float) and 0 <= value <= SIZE, "a number, 0 or above"
     else:
         good, expected = type(value) is kinds[0], {bool: "true or false", str: "a string"}[kinds[0]]
     return "" if good else expected
@@ -480,20 +480,23 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
     ours = {hub: name for name, hub in names.items()}
     packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
     wrapped: set[str] = set()  # what a wrapper left in front of the names
+    layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
+    in_bits = any(isinstance(m, NF4Linear) for m in layers.values())
     tied = model.hub_name(model.head.tied[0]) if model.tied else ""
     second = ""  # what the file calls a tied head that it has too
     for raw, shape, read in tensors(folder):
         weight, part = split_part(raw)
         hub, before = known_name(weight, ours, model.family.PREFIX)
         wrapped.add(before)
-        if hub in ours and not part and can_pack(model, ours[hub]) and is_packed(shape, get(model, ours[hub])):
-            part = "weight"
+        if in_bits and hub in ours and not part and can_pack(model, ours[hub]):
+            part = "weight" if is_packed(shape, get(model, ours[hub])) else ""
         if hub in ours and part:
             packed.setdefault(hub, {})[part] = read()
         elif hub == tied:
             second = raw  # compared when the embedding is there
         elif hub in ours:
-            faults += place(model, ours[hub], hub, raw, shape, read, report)
+            layer = layers[ours[hub].rpartition(".")[0]]
+            faults += place(model, layer, ours[hub], hub, raw, shape, read, report)
         elif re.fullmatch(model.family.OTHER_HEADS, hub):
             report.unused.append(hub)
         elif not re.fullmatch(model.family.IGNORED, hub):
@@ -504,7 +507,8 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
             fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
         faults += [f"{hub} {fault}"] if fault else []
         report.loaded += 1
-    missing = [n for n in names if get(model, n).is_meta and names[n] not in (*report.reshaped, *packed)]
+    drawn = {*report.reshaped, *packed}
+    missing = [n for n, hub in names.items() if hub not in drawn and leaf_of(layers, n).is_meta]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
     faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:
@@ -564,12 +568,21 @@ def get(model: Model, name: str) -> Tensor:
     return getattr(model.get_submodule(path), leaf)
 
 
-def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report) -> list[str]:
-    """Puts one tensor of the file where it belongs; returns what is wrong with it, if anything."""
-    layer, flip, pack = model.get_submodule(name.rpartition(".")[0]), is_transposed(model, hub), can_pack(model, name)
-    want = (layer.out_features, layer.in_features) if pack else tuple(get(model, name).shape)
+def leaf_of(layers: dict[str, nn.Module], name: str) -> Tensor:
+    """The parameter or buffer called `name` of a model with these modules."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(layers[path], leaf)
+
+
+def place(
+    model: Model, layer: nn.Module, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report
+) -> list[str]:
+    """Puts one tensor of the file where it belongs, in `layer`; returns what is wrong with it, if anything."""
+    leaf, flip = name.rpartition(".")[2], is_transposed(model, hub)
+    pack, now = isinstance(layer, NF4Linear) and leaf == "weight", getattr(layer, leaf)
+    want = (layer.out_features, layer.in_features) if pack else tuple(now.shape)
     want = want[::-1] if flip else want
-    if not get(model, name).is_meta:
+    if not now.is_meta:
         return [f"{hub} is in the file twice, the second time as {raw}"]
     if shape != want and name.startswith("head.out."):
         report.reshaped.append(hub)
@@ -586,7 +599,7 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
     else:
         ours = torch.empty(tensor.shape)
         is_finite = copy_finite(ours, tensor)
-        put(model, name, ours)
+        setattr(layer, leaf, nn.Parameter(ours))
     if not is_finite:
         return [f"{raw} has numbers that are not finite"]
     report.loaded += 1
@@ -595,11 +608,15 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
 
 def copy_finite(target: Tensor, source: Tensor) -> bool:
     """Copies a tensor, and tells whether all its numbers are finite: part by part, while they are in the cache."""
-    rows, sums = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), []
-    for to, part in zip(target.split(rows), source.split(rows), strict=True):
-        sums.append(part.sum(dtype=torch.float32))
-        to.copy_(part)
-    return bool(torch.stack(sums).sum().isfinite()) or bool(target.isfinite().all())  # a sum may overflow by itself
+    rows, total = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), 0.0
+    if len(target) <= rows:
+        total = source.sum(dtype=torch.float32).item()
+        target.copy_(source)
+    else:
+        for to, part in zip(target.split(rows), source.split(rows), strict=True):
+            total += part.sum(dtype=torch.float32).item()
+            to.copy_(part)
+    return math.isfinite(total) or bool(target.isfinite().all())  # a sum may overflow by itself
 
 
 def is_transposed(model: Model, hub: str) -> bool:

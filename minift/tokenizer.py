@@ -34,6 +34,7 @@ GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by 
 # tokenizer_class without "Tokenizer" and "Fast", of which transformers makes BERT's tokenizer, or GPT-2's
 BERT = ("Bert", "DistilBert", "Electra", "MobileBert", "LayoutLM", "Lxmert", "ConvBert", "SqueezeBert")
 GPT2 = ("GPT2",)
+LARGEST = 10**7  # ids of tokens are below this
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -232,6 +233,9 @@ def _wordpiece(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
 def _byte_bpe(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
     """GPT-2's, from vocab.json and merges.txt. No special tokens are put around a text."""
     vocab = _json(files, "vocab.json")
+    largest = max((i for i in vocab.values() if isinstance(i, int)), default=0)
+    if largest >= LARGEST:  # the library counts all that are missing below
+        raise InputError(f"vocab.json has the id {largest}; expected below {LARGEST:,}")
     lines = files["merges.txt"].decode().split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
