@@ -200,7 +200,8 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        return next((folder / name for name in ("best", "last") if (folder / name / "config.json").is_file()), folder)
+        inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
+        return next((folder / name for name in inner if (folder / name / "config.json").is_file()), folder)
     who = f"{named_by} names " if named_by else ""
     if is_path(source) or folder.exists():
         advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
@@ -210,7 +211,8 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
 
 def is_path(source: str | Path) -> bool:
     """Whether this can only be the path of a folder, and no hub id."""
-    return str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    text = str(source)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text  # the last is Windows'
 
 
 def address(source: str | Path) -> str:
@@ -321,7 +323,9 @@ def read_settings(folder: Path) -> dict:
     """The model's config.json. Raises InputError that names the field, where one is of a kind that nobody can use."""
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it")
+        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f"; {', '.join(inside[:5])} in it {'has' if len(inside) == 1 else 'have'} one" if inside else ""
+        raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it{hint}")
     settings = parse_json(path.read_bytes(), path)
     found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
     if not isinstance(settings, dict) or not isinstance(found, str) or found not in FAMILIES:
@@ -493,7 +497,7 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
         if hub in ours and part:
             packed.setdefault(hub, {})[part] = read()
         elif hub == tied:
-            second = raw  # compared when the embedding is there
+            second = raw  # compared when the embedding is there, or the only one of the two that is
         elif hub in ours:
             layer = layers[ours[hub].rpartition(".")[0]]
             faults += place(model, layer, ours[hub], hub, raw, shape, read, report)
@@ -507,6 +511,9 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
             fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
         faults += [f"{hub} {fault}"] if fault else []
         report.loaded += 1
+    if second and leaf_of(layers, model.head.tied[1]).is_meta:  # saved once, under the head's name (save_model)
+        faults += place_embedding(model, layers, folder, second, report)
+        second = ""
     drawn = {*report.reshaped, *packed}
     missing = [n for n, hub in names.items() if hub not in drawn and leaf_of(layers, n).is_meta]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
@@ -526,6 +533,17 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int) -> Report:
     for before in sorted(wrapped - {""}):
         report.notes.append(f"names in the file begin with {before}, which was taken off")
     return report
+
+
+def place_embedding(model: Model, layers: dict[str, nn.Module], folder: Path, raw: str, report: Report) -> list[str]:
+    """Puts the tensor `raw` of the file where the word embedding belongs; returns what is wrong with it."""
+    name = model.head.tied[1]
+    reading = tensors(folder)
+    shape, read = next((shape, read) for found, shape, read in reading if found == raw)
+    layer = layers[name.rpartition(".")[0]]
+    faults = place(model, layer, name, model.hub_name(name), raw, shape, read, report)
+    reading.close()
+    return faults
 
 
 def untie_where_different(model: Model, folder: Path, raw: str, report: Report) -> None:
@@ -709,6 +727,7 @@ def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
+        check_pointer(path)
         raise InputError(
             f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
         ) from e
@@ -727,8 +746,16 @@ def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor
                 native.forget(tensor, place)
 
 
+def check_pointer(path: Path) -> None:
+    """Raises InputError where git has left a note of the file in its place."""
+    with open(path, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            raise InputError(f"{path}: a pointer of git-lfs, and not the file; expected the file (`git lfs pull`)")
+
+
 def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
     """The tensors of a pytorch_model.bin. Only tensors are unpickled: a file that would run code is refused."""
+    check_pointer(path)
     with open(path, "rb") as f:
         zipped = f.read(2) == b"PK"  # an old-style pickle cannot be mapped
     try:

@@ -53,10 +53,13 @@ class Tokenizer:
     of a text alone. before: the special tokens in front of a text. end: the id of what ends a text, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes], end: str | None = None):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, files: dict[str, bytes], end: str | None = None, side: str = "right"
+    ):
         backend.no_truncation()  # of the file's own: MiniLM's cuts at 128 and pads to 128
         backend.no_padding()
         self.backend = backend
+        self.side = side  # of a text where it is cut, as its truncation_side says
         self.files = files  # name -> content, as the checkpoint had them
         probe = backend.encode("a")
         parts = [*probe.sequence_ids, 0]
@@ -92,7 +95,7 @@ class Tokenizer:
                 found = self.backend.encode_batch(inputs[start : start + BATCH], add_special_tokens=special)
             except Exception as error:  # the library raises no narrower one
                 raise InputError(f"texts {start} to {start + BATCH}: the tokenizer fails ({error})") from error
-            tokens += [_cut(e, max_length) for e in found]
+            tokens += [_cut(e, max_length, self.side) for e in found]
         return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -120,20 +123,24 @@ def _check_unicode(i: int, text: str) -> None:
         raise InputError(f"text {i} has the lone surrogate {text[error.start]!r}; expected valid Unicode") from None
 
 
-def _cut(encoding: Encoding, max_length: int) -> Tokens:
-    """Drop tokens at the ends of the text and of its pair, and no special ones, until max_length are left."""
+def _cut(encoding: Encoding, max_length: int, side: str = "right") -> Tokens:
+    """Drop tokens at the ends of the text and of its pair, and no special ones, until max_length are left.
+
+    side: "left" drops them at the beginnings.
+    """
     ids, types = encoding.ids, encoding.type_ids
     if not max_length or len(ids) <= max_length:
         return Tokens(ids, types, truncated=False)
     parts = encoding.sequence_ids  # 0 for the text, 1 for its pair, None for special tokens
     left = list(_longest_first(parts.count(0), parts.count(1), max_length - parts.count(None)))
-    kept = []
-    for at, part in enumerate(parts):
+    kept, places = [], list(enumerate(parts))
+    for at, part in places if side == "right" else places[::-1]:
         if part is None:
             kept.append(at)
         elif left[part]:
             kept.append(at)
             left[part] -= 1
+    kept.sort()
     return Tokens([ids[at] for at in kept], [types[at] for at in kept], truncated=True)
 
 
@@ -167,7 +174,10 @@ def load(folder: str | Path) -> Tokenizer:
         _check_rules(backend)
         if "tokenizer.json" not in files:
             files["tokenizer.json"] = backend.to_str(pretty=True).encode()
-        return Tokenizer(backend, files, _content(settings.get("eos_token")))
+        side = settings.get("truncation_side") or (backend.truncation or {}).get("direction", "right")
+        if side not in ("left", "right"):
+            raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
+        return Tokenizer(backend, files, _content(settings.get("eos_token")), side)
     except InputError as error:
         raise InputError(f"{folder}: no tokenizer can be made of {' and '.join(names)} ({error})") from error
     except (KeyboardInterrupt, SystemExit, MemoryError):

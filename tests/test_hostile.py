@@ -2,8 +2,8 @@
 
 python -m pytest tests/test_hostile.py
 
-A generator draws one change of a good folder from its seed. To add one (of options, of a checkpoint's state): a function
-of (folder, random.Random) that spoils something there, and a line in KINDS that says what must survive it.
+A generator draws one change of a good folder from its seed. To add one (of options, of a checkpoint's state): a
+function of (folder, random.Random) that spoils something there, and a line in KINDS that says what must survive it.
 """
 
 import copy
@@ -18,14 +18,47 @@ import torch
 import transformers
 from helpers import WORDS, peer
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
 
 SECONDS, BYTES = 5, 1 << 30
-ODD = [0, -1, 1, 2, 5, 7, 10**9, 10**19, 10**400, -(10**19), 0.0, 0.5, 1.0, 1e308, float("inf"), float("nan"), True, False,
-       None, "", "x", "32", "0.1", "\ud800", "a" * 10_000, [], [1], ["a", "b"], {}, {"a": 1}, {"0": "a", "1": "b"},
-       [[]] * 3, {"0": None}]  # fmt: skip
+ODD = [
+    0,
+    -1,
+    1,
+    2,
+    5,
+    7,
+    10**9,
+    10**19,
+    10**400,
+    -(10**19),
+    0.0,
+    0.5,
+    1.0,
+    1e308,
+    float("inf"),
+    float("nan"),
+    True,
+    False,
+    None,
+    "",
+    "x",
+    "32",
+    "0.1",
+    "\ud800",
+    "a" * 10_000,
+    [],
+    [1],
+    ["a", "b"],
+    {},
+    {"a": 1},
+    {"0": "a", "1": "b"},
+    [[]] * 3,
+    {"0": None},
+]
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +69,8 @@ def good(tmp_path_factory):
     (root / "bert/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
     transformers.BertTokenizer.from_pretrained(root / "bert").save_pretrained(root / "bert")
     peer(GPT2LMHeadModel, root / "gpt2", vocab_size=300, eos_token_id=256)
-    letters = sorted(set(transformers.models.gpt2.tokenization_gpt2.pre_tokenizers.ByteLevel.alphabet()))
-    (root / "gpt2/vocab.json").write_text(json.dumps({x: i for i, x in enumerate([*letters, "<|endoftext|>", "ab"])}))
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "ab"]
+    (root / "gpt2/vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (root / "gpt2/merges.txt").write_text("#version: 0.2\na b\n")
     model, tokenizer = minift.load(root / "bert", task="classify")
     minift.add_lora(model, rank=2)
@@ -76,7 +109,7 @@ def change_json(folder, rng, name, keys=()):
             del place[key]
         elif isinstance(place, dict) or key in fields:
             place[key] = copy.deepcopy(rng.choice(ODD))
-    path.write_text(json.dumps(content).replace("NaN", "NaN"))
+    path.write_text(json.dumps(content))
 
 
 def change_bytes(folder, rng, name):
@@ -98,9 +131,27 @@ def change_bytes(folder, rng, name):
 
 
 def change_config(folder, rng):
-    names = ["hidden_size", "n_embd", "n_layer", "n_head", "num_labels", "problem_type", "eos_token_id", "id2label", "minift",
-             "quantization_config", "tie_word_embeddings", "tokenizer_class", "hidden_dropout_prob", "type_vocab_size",
-             "n_inner", "architectures", "num_hidden_layers", "vocab_size", "max_position_embeddings"]  # fmt: skip
+    names = [
+        "hidden_size",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "num_labels",
+        "problem_type",
+        "eos_token_id",
+        "id2label",
+        "minift",
+        "quantization_config",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "hidden_dropout_prob",
+        "type_vocab_size",
+        "n_inner",
+        "architectures",
+        "num_hidden_layers",
+        "vocab_size",
+        "max_position_embeddings",
+    ]
     change_json(folder, rng, "config.json", names)
 
 
@@ -119,16 +170,21 @@ def change_tokenizer(folder, rng):
         ["normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model", "decoder", "vocabulary"]
     )
     content = json.loads(path.read_text())
-    replace = {"type": "Replace", "pattern": rng.choice([{"String": "a"}, {"Regex": "."}, {"Regex": ""}]),
-               "content": "a" * rng.choice([0, 1, 2, 3, 1000])}  # fmt: skip
+    replace = {
+        "type": "Replace",
+        "pattern": rng.choice([{"String": "a"}, {"Regex": "."}, {"Regex": ""}]),
+        "content": "a" * rng.choice([0, 1, 2, 3, 1000]),
+    }
     if part == "normalizer":
         content[part] = {"type": "Sequence", "normalizers": [replace] * rng.choice([1, 2, 40])}
     elif part == "vocabulary":
         for _ in range(rng.randint(1, 30)):
             content["model"]["vocab"].pop(rng.choice([*content["model"]["vocab"], "[UNK]"]), None)
     elif part == "post_processor":
-        pieces = [{"Sequence": {"id": rng.choice("AB"), "type_id": rng.choice([0, 1, 5, 200, 2**31])}},
-                  {"SpecialToken": {"id": rng.choice(["[CLS]", "[SEP]", "x"]), "type_id": rng.choice([0, 5, 200])}}]  # fmt: skip
+        pieces = [
+            {"Sequence": {"id": rng.choice("AB"), "type_id": rng.choice([0, 1, 5, 200, 2**31])}},
+            {"SpecialToken": {"id": rng.choice(["[CLS]", "[SEP]", "x"]), "type_id": rng.choice([0, 5, 200])}},
+        ]
         for kind in ("single", "pair"):
             content[part][kind] = [rng.choice(pieces) for _ in range(rng.randint(0, 4))]
         content[part]["special_tokens"]["[CLS]"]["ids"] = [rng.choice([2, 63, 64, 10**6, 2**32 - 1])]
@@ -144,8 +200,20 @@ def change_tokenizer_settings(folder, rng):
     path = folder / "tokenizer_config.json"
     if not path.exists():
         path.write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-    names = ["do_lower_case", "strip_accents", "added_tokens_decoder", "additional_special_tokens", "eos_token", "cls_token",
-             "extra_special_tokens", "add_bos_token", "bos_token", "tokenizer_class", "add_prefix_space", "unk_token"]  # fmt: skip
+    names = [
+        "do_lower_case",
+        "strip_accents",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "eos_token",
+        "cls_token",
+        "extra_special_tokens",
+        "add_bos_token",
+        "bos_token",
+        "tokenizer_class",
+        "add_prefix_space",
+        "unk_token",
+    ]
     change_json(folder, rng, "tokenizer_config.json", names)
     if rng.random() < 0.3:
         (folder / "tokenizer.json").unlink(missing_ok=True)
@@ -160,6 +228,25 @@ def change_tokenizer_bytes(folder, rng):
     change_bytes(folder, rng, rng.choice([name for name in names if (folder / name).exists()]))
 
 
+def odd_tensor(name, tensor, rng):
+    """What may stand in a file for one tensor: nothing, another shape, dtype or name, numbers that are none."""
+    dtypes = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.bfloat16]
+    name_too = rng.choice(["module.", "x.", "\u0000", ""]) + name + rng.choice(["", ".absmax", ".x"])
+    choices = [
+        {},
+        {name: tensor.t() if tensor.dim() == 2 else tensor[:-1]},
+        {name: tensor.to(rng.choice(dtypes))},
+        {name: torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 3e38]))},
+        {name: tensor[:0]},
+        {name: tensor.reshape(-1)},
+        {name: torch.tensor(1.0)},
+        {name_too: tensor},
+        {name: tensor, "lm_head.weight": tensor},
+        {name: tensor[None]},
+    ]
+    return rng.choice(choices)
+
+
 def change_weights(folder, rng):
     path = folder / ("model.safetensors" if (folder / "model.safetensors").exists() else "adapter_model.safetensors")
     if rng.random() < 0.4:
@@ -168,14 +255,7 @@ def change_weights(folder, rng):
     for _ in range(rng.randint(1, 3)):
         name = rng.choice([*state])
         tensor = state.pop(name)
-        state |= rng.choice([
-            lambda: {}, lambda: {name: tensor.t() if tensor.dim() == 2 else tensor[:-1]},
-            lambda: {name: tensor.to(rng.choice([torch.int64, torch.uint8, torch.bool, torch.float64, torch.bfloat16]))},
-            lambda: {name: torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 3e38]))},
-            lambda: {name: tensor[:0]}, lambda: {name: tensor.reshape(-1)}, lambda: {name: torch.tensor(1.0)},
-            lambda: {rng.choice(["module.", "x.", "\u0000", ""]) + name + rng.choice(["", ".absmax", ".x"]): tensor},
-            lambda: {name: tensor, "lm_head.weight": tensor}, lambda: {name: tensor[None]},
-        ])()  # fmt: skip
+        state |= odd_tensor(name, tensor, rng)
     state = {k: v.contiguous().clone() for k, v in state.items()}
     if path.name == "model.safetensors" and rng.random() < 0.5:
         path.unlink()
@@ -207,8 +287,22 @@ def change_index(folder, rng):
 
 
 def change_adapter_settings(folder, rng):
-    names = ["r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern",
-             "alpha_pattern", "modules_to_save", "init_lora_weights", "use_dora", "use_x", "x_config", "task_type"]  # fmt: skip
+    names = [
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "init_lora_weights",
+        "use_dora",
+        "use_x",
+        "x_config",
+        "task_type",
+    ]
     change_json(folder, rng, "adapter_config.json", names)
 
 

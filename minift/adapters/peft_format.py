@@ -184,7 +184,8 @@ def modern_names(found: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, 
     renamed, is_bare = {}, False
     tops = {model.hub_name(name).split(".")[0] for name, _ in model.named_modules() if name.count(".") <= 1}
     for name, tensor in found.items():
-        name = re.sub(r"(lora_[AB]|lora_magnitude_vector|modules_to_save)\.default(?=\.|$)", r"\1", name)
+        name = re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)
+        name = re.sub(r"(lora_magnitude_vector|modules_to_save)\.default(?=\.|$)", r"\1", name)
         name = name.replace(".modules_to_save.", ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         name = re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", name).removeprefix(PREFIX)
         if name.split(".")[0] not in tops:
