@@ -35,6 +35,7 @@ GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by 
 BERT = ("Bert", "DistilBert", "Electra", "MobileBert", "LayoutLM", "Lxmert", "ConvBert", "SqueezeBert")
 GPT2 = ("GPT2",)
 LARGEST = 10**7  # ids of tokens are below this
+ENDS = ("<|endoftext|>", "[SEP]")  # what ends a text where no eos_token is declared
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -54,7 +55,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, files: dict[str, bytes], end: str | None = None, side: str = "right"
+        self,
+        backend: tokenizers.Tokenizer,
+        files: dict[str, bytes],
+        ends: tuple[str | None, ...] = ENDS,
+        side: str = "right",
     ):
         backend.no_truncation()  # of the file's own: MiniLM's cuts at 128 and pads to 128
         backend.no_padding()
@@ -66,8 +71,8 @@ class Tokenizer:
         self.before = probe.ids[: parts.index(0)]
         self.types = max(probe.type_ids, default=0) + 1
         self.vocab_size = max(*backend.get_vocab().values(), *probe.ids, -1, -1) + 1
-        ends = [backend.token_to_id(token) for token in (end, "<|endoftext|>", "[SEP]") if token]
-        self.end = next((i for i in ends if i is not None), None)
+        found = [backend.token_to_id(token) for token in ends if token]
+        self.end = next((i for i in found if i is not None), None)
 
     def encode(
         self,
@@ -177,7 +182,8 @@ def load(folder: str | Path) -> Tokenizer:
         side = settings.get("truncation_side") or (backend.truncation or {}).get("direction", "right")
         if side not in ("left", "right"):
             raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
-        return Tokenizer(backend, files, _content(settings.get("eos_token")), side)
+        ends = [_content(settings.get(key)) for key in ("eos_token", "sep_token")]
+        return Tokenizer(backend, files, (ends[0], *ENDS, ends[1]), side)
     except InputError as error:
         raise InputError(f"{folder}: no tokenizer can be made of {' and '.join(names)} ({error})") from error
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -202,6 +208,9 @@ def _settings(files: dict[str, bytes]) -> dict:
     for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"):
         if not isinstance(settings.get(name, False), (bool, type(None))):
             raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected true or false")
+    for name, kinds in (("added_tokens_decoder", dict), *((name, list | dict) for name in EXTRAS)):
+        if settings.get(name) is not None and not isinstance(settings[name], kinds):
+            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected tokens")
     return settings
 
 

@@ -47,6 +47,16 @@ KNOWN = set(
     "task_type use_dora use_rslora".split()
 )
 
+# the kinds that a value may be of, where it is not null, and how a message calls them
+KINDS = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), ((int, float), "a number")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict, "an object of numbers")),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ((str, list), "a string or a list of names")),
+    "layers_to_transform": ((int, list), "a number or a list of numbers"),
+    "modules_to_save": (list, "a list of names"),
+    "base_model_name_or_path": (str, "a string"),
+}
+
 # how training began, by init_lora_weights: with the base as it is, or with a part of it taken out, that is known
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 SPLIT = ("pissa", "olora")
@@ -98,14 +108,16 @@ def check_unknown(found: dict, path: Path) -> list[str]:
 
 def config_of(found: dict, task: str | None) -> LoRAConfig:
     """The configuration in an adapter_config.json. Raises TypeError, ValueError, AttributeError."""
+    for key, (kinds, expected) in KINDS.items():
+        value = found.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ValueError(f"{key} is {str(value)[:80]!r}; expected {expected}")
     saved = [*(found.get("modules_to_save") or ()), *(HEADS if task == "classify" else ())]
     targets, layers = found.get("target_modules"), found.get("layers_to_transform")
     alpha, dropout = float(found.get("lora_alpha", 8)), float(found.get("lora_dropout", 0))
     initial, base = first_weights(found), found.get("base_model_name_or_path") or ""
     if not math.isfinite(alpha):
         raise ValueError(f"lora_alpha is {alpha}; expected a number")
-    if not isinstance(base, str):
-        raise ValueError(f"base_model_name_or_path is {base!r}; expected a string")
     return LoRAConfig(
         rank=int(found.get("r", 8)),
         alpha=alpha,
