@@ -25,8 +25,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -219,7 +219,8 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        return next((folder / name for name in ("best", "last") if (folder / name / "config.json").is_file()), folder)
+        inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
+        return next((folder / name for name in inner if (folder / name / "config.json").is_file()), folder)
     who = f"{named_by} names " if named_by else ""
     if is_path(source) or folder.exists():
         advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
@@ -229,7 +230,8 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
 
 def is_path(source: str | Path) -> bool:
     """Whether this can only be the path of a folder, and no hub id."""
-    return str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    text = str(source)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text  # the last is Windows'
 
 
 def address(source: str | Path) -> str:
@@ -287,10 +289,11 @@ def download(repo: str, who: str = "") -> Path:
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, name, local_files_only=offline))
-        except LocalEntryNotFoundError:  # the hub is out of reach, and the file not in the cache
-            return None
-        except EntryNotFoundError:
+            if not offline:
+                return Path(hf_hub_download(repo, name))
+            cached = try_to_load_from_cache(repo, name)
+            return Path(cached) if isinstance(cached, str) else None
+        except EntryNotFoundError:  # also where the hub went out of reach just now
             return None
         except (HfHubHTTPError, HFValidationError) as e:
             raise InputError(f"{who}{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
@@ -339,7 +342,9 @@ def read_settings(folder: Path) -> dict:
     """The model's config.json. Raises InputError that names the field, where one is of a kind that nobody can use."""
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it")
+        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f"; {', '.join(inside[:5])} in it {'has' if len(inside) == 1 else 'have'} one" if inside else ""
+        raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it{hint}")
     settings = parse_json(path.read_bytes(), path)
     found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
     if not isinstance(settings, dict) or not isinstance(found, str) or found not in FAMILIES:
@@ -411,7 +416,7 @@ def fault_of(name: str, kind: type, value: object) -> str:
     elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
         good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
     elif kinds[0] is float:
-        good, expected = type(value) in (int, float) and 0 <= value < math.inf, "a number, 0 or above"
+        good, expected = type(value) in (int, float) and 0 <= value <= SIZE, "a number, 0 or above"
     else:
         good, expected = type(value) is kinds[0], {bool: "true or false", str: "a string"}[kinds[0]]
     return "" if good else expected
@@ -570,6 +575,8 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     ours = {hub: name for name, hub in names.items()}
     packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
     wrapped: set[str] = set()  # what a wrapper left in front of the names
+    layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
+    in_bits = any(isinstance(m, NF4Linear) for m in layers.values())
     tied = model.hub_name(model.head.tied[0]) if model.tied else ""
     second = ""  # what the file calls a tied head that it has too
     for raw, shape, read in tensors(folder):
@@ -579,14 +586,15 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
         if hub in ours and fresh_classes and ours[hub].startswith("head.out."):
             report.relabelled += [] if hub in report.relabelled else [hub]
             continue
-        if hub in ours and not part and can_pack(model, ours[hub]) and is_packed(shape, get(model, ours[hub])):
-            part = "weight"
+        if in_bits and hub in ours and not part and can_pack(model, ours[hub]):
+            part = "weight" if is_packed(shape, get(model, ours[hub])) else ""
         if hub in ours and part:
             packed.setdefault(hub, {})[part] = read()
         elif hub == tied:
-            second = raw  # compared when the embedding is there
+            second = raw  # compared when the embedding is there, or the only one of the two that is
         elif hub in ours:
-            faults += place(model, ours[hub], hub, raw, shape, read, report)
+            layer = layers[ours[hub].rpartition(".")[0]]
+            faults += place(model, layer, ours[hub], hub, raw, shape, read, report)
         elif re.fullmatch(model.family.OTHER_HEADS, hub):
             report.unused.append(hub)
         elif not re.fullmatch(model.family.IGNORED, hub):
@@ -597,8 +605,11 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
             fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
         faults += [f"{hub} {fault}"] if fault else []
         report.loaded += 1
-    known = (*report.reshaped, *report.relabelled, *packed)
-    missing = [n for n in names if get(model, n).is_meta and names[n] not in known]
+    if second and leaf_of(layers, model.head.tied[1]).is_meta:  # saved once, under the head's name (save_model)
+        faults += place_embedding(model, layers, folder, second, report)
+        second = ""
+    drawn = {*report.reshaped, *report.relabelled, *packed}
+    missing = [n for n, hub in names.items() if hub not in drawn and leaf_of(layers, n).is_meta]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
     faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:
@@ -616,6 +627,17 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     for before in sorted(wrapped - {""}):
         report.notes.append(f"names in the file begin with {before}, which was taken off")
     return report
+
+
+def place_embedding(model: Model, layers: dict[str, nn.Module], folder: Path, raw: str, report: Report) -> list[str]:
+    """Puts the tensor `raw` of the file where the word embedding belongs; returns what is wrong with it."""
+    name = model.head.tied[1]
+    reading = tensors(folder)
+    shape, read = next((shape, read) for found, shape, read in reading if found == raw)
+    layer = layers[name.rpartition(".")[0]]
+    faults = place(model, layer, name, model.hub_name(name), raw, shape, read, report)
+    reading.close()
+    return faults
 
 
 def untie_where_different(model: Model, folder: Path, raw: str, report: Report) -> None:
@@ -658,12 +680,21 @@ def get(model: Model, name: str) -> Tensor:
     return getattr(model.get_submodule(path), leaf)
 
 
-def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report) -> list[str]:
-    """Puts one tensor of the file where it belongs; returns what is wrong with it, if anything."""
-    layer, flip, pack = model.get_submodule(name.rpartition(".")[0]), is_transposed(model, hub), can_pack(model, name)
-    want = (layer.out_features, layer.in_features) if pack else tuple(get(model, name).shape)
+def leaf_of(layers: dict[str, nn.Module], name: str) -> Tensor:
+    """The parameter or buffer called `name` of a model with these modules."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(layers[path], leaf)
+
+
+def place(
+    model: Model, layer: nn.Module, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report
+) -> list[str]:
+    """Puts one tensor of the file where it belongs, in `layer`; returns what is wrong with it, if anything."""
+    leaf, flip = name.rpartition(".")[2], is_transposed(model, hub)
+    pack, now = isinstance(layer, NF4Linear) and leaf == "weight", getattr(layer, leaf)
+    want = (layer.out_features, layer.in_features) if pack else tuple(now.shape)
     want = want[::-1] if flip else want
-    if not get(model, name).is_meta:
+    if not now.is_meta:
         return [f"{hub} is in the file twice, the second time as {raw}"]
     if shape != want and name.startswith("head.out."):
         report.reshaped.append(hub)
@@ -680,7 +711,7 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
     else:
         ours = torch.empty(tensor.shape)
         is_finite = copy_finite(ours, tensor)
-        put(model, name, ours)
+        setattr(layer, leaf, nn.Parameter(ours))
     if not is_finite:
         return [f"{raw} has numbers that are not finite"]
     report.loaded += 1
@@ -689,11 +720,15 @@ def place(model: Model, name: str, hub: str, raw: str, shape: tuple, read: Calla
 
 def copy_finite(target: Tensor, source: Tensor) -> bool:
     """Copies a tensor, and tells whether all its numbers are finite: part by part, while they are in the cache."""
-    rows, sums = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), []
-    for a in range(0, len(target), rows):
-        sums.append(target[a : a + rows].copy_(source[a : a + rows]).sum())
-    total = torch.stack(sums).sum() if sums else target.sum()
-    return bool(total.isfinite()) or bool(target.isfinite().all())  # a sum may overflow where no number does
+    rows, total = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), 0.0
+    if len(target) <= rows:
+        total = source.sum(dtype=torch.float32).item()
+        target.copy_(source)
+    else:
+        for to, part in zip(target.split(rows), source.split(rows), strict=True):
+            total += part.sum(dtype=torch.float32).item()
+            to.copy_(part)
+    return math.isfinite(total) or bool(target.isfinite().all())  # a sum may overflow by itself
 
 
 def is_transposed(model: Model, hub: str) -> bool:
@@ -786,6 +821,7 @@ def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
+        check_pointer(path)
         raise InputError(
             f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
         ) from e
@@ -804,8 +840,16 @@ def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor
                 native.forget(tensor, place)
 
 
+def check_pointer(path: Path) -> None:
+    """Raises InputError where git has left a note of the file in its place."""
+    with open(path, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            raise InputError(f"{path}: a pointer of git-lfs, and not the file; expected the file (`git lfs pull`)")
+
+
 def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
     """The tensors of a pytorch_model.bin. Only tensors are unpickled: a file that would run code is refused."""
+    check_pointer(path)
     with open(path, "rb") as f:
         zipped = f.read(2) == b"PK"  # an old-style pickle cannot be mapped
     try:

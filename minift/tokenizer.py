@@ -34,6 +34,8 @@ GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by 
 # tokenizer_class without "Tokenizer" and "Fast", of which transformers makes BERT's tokenizer, or GPT-2's
 BERT = ("Bert", "DistilBert", "Electra", "MobileBert", "LayoutLM", "Lxmert", "ConvBert", "SqueezeBert")
 GPT2 = ("GPT2",)
+LARGEST = 10**7  # ids of tokens are below this
+ENDS = ("<|endoftext|>", "[SEP]")  # what ends a text where no eos_token is declared
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -52,18 +54,25 @@ class Tokenizer:
     of a text alone. before: the special tokens in front of a text. end: the id of what ends a text, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes], end: str | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        files: dict[str, bytes],
+        ends: tuple[str | None, ...] = ENDS,
+        side: str = "right",
+    ):
         backend.no_truncation()  # of the file's own: MiniLM's cuts at 128 and pads to 128
         backend.no_padding()
         self.backend = backend
+        self.side = side  # of a text where it is cut, as its truncation_side says
         self.files = files  # name -> content, as the checkpoint had them
         probe = backend.encode("a")
         parts = [*probe.sequence_ids, 0]
         self.before = probe.ids[: parts.index(0)]
         self.types = max(probe.type_ids, default=0) + 1
         self.vocab_size = max(*backend.get_vocab().values(), *probe.ids, -1, -1) + 1
-        ends = [backend.token_to_id(token) for token in (end, "<|endoftext|>", "[SEP]") if token]
-        self.end = next((i for i in ends if i is not None), None)
+        found = [backend.token_to_id(token) for token in ends if token]
+        self.end = next((i for i in found if i is not None), None)
 
     def encode(
         self,
@@ -91,7 +100,7 @@ class Tokenizer:
                 found = self.backend.encode_batch(inputs[start : start + BATCH], add_special_tokens=special)
             except Exception as error:  # the library raises no narrower one
                 raise InputError(f"texts {start} to {start + BATCH}: the tokenizer fails ({error})") from error
-            tokens += [_cut(e, max_length) for e in found]
+            tokens += [_cut(e, max_length, self.side) for e in found]
         return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -119,20 +128,24 @@ def _check_unicode(i: int, text: str) -> None:
         raise InputError(f"text {i} has the lone surrogate {text[error.start]!r}; expected valid Unicode") from None
 
 
-def _cut(encoding: Encoding, max_length: int) -> Tokens:
-    """Drop tokens at the ends of the text and of its pair, and no special ones, until max_length are left."""
+def _cut(encoding: Encoding, max_length: int, side: str = "right") -> Tokens:
+    """Drop tokens at the ends of the text and of its pair, and no special ones, until max_length are left.
+
+    side: "left" drops them at the beginnings.
+    """
     ids, types = encoding.ids, encoding.type_ids
     if not max_length or len(ids) <= max_length:
         return Tokens(ids, types, truncated=False)
     parts = encoding.sequence_ids  # 0 for the text, 1 for its pair, None for special tokens
     left = list(_longest_first(parts.count(0), parts.count(1), max_length - parts.count(None)))
-    kept = []
-    for at, part in enumerate(parts):
+    kept, places = [], list(enumerate(parts))
+    for at, part in places if side == "right" else places[::-1]:
         if part is None:
             kept.append(at)
         elif left[part]:
             kept.append(at)
             left[part] -= 1
+    kept.sort()
     return Tokens([ids[at] for at in kept], [types[at] for at in kept], truncated=True)
 
 
@@ -166,7 +179,11 @@ def load(folder: str | Path) -> Tokenizer:
         _check_rules(backend)
         if "tokenizer.json" not in files:
             files["tokenizer.json"] = backend.to_str(pretty=True).encode()
-        return Tokenizer(backend, files, _content(settings.get("eos_token")))
+        side = settings.get("truncation_side") or (backend.truncation or {}).get("direction", "right")
+        if side not in ("left", "right"):
+            raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
+        ends = [_content(settings.get(key)) for key in ("eos_token", "sep_token")]
+        return Tokenizer(backend, files, (ends[0], *ENDS, ends[1]), side)
     except InputError as error:
         raise InputError(f"{folder}: no tokenizer can be made of {' and '.join(names)} ({error})") from error
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -191,6 +208,9 @@ def _settings(files: dict[str, bytes]) -> dict:
     for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"):
         if not isinstance(settings.get(name, False), (bool, type(None))):
             raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected true or false")
+    for name, kinds in (("added_tokens_decoder", dict), *((name, list | dict) for name in EXTRAS)):
+        if settings.get(name) is not None and not isinstance(settings[name], kinds):
+            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected tokens")
     return settings
 
 
@@ -232,6 +252,9 @@ def _wordpiece(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
 def _byte_bpe(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
     """GPT-2's, from vocab.json and merges.txt. No special tokens are put around a text."""
     vocab = _json(files, "vocab.json")
+    largest = max((i for i in vocab.values() if isinstance(i, int)), default=0)
+    if largest >= LARGEST:  # the library counts all that are missing below
+        raise InputError(f"vocab.json has the id {largest}; expected below {LARGEST:,}")
     lines = files["merges.txt"].decode().split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))

@@ -355,7 +355,7 @@ def test_a_base_that_cannot_be_changed_again(lora, kind):
         ({"exclude_modules": "[z"}, "exclude is '[z'"),
         ({"rank_pattern": {"[": 2}}, "rank_pattern is '['"),
         ({"rank_pattern": [1]}, "adapter_config.json"),
-        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is '3'; expected a string"),
         ({"task_type": ["SEQ_CLS"], "modules_to_save": 3}, "adapter_config.json"),
     ],
 )

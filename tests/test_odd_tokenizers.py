@@ -446,3 +446,10 @@ def test_training_with_an_odd_tokenizer(tmp_path):
     assert np.array_equal(
         minift.load(run.model, task="classify")[1].encode(["Good"])[0].ids, ours.encode(["Good"])[0].ids
     )
+
+
+@pytest.mark.parametrize("name", ["added_tokens_decoder", "additional_special_tokens"])
+def test_tokens_that_are_none(bert, name):
+    write(bert, tokenizer_config={name: 3})
+    with pytest.raises(InputError, match=f"tokenizer_config.json: {name} is 3; expected tokens"):
+        tokenizer.load(bert)

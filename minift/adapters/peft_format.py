@@ -47,6 +47,16 @@ KNOWN = set(
     "task_type use_dora use_rslora".split()
 )
 
+# the kinds that a value may be of, where it is not null, and how a message calls them
+KINDS = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), ((int, float), "a number")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict, "an object of numbers")),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ((str, list), "a string or a list of names")),
+    "layers_to_transform": ((int, list), "a number or a list of numbers"),
+    "modules_to_save": (list, "a list of names"),
+    "base_model_name_or_path": (str, "a string"),
+}
+
 # how training began, by init_lora_weights: with the base as it is, or with a part of it taken out, that is known
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 SPLIT = ("pissa", "olora")
@@ -98,14 +108,16 @@ def check_unknown(found: dict, path: Path) -> list[str]:
 
 def config_of(found: dict, task: str | None) -> LoRAConfig:
     """The configuration in an adapter_config.json. Raises TypeError, ValueError, AttributeError."""
+    for key, (kinds, expected) in KINDS.items():
+        value = found.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ValueError(f"{key} is {str(value)[:80]!r}; expected {expected}")
     saved = [*(found.get("modules_to_save") or ()), *(HEADS if task == "classify" else ())]
     targets, layers = found.get("target_modules"), found.get("layers_to_transform")
     alpha, dropout = float(found.get("lora_alpha", 8)), float(found.get("lora_dropout", 0))
     initial, base = first_weights(found), found.get("base_model_name_or_path") or ""
     if not math.isfinite(alpha):
         raise ValueError(f"lora_alpha is {alpha}; expected a number")
-    if not isinstance(base, str):
-        raise ValueError(f"base_model_name_or_path is {base!r}; expected a string")
     return LoRAConfig(
         rank=int(found.get("r", 8)),
         alpha=alpha,
@@ -184,7 +196,8 @@ def modern_names(found: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, 
     renamed, is_bare = {}, False
     tops = {model.hub_name(name).split(".")[0] for name, _ in model.named_modules() if name.count(".") <= 1}
     for name, tensor in found.items():
-        name = re.sub(r"(lora_[AB]|lora_magnitude_vector|modules_to_save)\.default(?=\.|$)", r"\1", name)
+        name = re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)
+        name = re.sub(r"(lora_magnitude_vector|modules_to_save)\.default(?=\.|$)", r"\1", name)
         name = name.replace(".modules_to_save.", ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         name = re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", name).removeprefix(PREFIX)
         if name.split(".")[0] not in tops:

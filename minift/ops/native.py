@@ -176,7 +176,13 @@ def forget(tensor: Tensor, place: range) -> None:
     page = mmap.PAGESIZE
     begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
     if begin in place and begin < end <= place.stop:  # elsewhere, in memory without a file, that would be zeros
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+        process().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+@cache
+def process() -> ctypes.CDLL:
+    """The functions that are in the process already, libc's among them."""
+    return ctypes.CDLL(None)
 
 
 def mallopt(option: int, value: int) -> None:

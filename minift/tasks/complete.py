@@ -79,7 +79,9 @@ def tokens_of(
             ids = [] if passage.plain else list(tokenizer.before)
             learned = [False] * len(ids)
             for _, learn in passage.parts:
-                part = next(tokens).ids + ([stop] if learn and not passage.plain else [])
+                part = next(tokens).ids
+                if learn and not passage.plain and part[-1:] != [stop]:  # the data may have written it itself
+                    part = [*part, stop]
                 ids += part
                 learned += [learn] * len(part)
             yield passage, ids, learned
