@@ -252,7 +252,7 @@ def _skip(file) -> int:
 
 MAGIC = {  # how files begin that are often given a name that is not theirs
     b"PK\x03\x04": "a zip archive, as .xlsx and .docx are",
-    b"\xd0\xcf\x11\xe0": "a file of an older Excel or Word",
+    b"\xd0\xcf\x11\xe0": "an older Excel or Word file",
     b"\x1f\x8b": "compressed by gzip, which its name should say (.gz)",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
@@ -266,12 +266,12 @@ MAGIC = {  # how files begin that are often given a name that is not theirs
 
 def _first_line(raw: bytes, name: str, faults: Faults) -> bytes:
     """The first line without a byte order mark; what cannot be UTF-8 text ends the reading here."""
-    if encoding := _wide(raw):
-        message = f"is {encoding.upper()}; expected UTF-8 (`iconv -f {encoding} -t utf-8` converts it)"
-        faults.stop(f"{name}:1", message, "not UTF-8")
     for start, what in MAGIC.items():
         if raw.startswith(start):
             faults.stop(f"{name}:1", f"the file is {what}; expected text in UTF-8", "not UTF-8")
+    if encoding := _wide(raw):
+        message = f"is {encoding.upper()}; expected UTF-8 (`iconv -f {encoding} -t utf-8` converts it)"
+        faults.stop(f"{name}:1", message, "not UTF-8")
     if raw.startswith(codecs.BOM_UTF8):
         faults.warn("starts with a UTF-8 byte order mark, which is passed over", 1)
         return raw.removeprefix(codecs.BOM_UTF8)
@@ -504,8 +504,9 @@ def _is_doubtful(row: list[str], cells: dict[str, int]) -> bool:
     text = row[cells["text"]] if cells["text"] < len(row) else ""
     label = row[cells["label"]] if cells.get("label", len(row)) < len(row) else ""
     one_word = not re.search(r"\s", text.strip())
-    named = _looks_like_a_name(text) and re.search("_|[a-z][A-Z]", text) is not None
-    return named or one_word and _role_of(label) == "label" or label == "label"
+    compound = _looks_like_a_name(text) and re.search("_|[a-z][A-Z]", text) is not None
+    counted = all(re.fullmatch(r"(v|x|c|col|column|field|var)_?\d+", cell.strip().casefold()) for cell in row)
+    return compound or counted or one_word and _role_of(label) == "label" or label == "label"
 
 
 def _stop_at_a_doubt(where: str, row: list[str], faults: Faults) -> NoReturn:
@@ -533,7 +534,8 @@ class Doubt:
         self.where, self.row = where, row
         self.text, self.label = (row[layout.cells[role]].strip() for role in ("text", "label"))
         self.numbers = not _is_number(self.label)  # whether all other labels are numbers
-        self.word = not re.search(r"\s", self.text + self.label)  # whether the label never came again
+        self.word = self.numbers and not re.search(r"\s", self.text + self.label)  # whether the label never came again
+        self.named = _role_of(self.text) == "text"
         self.count, self.others = 0, set()
 
     def look(self, label: str) -> bool:
@@ -548,8 +550,8 @@ class Doubt:
 
     def check(self, faults: Faults) -> None:
         """Ends the reading if the first row must be taken for a header."""
-        repeated = self.count >= FEW and 2 * len(self.others) <= self.count
-        if self.count and self.numbers or self.word and repeated:
+        repeated = self.named or self.count >= FEW and 2 * len(self.others) <= self.count
+        if self.count and (self.numbers or self.word and repeated):
             _stop_at_a_doubt(self.where, self.row, faults)
 
 
@@ -562,7 +564,8 @@ def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
                 continue
             layout = _layout(where, row, wanted, faults)
             if layout.header:
-                faults.warn(f"taken for a header: {_short(row)}", number)
+                if wanted.missing(row):
+                    faults.warn(f"taken for a header: {_short(row)}", number)
                 continue
             if wanted.header == "auto" and len(row) > max(layout.cells.values()) and "label" in layout.cells:
                 doubt = Doubt(where, row, layout)

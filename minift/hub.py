@@ -129,6 +129,8 @@ def load(
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
     if task == "classify":
         settle_classes(model, classes, seed)
+        if model.report.relabelled and not fresh_head:
+            raise InputError(f"{given}: its classes are {own_labels(settings)}; expected a head trained for {labels}")
     found = next((place for place in (given, folder) if any((place / n).is_file() for n in tokenizers.FILES)), None)
     tokenizer = tokenizers.load(found) if found else None
     if tokenizer and tokenizer.vocab_size > model.config.vocabulary:
@@ -265,7 +267,7 @@ class Classes:
 
     def first_rows(self, is_adapter: bool) -> list[str] | None:
         """The labels that the model is built with: those of an adapter's own head if that does not stay."""
-        if is_adapter and self.rows and (self.fresh or len(self.rows) != len(self.own)):
+        if is_adapter and self.rows and self.own and (self.fresh or len(self.rows) != len(self.own)):
             return self.own
         return self.rows
 
@@ -302,8 +304,9 @@ def settle_classes(model: Model, classes: Classes, seed: int) -> None:
         model.head.out = on_meta(out, len(classes.rows))
         model.labels = classes.rows
         draw(model, seed)
-        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
+        report.relabelled = ["its last layer"]
     if report.relabelled:
+        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
         own = ", ".join(map(printable, classes.own))
         report.labels = f"the checkpoint's classes were {own}; to go on with these, name them all: --labels"
     elif classes.labels:
