@@ -310,6 +310,13 @@ def _repaired(raw: bytes, at: int, where: str, faults: Faults) -> str:
     return raw.decode(errors="replace")
 
 
+def _check_line_ends(where: str, line: str, faults: Faults) -> None:
+    """Lines that end in CR alone, as on a Mac before 2001 and in some exports, make one line of a whole file."""
+    if "\r" in line.rstrip("\r\n") and not line.endswith("\n"):
+        message = "the lines end in CR alone; expected LF or CR LF (`tr '\\r' '\\n' < FILE` converts them)"
+        faults.stop(where, message, "line ends")
+
+
 def _without_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
@@ -327,6 +334,7 @@ def _objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]
             blank = 0
         where = f"{name}:{number}"
         if not began:
+            _check_line_ends(where, line, faults)
             _check_lines_of_json(where, line.strip(), faults)
             began = True
         if (row := _object(where, _without_end(line), faults)) is not None:
@@ -379,6 +387,8 @@ def _csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list
 
     def lines() -> Iterator[str]:
         for number, line in _lines(path, name, faults, most):
+            if number == 1:
+                _check_line_ends(f"{name}:1", line, faults)
             numbers.append(number)
             yield line
 
@@ -402,6 +412,8 @@ def _csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list
 def _tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
     """(line, cells), split at tabs with no quoting: SST-2 and GLUE hold stray quote characters."""
     for number, line in _lines(path, printable(path.name), faults, most):
+        if number == 1:
+            _check_line_ends(f"{printable(path.name)}:1", line, faults)
         yield number, _without_end(line).split("\t")
 
 
@@ -556,7 +568,7 @@ class Doubt:
 
 
 def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
-    name, layout, doubt = printable(path.name), None, None
+    name, layout, doubt, header = printable(path.name), None, None, None
     for number, row in (_csv_rows if _kind(path) == ".csv" else _tsv_rows)(path, faults, most):
         where = f"{name}:{number}"
         if layout is None:
@@ -564,6 +576,7 @@ def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
                 continue
             layout = _layout(where, row, wanted, faults)
             if layout.header:
+                header = row
                 if wanted.missing(row):
                     faults.warn(f"taken for a header: {_short(row)}", number)
                 continue
@@ -571,7 +584,9 @@ def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
                 doubt = Doubt(where, row, layout)
         elif doubt and layout.cells["label"] < len(row) and not doubt.look(row[layout.cells["label"]]):
             doubt = None
-        if len(row) < layout.width or (layout.exact and len(row) > layout.width):
+        if row == header:  # of files that were joined with their headers; else it would be an example
+            faults.add(where, f"found the header once more, {_short(row)}; expected an example", "repeated header")
+        elif len(row) < layout.width or (layout.exact and len(row) > layout.width):
             message = f"found {len(row)} cells, {_short(row)}; expected {layout.expected}"
             faults.add(where, message, "wrong number of cells")
         else:
@@ -596,7 +611,12 @@ def _folder(path: Path, faults: Faults, most: int) -> Iterator:
     if not classes:
         message = "a folder without sub-folders; expected one sub-folder of .txt files per class"
         faults.stop(printable(str(path)), message, "no examples")
-    for file in (file for entry in classes for file in sorted(entry.iterdir()) if not file.name.startswith(".")):
+    files = {entry: [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] for entry in classes}
+    for entry in classes:
+        if not files[entry] and any(files.values()):
+            message = "a class without examples; expected at least one .txt file"
+            faults.add(printable("/".join(entry.parts[-2:])), message, "no examples")
+    for file in (file for entry in classes for file in files[entry]):
         where = printable("/".join(file.parts[-3:]))
         if file.suffix.lower() != ".txt":
             faults.add(where, "not a .txt file; expected only FOLDER/CLASS/NAME.txt", "not a .txt file")
@@ -789,6 +809,7 @@ OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and
         """`jq -c '{prompt: ([.instruction, .input // empty] | join("\\n") + "\\n"), completion: .output}'` """
         "converts it",
     ),
+    "text": ("a text without a prompt", """`jq -c '{prompt: "", completion: .text}'` converts it"""),
     "chosen": ("pairs of preferences", "of which only the chosen one can be learned"),
 }
 
@@ -822,13 +843,14 @@ def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple
 
     The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
     """
-    messages, parts, text = row["messages"], [], ""
+    messages, parts, text, whole = row["messages"], [], "", True
     if not isinstance(messages, list) or not messages:
         faults.add(where, f"messages is {_short(messages)}; expected a list of at least one message", "no messages")
         return []
     for i, message in enumerate(messages):
         if fault := _message_fault(message):
             faults.add(where, f"message {i + 1}: {fault[1]}", fault[0])
+            whole = False
             continue
         if not need_label and i == len(messages) - 1 and message["role"] == "assistant":
             break  # what is to be said
@@ -839,7 +861,7 @@ def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple
         text += "\n" if not text else message["content"] + "\n"
     if not need_label:
         return [*parts, (text + "<|assistant|>\n", False)]
-    if not parts:
+    if not parts and whole:
         message = "no message to learn from; expected one of the assistant's, with weight 1"
         faults.add(where, message, "nothing trained")
     return parts
@@ -897,6 +919,7 @@ def label_names(examples: Iterable[Example], given: str = "") -> list[str]:
         raise InputError(f"{source}; expected two or more different classes")
     if given:
         return names
+    _check_numbers(names)
     if twins := look_alikes(names):
         wheres = {str(e.label): e.where for e in reversed(list(examples))}
         first, second = twins[0]
@@ -905,6 +928,21 @@ def label_names(examples: Iterable[Example], given: str = "") -> list[str]:
             "or both in --labels if they are two classes"
         )
     return sorted(names, key=lambda name: (int(name), name)) if all(map(_is_number, names)) else sorted(names)
+
+
+def _check_numbers(names: list[str]) -> None:
+    """Raises InputError for labels that are scores, or that stand for no label: they would be classes like others."""
+    if not all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
+        return
+    numbers = sorted(map(float, names))
+    shown = f"the labels of the training data are {_short(sorted(names, key=float))}"
+    if any(number != number // 1 for number in numbers):
+        raise InputError(f"{shown}, scores and not classes; expected whole numbers or names, or all in --labels")
+    if numbers[0] == -1 and numbers[1] == 0 and numbers[-1] > 1:
+        raise InputError(
+            f"{shown}, where -1 may stand for no label, as in SNLI; expected labelled examples alone, or --labels="
+            + ",".join(sorted(names, key=float))
+        )
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:

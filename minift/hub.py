@@ -290,6 +290,11 @@ def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> C
         same = len(own) == len(wanted)
         return Classes(wanted, own=own, said=f"its classes had no names, and are now: {named}" if same else "")
     numbers = {str(i) for i in range(len(own))}
+    spelt = {name.casefold(): name for name in wanted}
+    if sorted(map(str.casefold, own)) == sorted(map(str.casefold, wanted)) and len(spelt) == len(own):
+        own = [spelt[name.casefold()] for name in own]  # ENTAILMENT is entailment; the data's spelling is kept
+    if own == wanted:
+        return Classes(wanted, own=own)
     if sorted(own) == sorted(wanted) or not ordered and set(wanted) <= numbers and not numbers & set(own):
         order = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted if ordered else own))
         what = "the head's rows were put in the order of --labels" if ordered else "classes as the checkpoint has them"

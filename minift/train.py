@@ -363,6 +363,8 @@ def describe(
         seen = {int(s.targets[0]) for s in sequences}
         if unseen := [printable(name) for i, name in enumerate(model.labels) if i not in seen]:
             say(f"no example to train on has the label {', '.join(unseen)}")
+    if empty := sum(not len(s.targets) for s in sequences):
+        say(f"nothing is left to learn of {empty:,} examples, cut to {max_length} tokens")
     say(
         f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step{split}; {cut:,} cut to {max_length} tokens"

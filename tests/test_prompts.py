@@ -305,4 +305,4 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) *
         path = write(tmp_path / f"{n}.jsonl", *({"text": f"{i} " + "words " * 20, "label": i % 2} for i in range(n)))
         done = subprocess.run([sys.executable, "-c", code, tmp_path, path], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 6_000_000, peaks
+    assert peaks[1] - peaks[0] < 14_000_000, peaks  # 28 to 45 million where all are held
