@@ -480,7 +480,7 @@ def _called(row: list[str], role: str, wanted: Columns) -> list[int]:
     """The cells of a header that may be a role's: called exactly so, else alike, else by one of the usual names."""
     name = wanted.names[role]
     exact = [i for i, cell in enumerate(row) if cell == name]
-    alike = [i for i, cell in enumerate(row) if _plain_name(cell) == _plain_name(name)]
+    alike = [i for i, cell in enumerate(row) if _plain_name(cell) == _plain_name(name) != ""]
     usual = [i for i, cell in enumerate(row) if wanted.bare and _role_of(cell) == role]
     return exact or alike or usual
 
@@ -666,22 +666,31 @@ def rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator[tup
 class Stream:
     """Examples or passages of a file, read anew each time they are asked for: memory does not grow with their number.
 
-    A first pass judges them all. What a later one meets that the first did not has changed in the meantime.
+    A first pass judges them all, so that a later one has nothing to refuse.
     """
 
     def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str):
         self.path, self.read, self.nothing = path, read, nothing
+        self.count: int | None = None  # examples, after the first pass
 
     def __iter__(self) -> Iterator:
         """Every example without faults; at the end raises InputError for those with."""
-        faults, empty = Faults(), True
+        faults, count, name = Faults(), 0, printable(str(self.path))
         for example in self.read(faults):
-            if example is not None:
-                empty = False
-                yield example
-        faults.check()
-        if empty:
-            raise InputError(f"{printable(str(self.path))}: {self.nothing}")
+            if example is None:
+                continue
+            if count == self.count:
+                break
+            count += 1
+            yield example
+        else:
+            faults.check()
+            if not count:
+                raise InputError(f"{name}: {self.nothing}")
+            self.count = count if self.count is None else self.count
+            if count == self.count:
+                return
+        raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
 
 
 def stream(
@@ -875,22 +884,26 @@ def weight_of(message: dict) -> object:
 
 def _message_fault(message: object) -> tuple[str, str] | None:
     """What is wrong with one message of a chat, as the kind of fault and a message, or None."""
-    if isinstance(message, dict) and {"from", "value"} <= message.keys():
-        expected = "role (user for human, assistant for gpt) and content"
-        return "missing key", f"found {_short(message)}, with from and value as ShareGPT has them; expected {expected}"
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            found = f"found {_short(message)}, with from and value as ShareGPT has them"
+            return "missing key", f"{found}; expected role (user for human, assistant for gpt) and content"
         return "missing key", f"found {_short(message)}; expected an object with role and content"
     if message["role"] not in ROLES:
         return "unrecognised role", f"role is {_short(message['role'])}; expected one of {', '.join(ROLES)}"
     if not isinstance(message["content"], str) or not message["content"].strip():
         return "wrong type", f"content is {_short(message['content'])}; expected some text"
-    return weight_fault(message) or _wrong("text", message["content"])
+    if "weight" in message and (fault := weight_fault(message)):
+        return fault
+    return _wrong("text", message["content"])
 
 
 def weight_fault(message: dict) -> tuple[str, str] | None:
     """What is wrong with the weight of a message, as the kind of fault and a message, or None."""
     weight = weight_of(message)
-    if message.get("weight") is not None and message.get("role") != "assistant":
+    if message.get("weight") is None:
+        return None
+    if message.get("role") != "assistant":
         found = f"found a weight on the role {_short(message.get('role'))}"
         return "misplaced weight", f"{found}; expected one on assistant messages only"
     if type(weight) is not int or weight not in (0, 1):  # not isinstance: True is an int too
@@ -905,7 +918,7 @@ def _is_number(name: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", name) is not None
 
 
-def label_names(examples: Iterable[Example], given: str = "") -> list[str]:
+def label_names(examples: list[Example], given: str = "") -> list[str]:
     """The classes of a training set, in the order of their ids.
 
     given: the --labels option, as "negative,positive"; a name with a comma in it stands in "...", as in CSV. Without
@@ -921,7 +934,7 @@ def label_names(examples: Iterable[Example], given: str = "") -> list[str]:
         return names
     _check_numbers(names)
     if twins := look_alikes(names):
-        wheres = {str(e.label): e.where for e in reversed(list(examples))}
+        wheres = {str(e.label): e.where for e in reversed(examples)}
         first, second = twins[0]
         raise InputError(
             f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}; expected one spelling, "
@@ -994,6 +1007,8 @@ def at(examples: Iterable, numbers: Iterable[int]) -> Iterator:
     numbers = iter(numbers)
     wanted = next(numbers, None)
     for number, example in enumerate(examples):
+        if wanted is None:
+            return
         if number == wanted:
             yield example
             wanted = next(numbers, None)

@@ -356,7 +356,7 @@ def describe(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, cut = [len(s) for s in sequences], sum(s.cut for s in sequences)
     mean = sum(tokens) / len(tokens)
-    labels = f"; labels: {', '.join(model.labels)}" if config.task == "classify" else ""
+    labels = f"; labels: {', '.join(map(printable, model.labels))}" if config.task == "classify" else ""
     split = f", at most {at_once:,} at once" if at_once else ""
     say(f"{trainable:,} of {model.size():,} parameters are trained{labels}")
     if config.task == "classify":

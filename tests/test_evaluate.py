@@ -122,6 +122,18 @@ def test_a_fault_at_the_end_of_a_file_is_told_before_anything_is_computed(tmp_pa
         next(minift.predict(model, tokenizer, minift.PredictConfig(data=str(bad))))
 
 
+@pytest.mark.parametrize("change", ["shorter", "longer", "faulty"])
+def test_a_file_that_changes_between_the_two_passes(tmp_path, change):
+    model, tokenizer = words_of(tmp_path / "bert")
+    path = reviews(tmp_path / "d.tsv", 20)
+    whole = path.read_text()
+    examples = classify.stream(path)
+    labels = classify.judge(examples, model, tokenizer)
+    path.write_text({"shorter": whole[: len(whole) // 2], "longer": whole + whole, "faulty": whole + "\t\n"}[change])
+    with pytest.raises(minift.InputError, match="d.tsv.*(has changed while it was read|found|empty)"):
+        list(classify.encoded(examples, labels, model, tokenizer, 40))
+
+
 def test_a_pair_where_the_model_has_one_type(tmp_path, capsys):
     """It was an IndexError inside the embedding, and train left a run folder."""
     model, tokenizer = words_of(tmp_path / "bert", type_vocab_size=1)
