@@ -157,6 +157,8 @@ def _judge_pair(where: str, line: int, row: dict, found: Findings) -> Item | Non
     prompt, completion = row["prompt"], row["completion"]
     if ENDS in prompt + completion:
         found.warn(f"{ENDS} in a text, which is read as that token", line)
+    if prompt.endswith(" "):  # and a space that the model has to say after it would be the second
+        found.warn("prompt ends in a space, which belongs before the first word of the completion", line)
     if not completion[0].isspace():  # byte-level BPE joins a space to the word after it
         found.warn("completion does not start with whitespace", line)
     return Item(line, [(prompt, False), (completion, True)], prompt, completion)

@@ -252,7 +252,7 @@ def _skip(file) -> int:
 
 MAGIC = {  # how files begin that are often given a name that is not theirs
     b"PK\x03\x04": "a zip archive, as .xlsx and .docx are",
-    b"\xd0\xcf\x11\xe0": "a file of an older Excel or Word",
+    b"\xd0\xcf\x11\xe0": "an older Excel or Word file",
     b"\x1f\x8b": "compressed by gzip, which its name should say (.gz)",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
@@ -266,12 +266,12 @@ MAGIC = {  # how files begin that are often given a name that is not theirs
 
 def _first_line(raw: bytes, name: str, faults: Faults) -> bytes:
     """The first line without a byte order mark; what cannot be UTF-8 text ends the reading here."""
-    if encoding := _wide(raw):
-        message = f"is {encoding.upper()}; expected UTF-8 (`iconv -f {encoding} -t utf-8` converts it)"
-        faults.stop(f"{name}:1", message, "not UTF-8")
     for start, what in MAGIC.items():
         if raw.startswith(start):
             faults.stop(f"{name}:1", f"the file is {what}; expected text in UTF-8", "not UTF-8")
+    if encoding := _wide(raw):
+        message = f"is {encoding.upper()}; expected UTF-8 (`iconv -f {encoding} -t utf-8` converts it)"
+        faults.stop(f"{name}:1", message, "not UTF-8")
     if raw.startswith(codecs.BOM_UTF8):
         faults.warn("starts with a UTF-8 byte order mark, which is passed over", 1)
         return raw.removeprefix(codecs.BOM_UTF8)
@@ -310,6 +310,13 @@ def _repaired(raw: bytes, at: int, where: str, faults: Faults) -> str:
     return raw.decode(errors="replace")
 
 
+def _check_line_ends(where: str, line: str, faults: Faults) -> None:
+    """Lines that end in CR alone, as on a Mac before 2001 and in some exports, make one line of a whole file."""
+    if "\r" in line.rstrip("\r\n") and not line.endswith("\n"):
+        message = "the lines end in CR alone; expected LF or CR LF (`tr '\\r' '\\n' < FILE` converts them)"
+        faults.stop(where, message, "line ends")
+
+
 def _without_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
@@ -327,6 +334,7 @@ def _objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]
             blank = 0
         where = f"{name}:{number}"
         if not began:
+            _check_line_ends(where, line, faults)
             _check_lines_of_json(where, line.strip(), faults)
             began = True
         if (row := _object(where, _without_end(line), faults)) is not None:
@@ -379,6 +387,8 @@ def _csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list
 
     def lines() -> Iterator[str]:
         for number, line in _lines(path, name, faults, most):
+            if number == 1:
+                _check_line_ends(f"{name}:1", line, faults)
             numbers.append(number)
             yield line
 
@@ -402,6 +412,8 @@ def _csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list
 def _tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
     """(line, cells), split at tabs with no quoting: SST-2 and GLUE hold stray quote characters."""
     for number, line in _lines(path, printable(path.name), faults, most):
+        if number == 1:
+            _check_line_ends(f"{printable(path.name)}:1", line, faults)
         yield number, _without_end(line).split("\t")
 
 
@@ -468,7 +480,7 @@ def _called(row: list[str], role: str, wanted: Columns) -> list[int]:
     """The cells of a header that may be a role's: called exactly so, else alike, else by one of the usual names."""
     name = wanted.names[role]
     exact = [i for i, cell in enumerate(row) if cell == name]
-    alike = [i for i, cell in enumerate(row) if _plain_name(cell) == _plain_name(name)]
+    alike = [i for i, cell in enumerate(row) if _plain_name(cell) == _plain_name(name) != ""]
     usual = [i for i, cell in enumerate(row) if wanted.bare and _role_of(cell) == role]
     return exact or alike or usual
 
@@ -504,8 +516,9 @@ def _is_doubtful(row: list[str], cells: dict[str, int]) -> bool:
     text = row[cells["text"]] if cells["text"] < len(row) else ""
     label = row[cells["label"]] if cells.get("label", len(row)) < len(row) else ""
     one_word = not re.search(r"\s", text.strip())
-    named = _looks_like_a_name(text) and re.search("_|[a-z][A-Z]", text) is not None
-    return named or one_word and _role_of(label) == "label" or label == "label"
+    compound = _looks_like_a_name(text) and re.search("_|[a-z][A-Z]", text) is not None
+    counted = all(re.fullmatch(r"(v|x|c|col|column|field|var)_?\d+", cell.strip().casefold()) for cell in row)
+    return compound or counted or one_word and _role_of(label) == "label" or label == "label"
 
 
 def _stop_at_a_doubt(where: str, row: list[str], faults: Faults) -> NoReturn:
@@ -533,7 +546,8 @@ class Doubt:
         self.where, self.row = where, row
         self.text, self.label = (row[layout.cells[role]].strip() for role in ("text", "label"))
         self.numbers = not _is_number(self.label)  # whether all other labels are numbers
-        self.word = not re.search(r"\s", self.text + self.label)  # whether the label never came again
+        self.word = self.numbers and not re.search(r"\s", self.text + self.label)  # whether the label never came again
+        self.named = _role_of(self.text) == "text"
         self.count, self.others = 0, set()
 
     def look(self, label: str) -> bool:
@@ -548,13 +562,13 @@ class Doubt:
 
     def check(self, faults: Faults) -> None:
         """Ends the reading if the first row must be taken for a header."""
-        repeated = self.count >= FEW and 2 * len(self.others) <= self.count
-        if self.count and self.numbers or self.word and repeated:
+        repeated = self.named or self.count >= FEW and 2 * len(self.others) <= self.count
+        if self.count and (self.numbers or self.word and repeated):
             _stop_at_a_doubt(self.where, self.row, faults)
 
 
 def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
-    name, layout, doubt = printable(path.name), None, None
+    name, layout, doubt, header = printable(path.name), None, None, None
     for number, row in (_csv_rows if _kind(path) == ".csv" else _tsv_rows)(path, faults, most):
         where = f"{name}:{number}"
         if layout is None:
@@ -562,13 +576,17 @@ def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
                 continue
             layout = _layout(where, row, wanted, faults)
             if layout.header:
-                faults.warn(f"taken for a header: {_short(row)}", number)
+                header = row
+                if wanted.missing(row):
+                    faults.warn(f"taken for a header: {_short(row)}", number)
                 continue
             if wanted.header == "auto" and len(row) > max(layout.cells.values()) and "label" in layout.cells:
                 doubt = Doubt(where, row, layout)
         elif doubt and layout.cells["label"] < len(row) and not doubt.look(row[layout.cells["label"]]):
             doubt = None
-        if len(row) < layout.width or (layout.exact and len(row) > layout.width):
+        if row == header:  # of files that were joined with their headers; else it would be an example
+            faults.add(where, f"found the header once more, {_short(row)}; expected an example", "repeated header")
+        elif len(row) < layout.width or (layout.exact and len(row) > layout.width):
             message = f"found {len(row)} cells, {_short(row)}; expected {layout.expected}"
             faults.add(where, message, "wrong number of cells")
         else:
@@ -593,7 +611,12 @@ def _folder(path: Path, faults: Faults, most: int) -> Iterator:
     if not classes:
         message = "a folder without sub-folders; expected one sub-folder of .txt files per class"
         faults.stop(printable(str(path)), message, "no examples")
-    for file in (file for entry in classes for file in sorted(entry.iterdir()) if not file.name.startswith(".")):
+    files = {entry: [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] for entry in classes}
+    for entry in classes:
+        if not files[entry] and any(files.values()):
+            message = "a class without examples; expected at least one .txt file"
+            faults.add(printable("/".join(entry.parts[-2:])), message, "no examples")
+    for file in (file for entry in classes for file in files[entry]):
         where = printable("/".join(file.parts[-3:]))
         if file.suffix.lower() != ".txt":
             faults.add(where, "not a .txt file; expected only FOLDER/CLASS/NAME.txt", "not a .txt file")
@@ -643,22 +666,31 @@ def rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator[tup
 class Stream:
     """Examples or passages of a file, read anew each time they are asked for: memory does not grow with their number.
 
-    A first pass judges them all. What a later one meets that the first did not has changed in the meantime.
+    A first pass judges them all, so that a later one has nothing to refuse.
     """
 
     def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str):
         self.path, self.read, self.nothing = path, read, nothing
+        self.count: int | None = None  # examples, after the first pass
 
     def __iter__(self) -> Iterator:
         """Every example without faults; at the end raises InputError for those with."""
-        faults, empty = Faults(), True
+        faults, count, name = Faults(), 0, printable(str(self.path))
         for example in self.read(faults):
-            if example is not None:
-                empty = False
-                yield example
-        faults.check()
-        if empty:
-            raise InputError(f"{printable(str(self.path))}: {self.nothing}")
+            if example is None:
+                continue
+            if count == self.count:
+                break
+            count += 1
+            yield example
+        else:
+            faults.check()
+            if not count:
+                raise InputError(f"{name}: {self.nothing}")
+            self.count = count if self.count is None else self.count
+            if count == self.count:
+                return
+        raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
 
 
 def stream(
@@ -786,6 +818,7 @@ OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and
         """`jq -c '{prompt: ([.instruction, .input // empty] | join("\\n") + "\\n"), completion: .output}'` """
         "converts it",
     ),
+    "text": ("a text without a prompt", """`jq -c '{prompt: "", completion: .text}'` converts it"""),
     "chosen": ("pairs of preferences", "of which only the chosen one can be learned"),
 }
 
@@ -819,13 +852,14 @@ def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple
 
     The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
     """
-    messages, parts, text = row["messages"], [], ""
+    messages, parts, text, whole = row["messages"], [], "", True
     if not isinstance(messages, list) or not messages:
         faults.add(where, f"messages is {_short(messages)}; expected a list of at least one message", "no messages")
         return []
     for i, message in enumerate(messages):
         if fault := _message_fault(message):
             faults.add(where, f"message {i + 1}: {fault[1]}", fault[0])
+            whole = False
             continue
         if not need_label and i == len(messages) - 1 and message["role"] == "assistant":
             break  # what is to be said
@@ -836,7 +870,7 @@ def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple
         text += "\n" if not text else message["content"] + "\n"
     if not need_label:
         return [*parts, (text + "<|assistant|>\n", False)]
-    if not parts:
+    if not parts and whole:
         message = "no message to learn from; expected one of the assistant's, with weight 1"
         faults.add(where, message, "nothing trained")
     return parts
@@ -850,22 +884,26 @@ def weight_of(message: dict) -> object:
 
 def _message_fault(message: object) -> tuple[str, str] | None:
     """What is wrong with one message of a chat, as the kind of fault and a message, or None."""
-    if isinstance(message, dict) and {"from", "value"} <= message.keys():
-        expected = "role (user for human, assistant for gpt) and content"
-        return "missing key", f"found {_short(message)}, with from and value as ShareGPT has them; expected {expected}"
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            found = f"found {_short(message)}, with from and value as ShareGPT has them"
+            return "missing key", f"{found}; expected role (user for human, assistant for gpt) and content"
         return "missing key", f"found {_short(message)}; expected an object with role and content"
     if message["role"] not in ROLES:
         return "unrecognised role", f"role is {_short(message['role'])}; expected one of {', '.join(ROLES)}"
     if not isinstance(message["content"], str) or not message["content"].strip():
         return "wrong type", f"content is {_short(message['content'])}; expected some text"
-    return weight_fault(message) or _wrong("text", message["content"])
+    if "weight" in message and (fault := weight_fault(message)):
+        return fault
+    return _wrong("text", message["content"])
 
 
 def weight_fault(message: dict) -> tuple[str, str] | None:
     """What is wrong with the weight of a message, as the kind of fault and a message, or None."""
     weight = weight_of(message)
-    if message.get("weight") is not None and message.get("role") != "assistant":
+    if message.get("weight") is None:
+        return None
+    if message.get("role") != "assistant":
         found = f"found a weight on the role {_short(message.get('role'))}"
         return "misplaced weight", f"{found}; expected one on assistant messages only"
     if type(weight) is not int or weight not in (0, 1):  # not isinstance: True is an int too
@@ -880,7 +918,7 @@ def _is_number(name: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", name) is not None
 
 
-def label_names(examples: Iterable[Example], given: str = "") -> list[str]:
+def label_names(examples: list[Example], given: str = "") -> list[str]:
     """The classes of a training set, in the order of their ids.
 
     given: the --labels option, as "negative,positive"; a name with a comma in it stands in "...", as in CSV. Without
@@ -894,14 +932,30 @@ def label_names(examples: Iterable[Example], given: str = "") -> list[str]:
         raise InputError(f"{source}; expected two or more different classes")
     if given:
         return names
+    _check_numbers(names)
     if twins := look_alikes(names):
-        wheres = {str(e.label): e.where for e in reversed(list(examples))}
+        wheres = {str(e.label): e.where for e in reversed(examples)}
         first, second = twins[0]
         raise InputError(
             f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}; expected one spelling, "
             "or both in --labels if they are two classes"
         )
     return sorted(names, key=lambda name: (int(name), name)) if all(map(_is_number, names)) else sorted(names)
+
+
+def _check_numbers(names: list[str]) -> None:
+    """Raises InputError for labels that are scores, or that stand for no label: they would be classes like others."""
+    if not all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
+        return
+    numbers = sorted(map(float, names))
+    shown = f"the labels of the training data are {_short(sorted(names, key=float))}"
+    if any(number != number // 1 for number in numbers):
+        raise InputError(f"{shown}, scores and not classes; expected whole numbers or names, or all in --labels")
+    if numbers[0] == -1 and numbers[1] == 0 and numbers[-1] > 1:
+        raise InputError(
+            f"{shown}, where -1 may stand for no label, as in SNLI; expected labelled examples alone, or --labels="
+            + ",".join(sorted(names, key=float))
+        )
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -953,6 +1007,8 @@ def at(examples: Iterable, numbers: Iterable[int]) -> Iterator:
     numbers = iter(numbers)
     wanted = next(numbers, None)
     for number, example in enumerate(examples):
+        if wanted is None:
+            return
         if number == wanted:
             yield example
             wanted = next(numbers, None)

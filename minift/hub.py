@@ -153,6 +153,8 @@ def load(
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
     if task == "classify":
         settle_classes(model, classes, seed)
+        if model.report.relabelled and not fresh_head:
+            raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
     found = next((place for place in (given, folder) if tokenizers.is_there(place)), None)
     tokenizer = tokenizers.load(found) if found else None
     if tokenizer:
@@ -507,7 +509,7 @@ class Classes:
 
     def first_rows(self, is_adapter: bool) -> list[str] | None:
         """The labels that the model is built with: those of an adapter's own head if that does not stay."""
-        if is_adapter and self.rows and (self.fresh or len(self.rows) != len(self.own)):
+        if is_adapter and self.rows and self.own and (self.fresh or len(self.rows) != len(self.own)):
             return self.own
         return self.rows
 
@@ -524,6 +526,11 @@ def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> C
         same = len(own) == len(wanted)
         return Classes(wanted, own=own, said=f"its classes had no names, and are now: {named}" if same else "")
     numbers = {str(i) for i in range(len(own))}
+    spelt = {name.casefold(): name for name in wanted}
+    if sorted(map(str.casefold, own)) == sorted(map(str.casefold, wanted)) and len(spelt) == len(own):
+        own = [spelt[name.casefold()] for name in own]  # ENTAILMENT is entailment; the data's spelling is kept
+    if own == wanted:
+        return Classes(wanted, own=own)
     if sorted(own) == sorted(wanted) or not ordered and set(wanted) <= numbers and not numbers & set(own):
         order = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted if ordered else own))
         what = "the head's rows were put in the order of --labels" if ordered else "classes as the checkpoint has them"
@@ -538,8 +545,9 @@ def settle_classes(model: Model, classes: Classes, seed: int) -> None:
         model.head.out = on_meta(out, len(classes.rows))
         model.labels = classes.rows
         draw(model, seed)
-        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
+        report.relabelled = ["its last layer"]
     if report.relabelled:
+        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
         own = ", ".join(map(printable, classes.own))
         report.labels = f"the checkpoint's classes were {own}; to go on with these, name them all: --labels"
     elif classes.labels:

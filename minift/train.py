@@ -457,13 +457,15 @@ def describe(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, cut = [len(s) for s in sequences], sum(s.cut for s in sequences)
     mean = sum(tokens) / len(tokens)
-    labels = f"; labels: {', '.join(model.labels)}" if config.task == "classify" else ""
+    labels = f"; labels: {', '.join(map(printable, model.labels))}" if config.task == "classify" else ""
     split = f", at most {at_once:,} at once" if at_once else ""
     say(f"{trainable:,} of {model.size():,} parameters are trained{labels}")
     if config.task == "classify":
         seen = {int(s.targets[0]) for s in sequences}
         if unseen := [printable(name) for i, name in enumerate(model.labels) if i not in seen]:
             say(f"no example to train on has the label {', '.join(unseen)}")
+    if empty := sum(not len(s.targets) for s in sequences):
+        say(f"nothing is left to learn of {empty:,} examples, cut to {max_length} tokens")
     say(
         f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step{split}; {cut:,} cut to {max_length} tokens"

@@ -3,14 +3,22 @@
 import csv
 import gzip
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.config import InputError
-from minift.data import Example, label_ids, label_names, read, sample, split
+from minift import data
+from minift.check import check
+from minift.config import LONGEST, InputError, TrainConfig
+from minift.data import Example, label_ids, label_names, read, read_passages, sample, split
 
 
 def write(path, content):
@@ -297,6 +305,200 @@ def test_folder_faults(tmp_path):
     write(tmp_path / "pos" / "b.txt", " \n")
     write(tmp_path / "pos" / "c.pdf", "x")
     refused("pos/a.txt:2: byte offset 3", "pos/b.txt: text is empty", "pos/c.pdf: not a .txt file")(tmp_path)
+
+
+# ---- what is no text -------------------------------------------------------------------------------------------------
+
+RUSSIAN = "текст и слово\tметка\nещё\tдва\n"
+LINES = '{"text": "a b", "label": "c"}\n'
+
+
+@pytest.mark.parametrize("text", [RUSSIAN, LINES, "ab\tc\nde\tf\n", "שלום עולם\tא\n"], ids=["ru", "en", "short", "he"])
+@pytest.mark.parametrize("encoding, advice", [
+    ("utf-16", "utf-16"), ("utf-16-le", "utf-16le"), ("utf-16-be", "utf-16be"), ("utf-32", "utf-32"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["d.tsv", "d.jsonl", "d.txt", "d.csv.gz"])
+def test_utf_16_is_told_with_the_command_that_converts_it(tmp_path, name, encoding, advice, text):
+    """With a byte order mark, as Excel's "Unicode text" is saved, and without. It was called latin-1, or trained."""
+    path = write(tmp_path / name, text.encode(encoding))
+    call = read_passages if name == "d.txt" else read
+    converts = f"(`iconv -f {advice} -t utf-8` converts it)"
+    refused(f"{name}:1: is {advice.upper()}; expected UTF-8 {converts}", call=call)(path)
+    told = []
+    task = "complete" if name == "d.txt" else "classify"
+    assert check(path, task, say=told.append).faults == {"not UTF-8": 1} and len(told) == 1
+    raw = subprocess.run(["iconv", "-f", advice, "-t", "utf-8"], input=text.encode(encoding), capture_output=True)
+    assert raw.returncode == 0 and raw.stdout.decode().removeprefix("\ufeff") == text
+
+
+@quick
+@given(st.text(st.characters(min_codepoint=9, exclude_categories=["Cs"]), min_size=1))
+def test_utf_8_is_never_taken_for_utf_16(text):
+    assert data._wide(text.encode()) == ""
+
+
+@pytest.mark.parametrize("start, what", [
+    (b"PK\x03\x04", "a zip archive, as .xlsx"),
+    (b"\x1f\x8b\x08", "compressed by gzip"),
+    (b"PAR1", "a Parquet file"),
+    (b"%PDF-1.4", "a PDF"),
+    (b"\xd0\xcf\x11\xe0", "an older Excel"),
+])  # fmt: skip
+def test_other_kinds_of_file_under_a_wrong_name(tmp_path, start, what):
+    for name in ("d.csv", "d.tsv", "d.jsonl"):
+        (tmp_path / name).write_bytes(start + b"\x00\xff\n" * 9)
+        refused(f"{name}:1: the file is {what}", "expected text in UTF-8")(tmp_path / name)
+
+
+def special(tmp_path, kind):
+    path = tmp_path / "d.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        path.symlink_to(kind)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "/dev/zero", "/dev/urandom", "/dev/null"])
+@pytest.mark.parametrize("call", [read, read_passages, check])
+def test_data_are_regular_files(tmp_path, kind, call):
+    """Nothing is opened: a pipe without a writer would wait for ever, /dev/zero is one line without an end."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no such things here")
+    path = special(tmp_path, kind)
+    what = "a pipe or a socket" if kind in ("pipe", "socket") else "a device"
+    thread = threading.Thread(target=refused(f"{path}: is {what}; expected a regular file", call=call), args=[path])
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_pipe_in_a_folder_of_classes(tmp_path):
+    (tmp_path / "d/pos").mkdir(parents=True)
+    os.mkfifo(tmp_path / "d/pos/a.txt")
+    refused("d/pos/a.txt: is a pipe or a socket; expected a regular file")(tmp_path / "d")
+    refused("is a folder; expected a regular file", call=read_passages)(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.tsv", "d.txt", "d.jsonl.gz"])
+def test_a_line_of_more_than_4_mib(tmp_path, name):
+    text = "ab " * 1_500_000
+    rows = {"jsonl": jsonl({"text": text, "label": "x"}), "csv": f"{text},x\n", "tsv": f"{text}\tx\n", "txt": text}
+    path = write(tmp_path / name, rows[name.split(".")[1]])
+    call = read_passages if name == "d.txt" else read
+    size = f"{len(rows[name.split('.')[1]]):,}"
+    refused(f"{name}:1: found a line of {size} bytes; expected fewer than {LONGEST:,} (--max-line)", call=call)(path)
+    assert len(call(path, max_line=0)) == len(call(path, max_line=1 << 23)) == 1
+    told = []
+    task = "complete" if name == "d.txt" else "classify"
+    assert check(path, task, say=told.append).faults["line too long"] == 1 and "(--max-line)" in told[0]
+
+
+def test_a_record_and_a_text_of_more_than_4_mib(tmp_path):
+    """In lines that are short: a quote that is never closed makes one record of a whole CSV file."""
+    path = write(tmp_path / "d.csv", 'text,label\n"' + "ab,x\n" * 900_000)
+    refused("d.csv:2: not CSV, field larger than field limit", "expected cells")(path)
+    (tmp_path / "f/pos").mkdir(parents=True)
+    write(tmp_path / "f/pos/a.txt", "ab\n" * 1_500_000)
+    refused("f/pos/a.txt: found a text of 4,500,000 bytes; expected fewer than 4,194,304")(tmp_path / "f")
+    assert len(read(tmp_path / "f", max_line=0)) == 1
+
+
+def test_a_line_of_100_mb_is_never_held(tmp_path):
+    """The peak of a fresh process that is refused it, beside one that is refused a short line."""
+    code = """
+import re, sys
+from minift import data
+from minift.config import InputError
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+try:
+    data.read(sys.argv[1])
+except InputError as error:
+    assert "--max-line" in str(error)
+    print(peak() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc to measure memory")
+    path = write(tmp_path / "d.jsonl", b'{"text": "' + b"x" * 100_000_000 + b'", "label": 1}\n')
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20_000_000
+
+
+def test_names_and_texts_are_shown_without_what_a_terminal_acts_on(tmp_path):
+    rows = '{"te\\u001b[0mxt": 1}\n{"text": "\\u001b]0;", "label": 1.5}\nx\x1b\n'
+    path = write(tmp_path / "a\x1b[31m\nb.jsonl", rows)
+    message = refused(r"a\x1b[31m\nb.jsonl:1: no field text")(path)
+    assert all(line.isprintable() for line in message.split("\n"))
+    refused(r"c\x1b.csv: no such file")(tmp_path / "c\x1b.csv")
+    told = []
+    check(path, "classify", say=told.append)
+    assert told and all(line.isprintable() for line in told)
+
+
+def test_class_folders_whose_names_are_no_utf_8(tmp_path):
+    """As a folder packed on an old Windows is: check ended in a traceback when it printed them."""
+    folder = os.fsencode(tmp_path) + b"/d/caf\xe9"
+    try:
+        os.makedirs(folder)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    for name in (b"one.txt", b"tw\xf6.txt"):
+        with open(folder + b"/" + name, "w") as file:
+            file.write("text")
+    message = refused(r"d/caf\udce9/one.txt: label has the lone surrogate '\udce9'")(tmp_path / "d")
+    told = []
+    report = check(tmp_path / "d", "classify", say=told.append)
+    assert report.faults == {"lone surrogate": 2, "no examples": 1} or report.faults == {"lone surrogate": 2}
+    assert all(text.encode() for text in (message, str(report), *told))
+
+
+def test_keys_that_stand_twice(tmp_path):
+    """json.loads keeps the last of them without a word."""
+    path = write(tmp_path / "d.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "text": "b", "label": 1}\n')
+    refused("d.jsonl:2: not JSON, the key 'text' is there twice")(path)
+    chat = '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}\n'
+    refused("the key 'role' is there twice", call=read_passages)(write(tmp_path / "c.jsonl", chat))
+
+
+@pytest.mark.parametrize("content, what, command", [
+    ('[{"text": "a", "label": 1}, {"text": "b", "label": 2}]\n', "a JSON array of objects", "jq -c '.[]'"),
+    ('[\n  {"text": "a", "label": 1}\n]\n', "a JSON array over several lines", "jq -c '.[]'"),
+    ('\n{\n  "text": "a",\n  "label": 1\n}\n', "a JSON object over several lines", "jq -c ."),
+])  # fmt: skip
+def test_json_that_is_not_one_object_a_line(tmp_path, content, what, command):
+    path = write(tmp_path / "d.json", content)
+    for call in (read, read_passages):
+        message = refused(f"found {what}; expected one object per line (`{command}` converts it)", call=call)(path)
+        assert "\n" not in message
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "0", "1", "1.5", "-0.1", "NaN"])
+def test_valid_is_a_file_or_a_fraction(value):
+    with pytest.raises(ValueError, match=f"--valid is '{value}'; expected a file, or a fraction above 0 and below 1"):
+        TrainConfig(valid=value).check()
+    refused(f"--valid {float(value)}", "of 10 examples", call=split)(list(range(10)), float(value), 0)
+    TrainConfig(valid="0.2").check()
+    TrainConfig(valid="1.jsonl").check()
+
+
+def test_patience_needs_a_validation():
+    with pytest.raises(ValueError, match="--patience is 3 without --valid; expected one"):
+        TrainConfig(patience=3).check()
+    TrainConfig(patience=3, valid="0.1").check()
+
+
+def test_header_and_max_line_are_judged():
+    with pytest.raises(ValueError, match="--header is 'maybe'; expected one of auto, yes, no"):
+        TrainConfig(header="maybe").check()
+    with pytest.raises(ValueError, match="--max-line is -1; expected at least 0"):
+        TrainConfig(max_line=-1).check()
+    refused("--header has no meaning here", call=read_passages, header="no")("d.jsonl")
 
 
 # ---- classes and parts -----------------------------------------------------------------------------------------------

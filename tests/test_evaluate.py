@@ -3,20 +3,24 @@
 python -m pytest tests/test_evaluate.py
 """
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import peer, random_ids, sequence
+from helpers import peer, random_ids, reviews, sequence, small_bert
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import BertForSequenceClassification
 
 import minift
+from minift import data
+from minift.cli import main
 from minift.evaluate import batches, measure
+from minift.tasks import classify
 from minift.tasks.classify import Metrics
 
 
@@ -82,6 +86,69 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for n in (3_000, 30_000)
     ]
     assert peaks[1] < peaks[0] * 1.03
+
+
+def words_of(folder, names=("blame", "praise"), **changes):
+    """A small BERT with a random head, and its tokenizer."""
+    model, tokenizer = minift.load(small_bert(folder, **changes), task="classify", labels=list(names))
+    return model, tokenizer
+
+
+def test_limit_draws_the_same_examples_from_a_stream(tmp_path):
+    """As when all were read and encoded first."""
+    model, tokenizer = words_of(tmp_path / "bert")
+    path = reviews(tmp_path / "d.tsv", 50)
+    chosen = data.sample(data.read(path), 13, seed=3)
+    want = measure(model, classify.encode(chosen, model, tokenizer, 40))
+    config = minift.EvalConfig(data=str(path), limit=13, seed=3)
+    assert minift.evaluate(model, tokenizer, config) == pytest.approx(want, rel=1e-6) and want["examples"] == 13
+    with pytest.raises(minift.InputError, match="--limit 51: the data has 50 examples"):
+        minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(path), limit=51))
+
+
+def test_a_fault_at_the_end_of_a_file_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    model, tokenizer = words_of(tmp_path / "bert")
+    monkeypatch.setattr(type(model), "logits", lambda *_: pytest.fail("computed something"))
+    path = reviews(tmp_path / "d.tsv", 2500)
+    for line, words in ((" \tpraise\n", "text is empty"), ("good\tother\n", "unknown label 'other'")):
+        bad = tmp_path / "bad.tsv"
+        bad.write_text(path.read_text() + line)
+        with pytest.raises(minift.InputError, match=f"bad.tsv:2501: {words}"):
+            minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(bad)))
+    with pytest.raises(minift.InputError, match="gone.tsv: no such file"):
+        next(minift.predict(model, tokenizer, minift.PredictConfig(data="gone.tsv")))
+    bad.write_text(path.read_text() + " \tpraise\n")
+    with pytest.raises(minift.InputError, match="bad.tsv:2501: text is empty"):
+        next(minift.predict(model, tokenizer, minift.PredictConfig(data=str(bad))))
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "faulty"])
+def test_a_file_that_changes_between_the_two_passes(tmp_path, change):
+    model, tokenizer = words_of(tmp_path / "bert")
+    path = reviews(tmp_path / "d.tsv", 20)
+    whole = path.read_text()
+    examples = classify.stream(path)
+    labels = classify.judge(examples, model, tokenizer)
+    path.write_text({"shorter": whole[: len(whole) // 2], "longer": whole + whole, "faulty": whole + "\t\n"}[change])
+    with pytest.raises(minift.InputError, match="d.tsv.*(has changed while it was read|found|empty)"):
+        list(classify.encoded(examples, labels, model, tokenizer, 40))
+
+
+def test_a_pair_where_the_model_has_one_type(tmp_path, capsys):
+    """It was an IndexError inside the embedding, and train left a run folder."""
+    model, tokenizer = words_of(tmp_path / "bert", type_vocab_size=1)
+    path = tmp_path / "d.jsonl"
+    rows = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}, {"text": "a", "pair": "b", "label": "a"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "d.jsonl:3: found a pair of texts, the second of type 1; expected single texts.* type_vocab_size is 1"
+    with pytest.raises(minift.InputError, match=words):
+        next(minift.predict(model, tokenizer, minift.PredictConfig(data=str(path))))
+    with pytest.raises(minift.InputError, match="--text: found a pair of texts"):
+        next(minift.predict(model, tokenizer, minift.PredictConfig(text="a", pair="b")))
+    assert len(list(minift.predict(model, tokenizer, minift.PredictConfig(text="a")))) == 1
+    out = tmp_path / "run"
+    assert main(["train", "--model", str(tmp_path / "bert"), "--data", str(path), "--out", str(out)]) == 1
+    assert "d.jsonl:3: found a pair of texts" in capsys.readouterr().err and not out.exists()
 
 
 def test_batches_are_a_stream():
