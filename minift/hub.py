@@ -451,8 +451,9 @@ def label_names(settings: dict, path: Path) -> list[str]:
             raise InputError(f"{path}: num_labels is {short(n)}; expected a whole number from 1 to {LABELS:,}")
         return [f"LABEL_{i}" for i in range(n)]
     expected = 'expected an object from each number to its name, as {"0": "negative", "1": "positive"}'
-    if not isinstance(by_id, dict) or not all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in by_id):
+    if not isinstance(by_id, dict) or not all(re.fullmatch("0|[1-9][0-9]{0,8}", str(key)) for key in by_id):
         raise InputError(f"{path}: id2label is {short(by_id)}; {expected}")
+    by_id = {str(key): name for key, name in by_id.items()}
     gap = next((i for i in range(len(by_id)) if str(i) not in by_id), None)
     if gap is not None:
         raise InputError(f"{path}: id2label has {len(by_id)} names, but none for {gap}; {expected}")

@@ -333,7 +333,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, files: dict[str, bytes], settings
         left = backend.token_to_id(token.content)
         if left != i:
             raise InputError(f"{place} gives {token.content!r} the id {i}; the vocabulary leaves {left}")
-    extras = [token for key in EXTRAS for token in settings.get(key) or ()]
+    lists = [settings.get(key) or () for key in EXTRAS]
+    extras = [token for some in lists for token in (some.values() if isinstance(some, dict) else some)]
     named = [_content(settings.get(key)) for key in NAMED]
     known = {token for token in named if token and backend.token_to_id(token) is not None}
     new = [AddedToken(_content(token), special=True, normalized=False) for token in extras]

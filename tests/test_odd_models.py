@@ -350,6 +350,8 @@ def test_a_base_that_cannot_be_changed_again(lora, kind):
         ({"r": "x"}, "adapter_config.json"),
         ({"r": 10**9}, "rank is 1000000000 for bert.encoder.layer.0.attention.self.query, which is 32 x 32"),
         ({"r": float("inf")}, "adapter_config.json"),
+        ({"r": None}, "r is 'None'; expected a number"),
+        ({"rank_pattern": True}, "rank_pattern is 'True'; expected an object of numbers"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"target_modules": "("}, "targets is '(': not a regular expression"),
         ({"exclude_modules": "[z"}, "exclude is '[z'"),

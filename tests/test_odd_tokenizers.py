@@ -129,7 +129,7 @@ def test_a_prefix_space(tmp_path, cls):
     assert_as_transformers(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["decoder", "additional", "extra", "special_tokens_map", "added_tokens"])
+@pytest.mark.parametrize("form", ["decoder", "additional", "extra", "named", "special_tokens_map", "added_tokens"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_tokens_beside_tokenizer_json(bert, tmp_path, family, form):
     folder = bert if family == "bert" else make_gpt2(tmp_path / "gpt2")
@@ -146,6 +146,7 @@ def test_tokens_beside_tokenizer_json(bert, tmp_path, family, form):
         }}},
         "additional": {"tokenizer_config": {"additional_special_tokens": new}},
         "extra": {"tokenizer_config": {"extra_special_tokens": new}},
+        "named": {"tokenizer_config": {"extra_special_tokens": {"end_token": new[0], "user_token": new[1]}}},
         "special_tokens_map": {"special_tokens_map": {"additional_special_tokens": new}},
         "added_tokens": {"added_tokens": {new[1]: size + 1, new[0]: size}},
     }[form]  # fmt: skip

@@ -109,8 +109,8 @@ def check_unknown(found: dict, path: Path) -> list[str]:
 def config_of(found: dict, task: str | None) -> LoRAConfig:
     """The configuration in an adapter_config.json. Raises TypeError, ValueError, AttributeError."""
     for key, (kinds, expected) in KINDS.items():
-        value = found.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+        value = found.get(key, 0 if kinds == (int, float) else None)  # numbers have no null
+        if (value is not None or kinds == (int, float)) and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise ValueError(f"{key} is {str(value)[:80]!r}; expected {expected}")
     saved = [*(found.get("modules_to_save") or ()), *(HEADS if task == "classify" else ())]
     targets, layers = found.get("target_modules"), found.get("layers_to_transform")
