@@ -713,13 +713,12 @@ def place(
     tensor = read()
     if not tensor.is_floating_point():
         return [f"{raw} is {tensor.dtype} in the file; expected floating-point numbers"]
-    tensor = tensor.t() if flip else tensor
     if pack:
-        is_finite = bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
-        layer.pack(tensor)
+        is_finite = math.isfinite(total(tensor)) or bool(tensor.isfinite().all())
+        layer.pack(tensor.t() if flip else tensor)
     else:
-        ours = torch.empty(tensor.shape)
-        is_finite = copy_finite(ours, tensor)
+        ours = torch.empty(want[::-1] if flip else want)
+        is_finite = copy_finite(ours, tensor, flip)
         setattr(layer, leaf, nn.Parameter(ours))
     if not is_finite:
         return [f"{raw} has numbers that are not finite"]
@@ -727,17 +726,28 @@ def place(
     return []
 
 
-def copy_finite(target: Tensor, source: Tensor) -> bool:
-    """Copies a tensor, and tells whether all its numbers are finite: part by part, while they are in the cache."""
-    rows, total = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), 0.0
-    if len(target) <= rows:
-        total = source.sum(dtype=torch.float32).item()
+def copy_finite(target: Tensor, source: Tensor, flip: bool = False) -> bool:
+    """Copies a tensor, or its transpose, and tells whether all its numbers are finite.
+
+    Large ones part by part, while they are in the cache: looking at all of it again would cost a tenth of loading.
+    """
+    rows, found = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), 0.0
+    if flip:
+        found = total(source)
+        target.copy_(source.t())
+    elif len(target) <= rows:
+        found = total(source)
         target.copy_(source)
     else:
         for to, part in zip(target.split(rows), source.split(rows), strict=True):
-            total += part.sum(dtype=torch.float32).item()
+            found += total(part)
             to.copy_(part)
-    return math.isfinite(total) or bool(target.isfinite().all())  # a sum may overflow by itself
+    return math.isfinite(found) or bool(target.isfinite().all())  # a sum may overflow by itself
+
+
+def total(tensor: Tensor) -> float:
+    """The sum of a tensor's numbers, which is not finite where one of them is not."""
+    return tensor.sum(dtype=torch.float32).item()
 
 
 def is_transposed(model: Model, hub: str) -> bool:

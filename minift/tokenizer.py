@@ -138,14 +138,17 @@ def _cut(encoding: Encoding, max_length: int, side: str = "right") -> Tokens:
         return Tokens(ids, types, truncated=False)
     parts = encoding.sequence_ids  # 0 for the text, 1 for its pair, None for special tokens
     left = list(_longest_first(parts.count(0), parts.count(1), max_length - parts.count(None)))
-    kept, places = [], list(enumerate(parts))
-    for at, part in places if side == "right" else places[::-1]:
+    kept = []
+    if side == "left":
+        parts = parts[::-1]
+    for at, part in enumerate(parts):
         if part is None:
             kept.append(at)
         elif left[part]:
             kept.append(at)
             left[part] -= 1
-    kept.sort()
+    if side == "left":
+        kept = [len(parts) - 1 - at for at in reversed(kept)]
     return Tokens([ids[at] for at in kept], [types[at] for at in kept], truncated=True)
 
 

@@ -231,6 +231,8 @@ def change_tokenizer_bytes(folder, rng):
 def odd_tensor(name, tensor, rng):
     """What may stand in a file for one tensor: nothing, another shape, dtype or name, numbers that are none."""
     dtypes = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.bfloat16]
+    if tensor.dim() == 0:  # it was spoiled already
+        return {}
     name_too = rng.choice(["module.", "x.", "\u0000", ""]) + name + rng.choice(["", ".absmax", ".x"])
     choices = [
         {},
@@ -253,8 +255,8 @@ def change_weights(folder, rng):
         return change_bytes(folder, rng, path.name)
     state = load_file(path)
     for _ in range(rng.randint(1, 3)):
-        name = rng.choice([*state])
-        tensor = state.pop(name)
+        name = rng.choice([*state] or ["x"])
+        tensor = state.pop(name, torch.zeros(2, 2))
         state |= odd_tensor(name, tensor, rng)
     state = {k: v.contiguous().clone() for k, v in state.items()}
     if path.name == "model.safetensors" and rng.random() < 0.5:
