@@ -92,10 +92,11 @@ def make_model(family: str, folder: Path, small: bool) -> None:
 def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, graph: bool) -> Step:
     """Steps by minift's own train_step. (On the CPU, in a dry run, a graph is the function that it would record.)"""
     import minift
-    from minift.batch import Sequence
+    from minift.data.batch import Sequence
+    from minift.engine.optim import make_optimizer
     from minift.ops import native
-    from minift.optim import make_optimizer
-    from minift.train import Job, keep_frozen, load_model, train_step
+    from minift.setup import Job, keep_frozen, load_model
+    from minift.training import train_step
 
     bert = case["family"] == "bert"
     config = minift.TrainConfig(

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
+from minift.engine import memory
 from minift.ops import lora, native, nf4
 from minift.ops.attention import attention
 from minift.ops.dropout import Noise, dropout
@@ -178,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    native.keep_memory()  # as in training
+    memory.keep_memory()  # as in training
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; {native.use('native')}")
     copy, mm, ours = (rate / 1e9 for rate in ceilings(DTYPES[args.dtype], args.seconds))
     print(f"ceilings: copy {copy:.1f} GB/s; matrix product {mm:.1f} GFLOP/s by torch.mm, {ours:.1f} by minift\n")

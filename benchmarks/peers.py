@@ -127,7 +127,7 @@ def run_minift(data: str, assets: Path, seed: int, steps: int, **options) -> dic
     The config's dropout 0.1, fused AdamW, linear schedule, the same order of examples.
     """
     import minift
-    from minift.train import load_model
+    from minift.setup import load_model
 
     case, folder = CASES[data], assets / "weights/all-MiniLM-L6-v2"
     train, test = {"sst2": sst2, "imdb": imdb}[data](assets)

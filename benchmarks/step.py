@@ -103,7 +103,7 @@ def config(case: dict, model: Path, data: Path, out: Path, steps: int):
 def run_minift(case: dict, model: Path, data: Path, steps: int) -> dict:
     """Steps by minift; times and memory are those of its own metrics.jsonl."""
     import minift
-    from minift.train import load_model
+    from minift.setup import load_model
 
     with tempfile.TemporaryDirectory() as temporary:
         options = config(case, model, data, Path(temporary, "run"), steps)
@@ -274,7 +274,7 @@ def run_floor(case: dict, model: Path, data: Path, steps: int) -> dict:
     ratio, without the first two."""
     from importlib import import_module
 
-    train, found = import_module("minift.train"), []
+    train, found = import_module("minift.training"), []
     step = train.train_step
 
     def both(job, sequences: list, *rest):

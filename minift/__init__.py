@@ -4,43 +4,32 @@ The public names are loaded at first use, so that `minift --help` does not wait 
 """
 
 import importlib
-import sys
-import types
 
 __version__ = "0.1.0"
 
 _HOME = {
     "add_lora": "adapters",
-    "quantize": "quantize",
-    "merge": "merge",
-    "load": "hub",
-    "save": "hub",
-    "train": "train",
-    "Run": "train",
-    "evaluate": "evaluate",
-    "predict": "evaluate",
-    "generate": "generate",
+    "quantize": "layers.nf4",
+    "merge": "checkpoints.merging",
+    "load": "checkpoints.loading",
+    "save": "checkpoints.saving",
+    "train": "training",
+    "Run": "training",
+    "evaluate": "evaluation",
+    "predict": "evaluation",
+    "generate": "generation",
     "TrainConfig": "config",
     "GenerateConfig": "config",
     "EvalConfig": "config",
     "PredictConfig": "config",
     "MergeConfig": "config",
-    "InputError": "config",
+    "InputError": "errors",
 }
 __all__ = [*_HOME]
 
 
-class _Package(types.ModuleType):
-    """Keeps `minift.train` the function: importing the file train.py would bind the name to its module."""
-
-    def __setattr__(self, name, value):
-        if not (name in _HOME and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name):
-        if name not in _HOME:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{self.__name__}.{_HOME[name]}"), name)
-
-
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str):
+    """A public name, at its first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -17,7 +17,6 @@ from .config import (
     Config,
     EvalConfig,
     GenerateConfig,
-    InputError,
     InspectConfig,
     MergeConfig,
     PredictConfig,
@@ -26,20 +25,21 @@ from .config import (
     from_args,
     meant,
 )
-from .errors import printable
+from .errors import InputError, printable
 
 
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
-    from . import data
-    from .distributed import leave
-    from .track import say, speaks
-    from .train import Interrupted, check_out, load_model, read_training, set_aside
-    from .train import train as run
+    from .data.labels import label_names
+    from .engine.distributed import leave
+    from .measure.track import say, speaks
+    from .setup import check_out, load_model, read_training, set_aside
+    from .training import Interrupted
+    from .training import train as run
 
     check_out(config)
     whole = read_training(config, config.data)
-    labels = data.label_names(whole, config.labels) if config.task == "classify" else None  # before some are set aside
+    labels = label_names(whole, config.labels) if config.task == "classify" else None  # before some are set aside
     examples = set_aside(config, whole)
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> int:
 
 def evaluate(config: EvalConfig) -> None:
     """Prints the metrics."""
-    from .evaluate import evaluate as run
+    from .evaluation import evaluate as run
 
     metrics = run(*trained(config, config.task), config)
     print_table(metrics)
@@ -68,7 +68,7 @@ def evaluate(config: EvalConfig) -> None:
 
 def predict(config: PredictConfig) -> None:
     """Writes one JSON object a line."""
-    from .evaluate import predict as run
+    from .evaluation import predict as run
 
     check_results(config, [config.data])
     write(run(*trained(config, config.task), config), config.out)
@@ -76,7 +76,7 @@ def predict(config: PredictConfig) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Writes one JSON object a line."""
-    from .generate import generate as run
+    from .generation import generate as run
 
     check_results(config, [config.data])
     write(run(*trained(config, "complete"), config), config.out)
@@ -105,9 +105,9 @@ def write(rows: Iterable[dict], path: str) -> None:
 
 def check(config: CheckConfig) -> int:
     """Prints every fault as it is met, then the report."""
-    from . import hub
-    from . import tokenizer as tokenizers
-    from .check import check as run
+    from .checkpoints import hub
+    from .data import tokenizer as tokenizers
+    from .data.check import check as run
 
     tokenizer = tokenizers.load(hub.resolve(config.model)) if config.model else None
     report = run(
@@ -127,7 +127,7 @@ def check(config: CheckConfig) -> int:
 
 def merge(config: MergeConfig) -> None:
     """Merges, and prints what it cost."""
-    from .merge import write as run
+    from .checkpoints.merging import write as run
 
     cost = run(config)
     print_columns(("layer", "relative error"), [(name, f"{error:.2e}") for name, error in cost.layers.items()], "<>")
@@ -138,9 +138,9 @@ def merge(config: MergeConfig) -> None:
 
 def inspect(config: InspectConfig) -> None:
     """Prints every tensor, then the sums; of an adapter, what it learned."""
-    from . import hub
+    from .checkpoints import loading
 
-    model, _ = hub.load(config.model, task_of(config.model), base_model=config.base_model)
+    model, _ = loading.load(config.model, task_of(config.model), base_model=config.base_model)
     tensors = {name: t for name, t in model.named_parameters()} | dict(model.named_buffers())
     rows = [describe(name, tensor) for name, tensor in tensors.items()]
     print_columns(("tensor", "shape", "dtype", "bytes", "trainable"), rows, "<<<><")
@@ -156,14 +156,14 @@ def inspect(config: InspectConfig) -> None:
 
 def print_learned(model, run: Path) -> None:
     """The size and rank of each update, where there is an adapter or `run` is the config.json of a run folder."""
-    from . import hub
     from .adapters.learned import learned, learned_in_full
+    from .checkpoints import loading
 
     before, updates = model.adapter and model.adapter.base, learned(model)
     if not before and run.is_file():
         before = json.loads(run.read_text()).get("model")
         try:
-            updates = before and learned_in_full(model, hub.load(before, model.task, model.labels)[0])
+            updates = before and learned_in_full(model, loading.load(before, model.task, model.labels)[0])
         except InputError as e:
             print(f"\nwhat it learned cannot be told: {e}")
             return
@@ -198,7 +198,7 @@ def describe(name: str, p) -> tuple[str, ...]:
 
 def task_of(source: str) -> str | None:
     """The task that a model folder's head is for, by its architecture; None also where an adapter says it."""
-    from . import hub
+    from .checkpoints import hub
     from .models import FAMILIES
 
     folder = hub.resolve(source)
@@ -211,11 +211,11 @@ def task_of(source: str) -> str | None:
 
 def trained(config: EvalConfig | PredictConfig | GenerateConfig, task: str) -> tuple:
     """(model, tokenizer) with a head that was trained."""
-    from . import hub
-    from .precision import choose_device
+    from .checkpoints import loading
+    from .engine.precision import choose_device
 
     device = choose_device(config.device)[0]
-    model, tokenizer = hub.load(config.model, task, base_model=config.base_model, fresh_head=False, device=device)
+    model, tokenizer = loading.load(config.model, task, base_model=config.base_model, fresh_head=False, device=device)
     for note in model.report.notes:
         print(note, file=sys.stderr)
     return model, need(tokenizer, config.model)

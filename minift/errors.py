@@ -12,3 +12,9 @@ def printable(text: str) -> str:
     and half a surrogate pair cannot be written at all.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def short_repr(value: object) -> str:
+    """A value from a file as a message shows it: repr in at most 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from minift import load
-from minift.batch import Sequence
+from minift.data.batch import Sequence
 
 BERT = dict(
     vocab_size=99,

@@ -5,7 +5,6 @@ python -m pytest tests/test_adapters.py
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minift
-from minift import cli
+from minift import cli, training
 from minift.adapters import VARIANTS, apply
 from minift.adapters.learned import effective_rank, learned, singular_values
 from minift.adapters.lora import adapters
-from minift.batch import pack
-from minift.config import InputError
-from minift.merge import merge_layers
+from minift.checkpoints.merging import merge_layers
+from minift.data.batch import pack
+from minift.errors import InputError
+from minift.layers.nf4 import NF4Linear
 from minift.ops.dropout import Noise
-from minift.quantize import NF4Linear
 
 
 @pytest.fixture
@@ -342,14 +341,13 @@ def test_a_run_from_python_can_be_repeated_by_its_config(folder, tmp_path):
 
 def test_frozen_weights_are_kept_in_the_activations_dtype(folder, tmp_path, monkeypatch):
     """Under an adapter; but not where they are saved with the model, which would round them."""
-    module, kinds = sys.modules["minift.train"], {}  # minift.train is the function of that name
-    loop = module.loop
+    kinds, loop = {}, training.loop
 
     def watched(job, *rest):
         kinds.update({name: p.dtype for name, p in job.model.named_parameters()})
         return loop(job, *rest)
 
-    monkeypatch.setattr(module, "loop", watched)
+    monkeypatch.setattr(training, "loop", watched)
     assert cli.main(options(folder, tmp_path / "lora", "--method", "lora", "--precision", "bf16")) == 0
     assert {t for n, t in kinds.items() if n.endswith(("base.weight", "key.weight", "word.weight"))} == {torch.bfloat16}
     assert {t for n, t in kinds.items() if n.endswith((".A", ".B", "head.out.weight", "norm.weight"))} == {

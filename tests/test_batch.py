@@ -9,7 +9,7 @@ from helpers import random_ids, sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.batch import order, pack, split, token_keys
+from minift.data.batch import order, pack, split, token_keys
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift import data, tokenizer
-from minift.check import LONGEST, Lengths, check, summary
-from minift.config import InputError
+from minift.data import passages, tokenizer
+from minift.data.check import LONGEST, Lengths, check, summary
+from minift.errors import InputError
 from minift.tasks import complete
 
 
@@ -248,7 +248,7 @@ def test_wrong_calls(tmp_path):
 # VmHWM and not getrusage: ru_maxrss of a new process begins at the size of the one that started it.
 MEASURE = """
 import re, sys
-from minift.check import check
+from minift.data.check import check
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 check(sys.argv[1], sys.argv[3], say=lambda text: None)
 before = peak()
@@ -424,7 +424,7 @@ def test_tokens_of_a_chat(tmp_path, gpt2):
 def test_the_counts_are_those_of_training(assets, gpt2, name):
     path, most = assets / "data" / name, 50
     report, _ = judged(path, tokenizer=gpt2, max_length=most)
-    sequences = complete.encode(data.read_passages(path), None, gpt2, most)
+    sequences = complete.encode(passages.read_passages(path), None, gpt2, most)
     targets = sum(len(s.targets) for s in sequences)
     if name.endswith(".txt"):
         assert report.lengths.tokens == targets + 1

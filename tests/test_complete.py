@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import minift
-from minift import data
 from minift.cli import main
-from minift.data import Passage
+from minift.data import passages
+from minift.data.passages import Passage
 from minift.tasks import complete
 
 EOS = 50256
@@ -65,7 +65,7 @@ def test_prompts_and_chats_and_text(tmp_path):
         tmp_path / "a.jsonl",
         [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "", "completion": "x"}, {"messages": chat}],
     )
-    first, second, third = data.read_passages(path)
+    first, second, third = passages.read_passages(path)
     assert first == Passage((("2+2=", False), (" 4", True)), "a.jsonl:1")
     assert second.parts == (("x", True),)
     assert third.parts == (
@@ -76,7 +76,7 @@ def test_prompts_and_chats_and_text(tmp_path):
     )
     text = "a line\n" * 5000 + "the end"
     (tmp_path / "b.txt").write_text(text)
-    pieces = data.read_passages(tmp_path / "b.txt")
+    pieces = passages.read_passages(tmp_path / "b.txt")
     assert len(pieces) > 1 and "".join(p.parts[0][0] for p in pieces) == text and all(p.plain for p in pieces)
 
 
@@ -107,7 +107,7 @@ def test_faults_name_their_line(tmp_path, row, words):
     good = {"prompt": "a", "completion": "b"}
     path = write(tmp_path / "a.jsonl", [good, row, good])
     with pytest.raises(minift.InputError) as e:
-        data.read_passages(path)
+        passages.read_passages(path)
     for word in ["a.jsonl:2", *words]:
         assert word in str(e.value)
 
@@ -116,10 +116,10 @@ def test_other_files_are_refused(tmp_path):
     for name in ("a.csv", "none.jsonl"):
         with pytest.raises(minift.InputError, match=name):
             (tmp_path / "a.csv").write_text("x")
-            data.read_passages(tmp_path / name)
+            passages.read_passages(tmp_path / name)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(minift.InputError, match="nothing to read"):
-        data.read_passages(tmp_path / "empty.txt")
+        passages.read_passages(tmp_path / "empty.txt")
 
 
 # encoding

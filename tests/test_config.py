@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.config import printable
+from minift.errors import printable
 
 
 def test_what_a_terminal_would_act_on_is_shown_as_an_escape():

@@ -15,10 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift import data
-from minift.check import check
-from minift.config import LONGEST, InputError, TrainConfig
-from minift.data import Example, label_ids, label_names, read, read_passages, sample, split
+from minift.config import LONGEST, TrainConfig
+from minift.data import lines
+from minift.data.check import check
+from minift.data.examples import Example, read, sample, split
+from minift.data.labels import label_ids, label_names
+from minift.data.passages import read_passages
+from minift.errors import InputError
 
 
 def write(path, content):
@@ -334,7 +337,7 @@ def test_utf_16_is_told_with_the_command_that_converts_it(tmp_path, name, encodi
 @quick
 @given(st.text(st.characters(min_codepoint=9, exclude_categories=["Cs"]), min_size=1))
 def test_utf_8_is_never_taken_for_utf_16(text):
-    assert data._wide(text.encode()) == ""
+    assert lines._wide(text.encode()) == ""
 
 
 @pytest.mark.parametrize("start, what", [
@@ -410,12 +413,12 @@ def test_a_line_of_100_mb_is_never_held(tmp_path):
     """The peak of a fresh process that is refused it, beside one that is refused a short line."""
     code = """
 import re, sys
-from minift import data
-from minift.config import InputError
+from minift.data import examples
+from minift.errors import InputError
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 try:
-    data.read(sys.argv[1])
+    examples.read(sys.argv[1])
 except InputError as error:
     assert "--max-line" in str(error)
     print(peak() - before)

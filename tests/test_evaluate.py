@@ -17,9 +17,9 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import BertForSequenceClassification
 
 import minift
-from minift import data
 from minift.cli import main
-from minift.evaluate import batches, measure
+from minift.data import examples
+from minift.evaluation import batches, measure
 from minift.tasks import classify
 from minift.tasks.classify import Metrics
 
@@ -64,7 +64,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     code = """
 import sys, resource, minift
 from helpers import sequence
-from minift.evaluate import measure
+from minift.evaluation import measure
 class Stream:
     def __iter__(self):
         return (sequence(i, [1 + i % 90] * 39, rows=[0], targets=[i % 3]) for i in range(int(sys.argv[2])))
@@ -98,7 +98,7 @@ def test_limit_draws_the_same_examples_from_a_stream(tmp_path):
     """As when all were read and encoded first."""
     model, tokenizer = words_of(tmp_path / "bert")
     path = reviews(tmp_path / "d.tsv", 50)
-    chosen = data.sample(data.read(path), 13, seed=3)
+    chosen = examples.sample(examples.read(path), 13, seed=3)
     want = measure(model, classify.encode(chosen, model, tokenizer, 40))
     config = minift.EvalConfig(data=str(path), limit=13, seed=3)
     assert minift.evaluate(model, tokenizer, config) == pytest.approx(want, rel=1e-6) and want["examples"] == 13

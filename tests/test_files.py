@@ -23,7 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import minift
-from minift import checkpoint, files, hub
+from minift import files
+from minift.checkpoints import loading, saving
+from minift.checkpoints import resume as checkpoint
 from minift.cli import main
 from minift.errors import InputError
 
@@ -297,7 +299,7 @@ def test_interrupted_predictions_are_kept(made, tmp_path, stop, code, monkeypatc
         return written(row, **options)
 
     (tmp_path / "p.jsonl").write_text("before\n")
-    monkeypatch.setattr(import_module("minift.evaluate"), "predict", lambda *_: iter(range(9)))
+    monkeypatch.setattr(import_module("minift.evaluation"), "predict", lambda *_: iter(range(9)))
     monkeypatch.setattr(json, "dumps", dumps)
     assert main(predict(made, out, "--overwrite")) == code
     monkeypatch.undo()
@@ -328,7 +330,7 @@ def going_wrong(how: str, at: int):
         if calls[0] >= at and how == "full" and writes:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def replace(owner, name, writes):
+    def watch(owner, name, writes):
         before = kept[owner, name] = getattr(owner, name)
 
         def call(*args, **kwargs):
@@ -338,7 +340,7 @@ def going_wrong(how: str, at: int):
 
         setattr(owner, name, call)
 
-    def opening(owner):
+    def watch_open(owner):
         before = kept[owner, "open"] = owner.open
 
         def call(file, mode="r", *args, **kwargs):
@@ -348,7 +350,7 @@ def going_wrong(how: str, at: int):
 
         owner.open = call
 
-    def saving(owner):
+    def watch_save_file(owner):
         before = kept[owner, "save_file"] = owner.save_file
 
         def call(tensors, path, *args, **kwargs):
@@ -358,14 +360,15 @@ def going_wrong(how: str, at: int):
 
         owner.save_file = call
 
-    for name, writes in (("replace", False), ("rename", False), ("unlink", False), ("rmdir", False), ("fsync", True),
-                         ("mkdir", True)):  # fmt: skip
-        replace(os, name, writes)
-    for owner in (builtins, io):
-        opening(owner)
-    for owner in (hub, checkpoint):
-        saving(owner)
     try:
+        for name in ("replace", "rename", "unlink", "rmdir"):
+            watch(os, name, False)
+        for name in ("fsync", "mkdir"):
+            watch(os, name, True)
+        for owner in (builtins, io):
+            watch_open(owner)
+        for owner in (saving, checkpoint):
+            watch_save_file(owner)
         yield
     finally:
         for (owner, name), before in kept.items():
@@ -455,5 +458,5 @@ def test_what_the_user_has_stays(made, tmp_path_factory, command, tree, name, ho
     if how == "nothing":
         assert code in (0, 1, None) and not list(folder.rglob(".minift-" + "[0-9a-f]" * 16 + ".tmp"))
     if code == 0 and command in ("train", "merge", "save"):
-        assert hub.load(folder / name, "classify")[0].labels
+        assert loading.load(folder / name, "classify")[0].labels
     shutil.rmtree(folder)

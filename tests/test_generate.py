@@ -11,9 +11,9 @@ from helpers import peer, random_ids, sequence
 from transformers import GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import minift
-from minift.batch import pack
-from minift.config import InputError
-from minift.generate import Sampling, choose, continuation, dice, probabilities
+from minift.data.batch import pack
+from minift.errors import InputError
+from minift.generation import Sampling, choose, continuation, dice, probabilities
 from minift.models.gpt2 import Past
 
 GREEDY = Sampling()

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minift
-from minift.batch import pack, token_keys
-from minift.graph import fill_up, size_for
+from minift.data.batch import pack, token_keys
+from minift.engine.graph import fill_up, size_for
+from minift.engine.optim import make_optimizer
 from minift.ops import native
 from minift.ops.dropout import Noise, signed
-from minift.optim import make_optimizer
+from minift.setup import Job
 from minift.tasks import TASKS
-from minift.train import Job, train_step
+from minift.training import train_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no device"))]
 

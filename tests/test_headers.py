@@ -10,10 +10,11 @@ from helpers import reviews, small_bert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.check import check
 from minift.cli import main
-from minift.config import InputError
-from minift.data import label_names, read
+from minift.data.check import check
+from minift.data.examples import read
+from minift.data.labels import label_names
+from minift.errors import InputError
 
 PRAISE = ("I loved it", "positive")
 BLAME = ("I hated it", "negative")

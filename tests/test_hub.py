@@ -25,15 +25,15 @@ from transformers import (
 )
 
 import minift
-from minift import hub
-from minift.batch import pack
-from minift.ops import native
+from minift.checkpoints import hub, weights
+from minift.data.batch import pack
+from minift.engine import memory
 
 BATCH = pack([sequence(i, x, rows=[0]) for i, x in enumerate(random_ids([5, 9]))])
 EVERY = pack([sequence(i, x) for i, x in enumerate(random_ids([5, 9]))])
 
 
-def weights(folder):
+def weights_in(folder):
     return load_file(folder / "model.safetensors")
 
 
@@ -69,7 +69,7 @@ def test_bare_names(bert, gpt2):
     """bert. and transformer. left out, as in files of the body alone and of openai-community/gpt2."""
     for folder, task, prefix in ((bert, "classify", "bert."), (gpt2, "complete", "transformer.")):
         want = logits(folder, task)
-        rewrite(folder, {k.removeprefix(prefix): v for k, v in weights(folder).items()})
+        rewrite(folder, {k.removeprefix(prefix): v for k, v in weights_in(folder).items()})
         assert torch.equal(logits(folder, task), want)
 
 
@@ -77,7 +77,7 @@ def test_legacy_names_and_buffers(bert):
     want = logits(bert)
     state = {
         k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-        for k, v in weights(bert).items()
+        for k, v in weights_in(bert).items()
     }
     rewrite(bert, state | {"bert.embeddings.position_ids": torch.arange(40)[None]})
     model, _ = minift.load(bert, task="classify")
@@ -89,13 +89,13 @@ def test_legacy_names_and_buffers(bert):
 def test_causal_mask_buffers(gpt2):
     want = logits(gpt2, "complete", EVERY)
     extra = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 40, 40).tril() for i in range(2)}
-    rewrite(gpt2, weights(gpt2) | extra | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
+    rewrite(gpt2, weights_in(gpt2) | extra | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
     assert torch.equal(logits(gpt2, "complete", EVERY), want)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "old pickle"])
 def test_pytorch_model_bin(bert, old):
-    want, state = logits(bert), weights(bert)
+    want, state = logits(bert), weights_in(bert)
     (bert / "model.safetensors").unlink()
     torch.save(state, bert / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
     assert torch.equal(logits(bert), want)
@@ -119,7 +119,7 @@ def shard(folder, state, kind="safetensors"):
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_shards(bert, kind):
     want = logits(bert)
-    shard(bert, weights(bert), kind)
+    shard(bert, weights_in(bert), kind)
     assert torch.equal(logits(bert), want)
 
 
@@ -132,10 +132,10 @@ def test_transformers_own_shards(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_become_float32(bert, dtype):
-    rewrite(bert, {k: v.to(dtype) for k, v in weights(bert).items()})
+    rewrite(bert, {k: v.to(dtype) for k, v in weights_in(bert).items()})
     model, _ = minift.load(bert, task="classify")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert torch.equal(model.head.out.weight, weights(bert)["classifier.weight"].float())
+    assert torch.equal(model.head.out.weight, weights_in(bert)["classifier.weight"].float())
 
 
 def test_a_pretraining_checkpoint(tmp_path):
@@ -178,7 +178,7 @@ def test_tied_and_untied_heads(tmp_path):
 def test_a_tied_head_that_is_in_the_file_too(gpt2):
     """Old files hold it twice."""
     want = logits(gpt2, "complete", EVERY)
-    rewrite(gpt2, weights(gpt2) | {"lm_head.weight": weights(gpt2)["transformer.wte.weight"]})
+    rewrite(gpt2, weights_in(gpt2) | {"lm_head.weight": weights_in(gpt2)["transformer.wte.weight"]})
     assert torch.equal(logits(gpt2, "complete", EVERY), want)
 
 
@@ -287,11 +287,11 @@ print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()) / 2**2
 
 def test_only_a_files_memory_is_given_back(tmp_path):
     save_file({"a": torch.arange(1 << 16, dtype=torch.float32)}, tmp_path / "x.safetensors")
-    tensors = hub.safetensors_in(tmp_path / "x.safetensors")
+    tensors = weights.safetensors_in(tmp_path / "x.safetensors")
     _, _, read = next(tensors)
     for tensor, is_file in ((torch.ones(1 << 16), False), (read(), True)):
-        want, place = tensor.clone(), native.mapping(tensor)
-        native.forget(tensor, place)
+        want, place = tensor.clone(), memory.mapping(tensor)
+        memory.forget(tensor, place)
         assert torch.equal(tensor, want) and bool(place) == (is_file and sys.platform == "linux")
 
 
@@ -307,7 +307,7 @@ def refuse(folder, *words, task="classify", **kw):
 
 
 def test_missing_tensor(bert):
-    state = weights(bert)
+    state = weights_in(bert)
     del state["bert.encoder.layer.1.attention.self.key.bias"]
     rewrite(bert, state)
     refuse(bert, bert, "bert.encoder.layer.1.attention.self.key.bias is missing")
@@ -316,7 +316,7 @@ def test_missing_tensor(bert):
 def test_extra_tensor(bert):
     rewrite(
         bert,
-        weights(bert) | {"bert.encoder.layer.2.output.dense.bias": torch.zeros(32), "bert.surprise": torch.zeros(3)},
+        weights_in(bert) | {"bert.encoder.layer.2.output.dense.bias": torch.zeros(32), "bert.surprise": torch.zeros(3)},
     )
     refuse(
         bert, "bert.encoder.layer.2.output.dense.bias (32,)", "bert.surprise (3,) is in the file, but not in the model"
@@ -324,20 +324,20 @@ def test_extra_tensor(bert):
 
 
 def test_wrong_shape(bert, gpt2):
-    rewrite(bert, weights(bert) | {"bert.embeddings.word_embeddings.weight": torch.zeros(98, 32)})
+    rewrite(bert, weights_in(bert) | {"bert.embeddings.word_embeddings.weight": torch.zeros(98, 32)})
     refuse(bert, "bert.embeddings.word_embeddings.weight is (98, 32)", "expected (99, 32)")
-    rewrite(gpt2, weights(gpt2) | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(128, 32)})  # not transposed
+    rewrite(gpt2, weights_in(gpt2) | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(128, 32)})  # not transposed
     refuse(gpt2, "c_fc.weight is (128, 32)", "expected (32, 128)", task="complete")
 
 
 def test_a_tensor_under_two_names(bert):
-    state = weights(bert)
+    state = weights_in(bert)
     rewrite(bert, state | {"embeddings.word_embeddings.weight": state["bert.embeddings.word_embeddings.weight"] + 1})
     refuse(bert, "embeddings.word_embeddings.weight is in the file twice")
 
 
 def test_integer_weights(bert):
-    state = weights(bert)
+    state = weights_in(bert)
     rewrite(bert, state | {"classifier.weight": torch.zeros(3, 32, dtype=torch.int8)})
     refuse(bert, "classifier.weight is torch.int8")
 
@@ -361,7 +361,7 @@ def test_nonsense_files(bert, content):
 
 
 def test_truncated_bin(bert):
-    state = weights(bert)
+    state = weights_in(bert)
     (bert / "model.safetensors").unlink()
     torch.save(state, bert / "pytorch_model.bin")
     whole = (bert / "pytorch_model.bin").read_bytes()
@@ -439,7 +439,7 @@ def test_no_weights(bert):
 
 @pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "model.pkl", 3])
 def test_an_index_that_points_outside(bert, place):
-    path, index = shard(bert, weights(bert))
+    path, index = shard(bert, weights_in(bert))
     index["classifier.bias"] = place
     path.write_text(json.dumps({"weight_map": index}))
     refuse(bert, path.name, "classifier.bias", place, "same folder")
@@ -447,19 +447,19 @@ def test_an_index_that_points_outside(bert, place):
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": [1]}'])
 def test_bad_index(bert, text):
-    path, _ = shard(bert, weights(bert))
+    path, _ = shard(bert, weights_in(bert))
     path.write_text(text)
     refuse(bert, path.name, "not an index of shards")
 
 
 def test_a_shard_that_is_not_there(bert):
-    path, index = shard(bert, weights(bert))
+    path, index = shard(bert, weights_in(bert))
     (bert / index["classifier.bias"]).unlink()
     refuse(bert, index["classifier.bias"], "not there")
 
 
 def test_shards_that_differ_from_their_index(bert):
-    path, index = shard(bert, weights(bert))
+    path, index = shard(bert, weights_in(bert))
     file = bert / index["classifier.bias"]
     held = load_file(file)
     save_file({k: v for k, v in held.items() if k != "classifier.bias"}, file)

@@ -110,7 +110,7 @@ def test_no_such_model(hub, tmp_path):
 
 def test_the_hub_out_of_reach(tmp_path):
     """Said at once, and what to do; its client alone would try for 48 seconds."""
-    code = "import time, minift.hub\n" + (
+    code = "import time, minift.checkpoints.hub\n" + (
         "begin = time.perf_counter()\n"
         "try: minift.load('someone/small-bert')\n"
         "except minift.InputError as e: print(time.perf_counter() - begin, e)\n"

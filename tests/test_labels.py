@@ -13,11 +13,12 @@ from helpers import peer, reviews, small_bert
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
 
 import minift
-from minift import hub
-from minift.check import check
+from minift.checkpoints import saving
 from minift.cli import main
-from minift.config import InputError
-from minift.data import label_names, look_alikes, read
+from minift.data.check import check
+from minift.data.examples import read
+from minift.data.labels import label_names, look_alikes
+from minift.errors import InputError
 
 
 def train(capsys, *arguments) -> str:
@@ -44,7 +45,7 @@ def checkpoint(tmp_path):
         scores = [row["scores"] for row in predict(model, tokenizer, path)]
         odds = [math.log(row["blame"] / row["praise"]) for row in scores]
         model.head.out.bias[1] -= np.median(odds)  # so that half are predicted to be blame
-    hub.save(model, tokenizer, tmp_path / "checkpoint")
+    saving.save(model, tokenizer, tmp_path / "checkpoint")
     labels = [row["label"] for row in predict(model, tokenizer, path)]
     assert 10 < labels.count("blame") < 30
     return tmp_path / "checkpoint", table(path, *zip(texts, labels, strict=True))

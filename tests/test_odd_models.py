@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
-from minift import hub
-from minift.adapters import peft_format
-from minift.batch import pack
+from minift.checkpoints import hub, loading
+from minift.checkpoints import peft as peft_format
 from minift.cli import main
+from minift.data.batch import pack
 
 IDS = random_ids([7])[0]
 BATCH = pack([sequence(0, IDS, rows=[0])])
@@ -97,7 +97,7 @@ def gpt2(tmp_path):
 def test_id2label(bert, by_id, want):
     configure(bert, id2label=by_id)
     if isinstance(want, list):
-        assert hub.label_names(hub.read_settings(bert), bert) == want
+        assert loading.label_names(hub.read_settings(bert), bert) == want
     else:
         with pytest.raises(minift.InputError, match=want):
             minift.load(bert, task="classify")

@@ -17,9 +17,9 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
-from minift import tokenizer
-from minift.config import InputError
-from minift.data import Passage
+from minift.data import tokenizer
+from minift.data.passages import Passage
+from minift.errors import InputError
 from minift.tasks import complete
 
 WORDS = [
@@ -246,7 +246,7 @@ def test_specials_stand_once(language_model):
 
 
 def test_a_prompt_is_what_training_saw(language_model, monkeypatch):
-    module = importlib.import_module("minift.generate")
+    module = importlib.import_module("minift.generation")
     folder, before = language_model
     model, ours = minift.load(folder, task="complete")
     seen = []

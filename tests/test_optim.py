@@ -14,8 +14,8 @@ from helpers import peer, small_bert
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification, get_scheduler
 
 import minift
-from minift import hub
-from minift.optim import AdamW, clip, make_optimizer, schedule, warmup_steps
+from minift.checkpoints import weights
+from minift.engine.optim import AdamW, clip, make_optimizer, schedule, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_decays_is_what_the_trainer_decays(cls, tmp_path):
     decayed = set(transformers.Trainer(model=theirs, args=arguments).get_decay_parameter_names(theirs))
     model, _ = minift.load(tmp_path / "model", task="classify")
     optimizer = make_optimizer(model, 1e-3, 0.1)
-    names, by_id = hub.hub_names(model), {id(p): name for name, p in model.named_parameters()}
+    names, by_id = weights.hub_names(model), {id(p): name for name, p in model.named_parameters()}
     ours = [{names[by_id[id(p)]] for p in group["params"]} for group in optimizer.param_groups]
     assert ours[0] == decayed and ours[0] | ours[1] == {name for name, _ in theirs.named_parameters()}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

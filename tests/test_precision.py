@@ -11,12 +11,13 @@ from helpers import peer, random_ids, reviews, sequence, small_bert
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
-from minift import precision
-from minift.batch import pack
+from minift.data.batch import pack
+from minift.engine import precision
+from minift.engine.optim import make_optimizer
 from minift.ops.dropout import Noise
-from minift.optim import make_optimizer
+from minift.setup import Job
 from minift.tasks import TASKS
-from minift.train import Job, train_step
+from minift.training import train_step
 
 CASES = [(BertForSequenceClassification, "classify"), (GPT2LMHeadModel, "complete")]
 

@@ -14,10 +14,10 @@ from helpers import peer, random_ids, sequence
 from safetensors.torch import load_file, save_file
 
 import minift
-from minift.batch import pack
-from minift.config import InputError
+from minift.data.batch import pack
+from minift.errors import InputError
+from minift.layers.nf4 import STATE, NF4Linear
 from minift.ops.dropout import SILENT
-from minift.quantize import STATE, NF4Linear
 from minift.tasks import TASKS
 
 pytest.importorskip("bitsandbytes")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
-from minift import tokenizer
-from minift.adapters import peft_format
-from minift.batch import pack
-from minift.data import Passage
+from minift.checkpoints import peft as peft_format
+from minift.data import tokenizer
+from minift.data.batch import pack
+from minift.data.passages import Passage
 from minift.tasks import complete
 
 IDS = random_ids([7])[0]

@@ -15,10 +15,12 @@ from helpers import peer, reviews, small_bert
 from transformers import BertForSequenceClassification
 
 import minift
-from minift.check import check
 from minift.cli import main
-from minift.config import InputError
-from minift.data import label_names, read, read_passages
+from minift.data.check import check
+from minift.data.examples import read
+from minift.data.labels import label_names
+from minift.data.passages import read_passages
+from minift.errors import InputError
 
 
 def write(path, content):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.config import InputError
-from minift.data import read
-from minift.tokenizer import Tokens, load
+from minift.data.examples import read
+from minift.data.tokenizer import Tokens, load
+from minift.errors import InputError
 
 FOLDERS = {"bert": "tokenizers/bert-base-uncased", "minilm": "all-MiniLM-L6-v2", "gpt2": "tokenizers/gpt2"}
 HOSTILE = [

@@ -11,8 +11,8 @@ import pytest
 from helpers import reviews, small_bert
 
 import minift
-from minift import track
 from minift.cli import main
+from minift.measure import track
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import torch
 from helpers import reviews, small_bert
 from safetensors.torch import load_file
 
-from minift import track
 from minift.cli import COMMANDS, main
 from minift.config import TrainConfig
+from minift.measure import track
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_out_of_memory(error, monkeypatch, capsys):
 def test_of_equal_accuracies_the_lower_loss_is_best():
     from importlib import import_module
 
-    is_better = import_module("minift.train").is_better
+    is_better = import_module("minift.training").is_better
     first = {"accuracy": 0.75, "loss": 0.354}
     assert is_better({"accuracy": 0.75, "loss": 0.259}, first, "accuracy", max)
     assert not is_better({"accuracy": 0.75, "loss": 0.354}, first, "accuracy", max)

@@ -13,7 +13,7 @@ import torch
 from helpers import sequence
 
 import minift
-from minift.batch import pack
+from minift.data.batch import pack
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..config import InputError
+from ..errors import InputError
 from . import dora, loftq, lora_fa, pissa
 from .freeze import freeze
 from .lora import add_lora

@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from ..config import InputError
+from ..errors import InputError
 from ..layers import LayerNorm
 
 POLICIES = r"head|bias|norm|last-\d+"

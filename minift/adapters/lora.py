@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..config import InputError
+from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
 from ..ops.lora import lora_linear
 

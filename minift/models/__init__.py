@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch
+from ..data.batch import Batch
+from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
 from . import bert, gpt2
 
@@ -85,3 +86,11 @@ class Model(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """What the head says of each row, without dropout: (M, V)."""
         return self.head.out(self.head.features(self(batch)))
+
+
+def check_length(model: Model, max_length: int) -> int:
+    """`--max-length` in tokens: 0 stands for the length the model was fine-tuned with, else 512 or its limit."""
+    longest = model.config.longest
+    if max_length > longest:
+        raise InputError(f"--max-length is {max_length}; expected at most {longest}, the positions that the model has")
+    return max_length or model.settings.get("minift", {}).get("max_length") or min(512, longest)

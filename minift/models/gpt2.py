@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch
+from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import attention
 from ..ops.dropout import SILENT, Noise, dropout

@@ -7,6 +7,7 @@ other library inside torch's wheels (benchmarks/LOG.md, 2026-11-25). Anywhere el
 reference all are torch's own. N tokens.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -56,7 +57,7 @@ def takes(x: Tensor, y: Tensor, weights: int) -> bool:
 @cache
 def is_faster() -> bool:
     """Whether this is a CPU on which oneDNN was measured to be faster, and torch has it."""
-    native.keep_few_products()
+    keep_few_products()
     cpu, there = native.cpu(), torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return there and "AMD" in cpu and "avx512f" in cpu
 
@@ -86,3 +87,14 @@ class Linear(torch.autograd.Function):
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (N, out). x (N, in), w (out, in), bias (out,) or None."""
     return Linear.apply(x, w, bias) if takes(x, w, w.numel()) else F.linear(x, w, bias)
+
+
+def keep_few_products() -> None:
+    """Bounds what oneDNN, the products' library in bfloat16, keeps: code for each shape, so for each number of tokens.
+
+    By default the last 1,024 shapes stay in each of two caches, which grow by 5 MB a step up to 1.2 GB. A step needs
+    about ten, each many times, and making one takes under a millisecond. Read at oneDNN's first product; a variable
+    that is set already holds.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's
+        os.environ.setdefault(name, "16")

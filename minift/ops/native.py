@@ -10,7 +10,6 @@ folder under a key of all that it was made from, the CPU included, and runs on t
 
 import ctypes
 import hashlib
-import mmap
 import os
 import platform
 import re
@@ -20,9 +19,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -63,7 +61,7 @@ def use(wanted: str, device: torch.device | None = None) -> str:
     if mode == "reference":
         return "PyTorch reference (asked for)"
     if device is not None and device.type == "cuda":
-        from . import cuda  # which imports this file
+        from . import cuda
 
         return cuda.describe(device)
     try:
@@ -88,7 +86,7 @@ def kernel(name: str, *tensors: Tensor | None) -> ctypes.CDLL | None:
     if mode == "reference":
         return None
     if tensors[0].is_cuda:
-        from . import cuda  # which imports this file
+        from . import cuda
 
         return cuda.kernel(name, *tensors)
     dtype = tensors[0].dtype
@@ -121,74 +119,6 @@ def load(name: str) -> ctypes.CDLL | None:
 def refusal(why: Exception) -> ValueError:
     """What mode `native` says instead of falling back."""
     return ValueError(f"--kernels is 'native', but {why}; expected auto or reference")
-
-
-def keep_memory() -> None:
-    """Makes glibc keep what is freed, for the next step, instead of giving it back to the kernel.
-
-    Else every step's activations and gradients are paid for in page faults. What is kept must also be found again,
-    which kernels/cpu/memory.cpp sees to. Another C library is left as it is.
-    """
-    keep_few_products()
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
-    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
-    if platform.libc_ver()[0] == "glibc" and mode != "reference":
-        if library := loaded["memory"] if "memory" in loaded else load("memory"):
-            library.use_malloc(100)
-
-
-def keep_few_products() -> None:
-    """Bounds what oneDNN, the products' library in bfloat16, keeps: code for each shape, so for each number of tokens.
-
-    By default the last 1,024 shapes stay in each of two caches, which grow by 5 MB a step up to 1.2 GB. A step needs
-    about ten, each many times, and making one takes under a millisecond. Read at oneDNN's first product; a variable
-    that is set already holds.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's
-        os.environ.setdefault(name, "16")
-
-
-@contextmanager
-def returned_memory() -> Iterator[None]:
-    """Makes glibc give back what is freed at once, while a checkpoint streams in.
-
-    Else the pieces of each tensor leave holes in the heap, beside which the next tensor goes.
-    """
-    mallopt(-3, 2**17)
-    try:
-        yield
-    finally:
-        mallopt(-3, 2**25)
-
-
-def mapping(tensor: Tensor) -> range:
-    """The addresses of the mapped file that a tensor lies in; none where it lies elsewhere, or nobody says."""
-    with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():  # 7f00-7fff rw-p offset device inode path
-            begin, end = (int(text, 16) for text in line.partition(" ")[0].split("-"))
-            if begin <= tensor.data_ptr() < end:
-                return range(begin, end) if line.split()[4] != "0" else range(0)
-    return range(0)
-
-
-def forget(tensor: Tensor, place: range) -> None:
-    """Gives back the memory of a tensor in the mapped file at `place`; its next use reads the file again."""
-    page = mmap.PAGESIZE
-    begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
-    if begin in place and begin < end <= place.stop:  # elsewhere, in memory without a file, that would be zeros
-        process().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-@cache
-def process() -> ctypes.CDLL:
-    """The functions that are in the process already, libc's among them."""
-    return ctypes.CDLL(None)
-
-
-def mallopt(option: int, value: int) -> None:
-    """Sets one of glibc's numbers; nothing where there is none."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(option, value)
 
 
 # ---- making one

@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
-from ..batch import Batch, Sequence
-from ..config import InputError
-from ..data import Example, label_ids
+from ..data.batch import Batch, Sequence
+from ..data.examples import Example
+from ..data.examples import read as read
+from ..data.examples import stream as stream
+from ..data.labels import label_ids
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
 from ..models import Model
 from ..ops.dropout import Noise
 from ..ops.loss import linear_cross_entropy
-from ..tokenizer import Tokenizer
 
 CHUNK = 1000  # texts tokenised at once
 
-read, stream = data.read, data.stream
 
 
 def judge(examples: Iterable[Example], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:

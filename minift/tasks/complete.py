@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
-from ..batch import Batch, Sequence
-from ..config import InputError
-from ..data import Passage
+from ..data.batch import Batch, Sequence
+from ..data.passages import Passage, read_passages, stream_passages
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
 from ..models import Model
 from ..ops.dropout import SILENT, Noise
 from ..ops.loss import linear_cross_entropy
-from ..tokenizer import Tokenizer
 
 CHUNK = 1000  # passages tokenised at once
 
-read, stream = data.read_passages, data.stream_passages
+read = read_passages
+stream = stream_passages
+
 
 
 def judge(passages: Iterable[Passage], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:

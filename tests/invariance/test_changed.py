@@ -13,7 +13,7 @@ import torch
 from helpers import reviews, small_bert
 from safetensors.torch import load_file, save_file
 
-from minift import checkpoint
+from minift.checkpoints import resume as checkpoint
 from minift.cli import main
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "minift.json"]

@@ -9,9 +9,10 @@ import torch
 from helpers import examples, small_model
 
 import minift
+from minift.engine.optim import make_optimizer
 from minift.ops import native
-from minift.optim import make_optimizer
-from minift.train import Job, train_step
+from minift.setup import Job
+from minift.training import train_step
 
 BOUND = 1e-5  # of losses and, relatively, of gradient norms
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from minift import checkpoint
+from minift.checkpoints import resume as checkpoint
 from minift.cli import main
-from minift.distributed import World, deal
+from minift.engine.distributed import World, deal
 
 BOUND = 1e-5  # of losses and weights
 
@@ -180,7 +180,7 @@ def test_a_process_that_dies_takes_the_run_down(folder):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and ("another process of the run is gone" in err or "SIGKILL" in err), err
     for step in checkpoint.steps(folder / "widow"):
-        assert len(list((folder / f"widow/checkpoints/step-{step}").iterdir())) == 3
+        assert checkpoint.is_whole(folder / f"widow/checkpoints/step-{step}")
 
 
 @pytest.mark.slow

@@ -17,14 +17,15 @@ from helpers import reviews, small_bert
 from safetensors.torch import load_file
 
 import minift
-from minift import checkpoint, track
+from minift.checkpoints import resume as checkpoint
 from minift.cli import main
+from minift.measure import track
 
 STEPS = 8
 # runs the command line in a process that kills itself: argv[1] says where, the rest is the command
 KILL = """
 import os, signal, sys
-from minift import cli, files, track
+from minift import cli, files; from minift.measure import track
 where, at = sys.argv[1].split(":")
 calls = 0
 def killing(f):

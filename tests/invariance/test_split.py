@@ -3,7 +3,6 @@
 python -m pytest tests/invariance/test_split.py
 """
 
-import importlib
 import json
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from helpers import reviews, small_bert
 
 import minift
-from minift.batch import pack
+from minift import setup, training
+from minift.data.batch import pack
 
 BOUND = 1e-5  # of losses and weights; seen: about 3e-7
 
@@ -71,13 +71,13 @@ def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, b
     """60 reviews a step are more than 512 tokens; the largest micro-batch that the model is given."""
     small_bert(tmp_path / "model")
     reviews(tmp_path / "train.tsv", 60)
-    module, sizes = importlib.import_module("minift.train"), []
-    monkeypatch.setattr(module, "BASE", base)
-    monkeypatch.setattr(module, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))
+    sizes = []
+    monkeypatch.setattr(setup, "BASE", base)
+    monkeypatch.setattr(training, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))
     shared = dict(data=str(tmp_path / "train.tsv"), steps=1, batch=60, **options)
     for name, more in (("a", {}), ("b", {"tokens": 100_000})):
         config = minift.TrainConfig(out=str(tmp_path / name), model=str(tmp_path / "model"), **shared, **more)
-        minift.train(*module.load_model(config, ["blame", "praise"]), config)
+        minift.train(*setup.load_model(config, ["blame", "praise"]), config)
     whole = sizes.pop()
     assert whole == sum(sizes) > 512
     assert max(sizes) <= 512 if tokens else sizes == [whole]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops import native
 from minift.ops.again import Recipe, again, lean
 from minift.ops.dropout import SILENT, Noise

@@ -6,7 +6,7 @@ python -m pytest tests/ops/test_attention.py
 import pytest
 import torch
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops import attention as module
 from minift.ops.attention import attention
 from minift.ops.dropout import SILENT, Noise, keep

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import SITE, plain
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops import native
 from minift.ops.attention import attention
 from minift.ops.dropout import Noise, keep

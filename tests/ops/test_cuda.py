@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from judging import both, judge
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops import cuda, flash, native, nf4
 from minift.ops.attention import attention
 from minift.ops.dropout import Noise, dropout, mix_tensor
@@ -588,7 +588,7 @@ def test_a_model_on_all_kernels(method, place, tmp_path, monkeypatch):
     from helpers import random_ids, sequence, small_bert
 
     import minift
-    from minift.batch import pack
+    from minift.data.batch import pack
     from minift.tasks import TASKS
 
     native.mode = "reference"

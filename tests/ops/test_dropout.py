@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops.dropout import Noise, dropout, mix, mix_tensor, signed
 
 KEYS = token_keys(torch.arange(20).repeat_interleave(50), torch.arange(50).repeat(20))  # 1,000 tokens

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from judging import both, judge
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops import lora as lora_module
 from minift.ops import native, nf4
 from minift.ops.dropout import Noise, dropout, mix_tensor

@@ -6,7 +6,7 @@ python -m pytest tests/ops/test_lora.py
 import pytest
 import torch
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops.dropout import SILENT, Noise, keep
 from minift.ops.lora import lora_linear
 

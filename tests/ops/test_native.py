@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from minift.config import KERNELS, TrainConfig
+from minift.measure.track import peak_memory
 from minift.ops import lora, native
 from minift.ops.gelu import gelu_erf
-from minift.track import peak_memory
 
 ROOT = Path(__file__).parents[2]
 try:
@@ -340,7 +340,7 @@ def test_subnormals_stay_after_loading_every_kernel(monkeypatch):
 
 
 def test_nothing_is_compiled_at_import(tmp_path):
-    code = "import minift, minift.cli, minift.train; from minift.ops import native; assert not native.loaded"
+    code = "import minift, minift.cli, minift.training; from minift.ops import native; assert not native.loaded"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert not cached()
 
@@ -357,9 +357,9 @@ def test_memory_is_kept_from_step_to_step():
     goes back at once, as it does while a model is loaded. (Left alone, glibc does now this and now that.)"""
     code = """
 import contextlib, resource, sys, torch
-from minift.ops import native
-if sys.argv[1] == "keep": native.keep_memory()
-how = contextlib.nullcontext() if sys.argv[1] == "keep" else native.returned_memory()
+from minift.engine import memory
+if sys.argv[1] == "keep": memory.keep_memory()
+how = contextlib.nullcontext() if sys.argv[1] == "keep" else memory.returned_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     [torch.ones(2**22) for _ in range(6)]
@@ -382,8 +382,8 @@ def test_a_freed_block_is_found_again():
     process does not grow (by torch's own allocator, 11 to 24 MB)."""
     code = """
 import torch
-from minift.ops import native
-native.keep_memory()
+from minift.engine import memory
+memory.keep_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 kept = [(torch.ones(2**20), torch.ones(2**16)) for _ in range(24)]
@@ -401,8 +401,8 @@ print(resident() - before)
 def test_the_profiler_still_sees_memory():
     code = """
 import torch
-from minift.ops import native
-native.keep_memory()
+from minift.engine import memory
+memory.keep_memory()
 with torch.profiler.profile(profile_memory=True) as p:
     x = torch.ones(2**20)
     del x

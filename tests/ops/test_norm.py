@@ -6,7 +6,7 @@ python -m pytest tests/ops/test_norm.py
 import pytest
 import torch
 
-from minift.batch import token_keys
+from minift.data.batch import token_keys
 from minift.ops.dropout import Noise, dropout
 from minift.ops.norm import add_norm, layer_norm
 

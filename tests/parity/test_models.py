@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import minift
-from minift import hub
-from minift.batch import pack
+from minift.checkpoints import loading, weights
+from minift.data.batch import pack
 from minift.ops.dropout import Noise
 from minift.ops.loss import linear_cross_entropy
 from minift.tasks import classify
@@ -64,7 +64,7 @@ def padded(ids: list[list[int]], types: list[list[int]] | None = None) -> dict:
 def check_gradients(model, theirs):
     """Every parameter's gradient within 1e-5 of the peer's, relative to its largest (0.01 where it has none)."""
     peers = dict(theirs.named_parameters())
-    for name, hub_name in hub.hub_names(model).items():
+    for name, hub_name in weights.hub_names(model).items():
         ours, want = model.get_parameter(name).grad, peers[hub_name].grad
         want = want.t() if model.family.TRANSPOSED and hub_name.endswith(model.family.TRANSPOSED) else want
         assert (ours - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1e-2), name
@@ -189,7 +189,7 @@ def test_a_pretrained_size_has_the_known_counts():
         (transformers.GPT2Config(), "complete", 124_439_808),
     ):
         settings = config.to_dict() | {"model_type": config.model_type}
-        model = hub.build(settings, "here", task, None, -1)
+        model = loading.build(settings, "here", task, None, -1)
         assert sum(p.numel() for p in model.parameters()) == count
 
 

@@ -14,13 +14,14 @@ from helpers import peer, random_ids, sequence
 from safetensors.torch import load_file, save_file
 
 import minift
-from minift.adapters import apply, peft_format
+from minift.adapters import apply
 from minift.adapters.lora import adapters
-from minift.batch import order, pack
-from minift.config import InputError
+from minift.checkpoints import peft as peft_format
+from minift.data.batch import order, pack
+from minift.engine.optim import clip, make_optimizer
+from minift.errors import InputError
+from minift.layers.nf4 import NF4Linear
 from minift.ops.dropout import SILENT
-from minift.optim import clip, make_optimizer
-from minift.quantize import NF4Linear
 from minift.tasks import TASKS
 
 peft = pytest.importorskip("peft")

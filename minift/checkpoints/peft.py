@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import InputError, parse_json
-from . import dora
-from .lora import LoRAConfig, adapters, by_pattern, candidates, check_float, is_within, name_in, wrap
+from ..adapters import dora
+from ..adapters.lora import LoRAConfig, adapters, by_pattern, candidates, check_float, is_within, name_in, wrap
+from ..config import parse_json
+from ..errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")

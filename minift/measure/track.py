@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import InputError, printable
-from .files import naming, write_text
+from ..errors import InputError, printable
+from ..files import naming, write_text
 
 RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 EVERY = 10.0  # seconds between two plain lines where standard error is no terminal

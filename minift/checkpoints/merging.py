@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import hub
-from .adapters.lora import put, wrappers
-from .batch import Batch, Sequence, pack
-from .config import InputError, MergeConfig
-from .evaluate import check_length
-from .files import check_new_folder
-from .layers import Linear
-from .models import Model
-from .quantize import NF4Linear, swap
-from .tasks import TASKS
-from .tokenizer import Tokenizer
+from ..adapters.lora import put, wrappers
+from ..config import MergeConfig
+from ..data.batch import Batch, Sequence, pack
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
+from ..files import check_new_folder
+from ..layers import Linear
+from ..layers.nf4 import NF4Linear, swap
+from ..models import Model, check_length
+from ..tasks import TASKS
+from . import hub, loading, saving
 
 SAMPLE = 16  # sequences that the logits are compared on
 
@@ -41,7 +41,7 @@ class Cost:
 def merge(config: MergeConfig) -> tuple[Model, Tokenizer | None, Cost]:
     """Loads the adapted model that `config` names, merges it and compares the two. Raises InputError."""
     config.check()
-    model, tokenizer = hub.load(config.model, base_model=config.base_model, fresh_head=False)
+    model, tokenizer = loading.load(config.model, base_model=config.base_model, fresh_head=False)
     if not model.adapter:
         raise InputError(f"{config.model}: has no adapter; expected a run trained with one, or an adapter folder")
     if not model.task:
@@ -91,7 +91,7 @@ def original_weights(model: Model) -> dict[str, Tensor]:
     source = hub.resolve(model.adapter.base)
     if "quantization_config" in hub.read_settings(source):
         raise InputError(f"--into is original, but {source} is in 4 bits itself; expected dequantized or nf4")
-    base, _ = hub.load(source, model.task, model.labels, base="fp32")
+    base, _ = loading.load(source, model.task, model.labels, base="fp32")
     names = {name.removesuffix(".base").removesuffix(".lora") for name in packed}  # before an adapter wrapped them
     return {name: base.get_parameter(f"{name}.weight") for name in names}
 
@@ -131,5 +131,5 @@ def write(config: MergeConfig) -> Cost:
     out = Path(config.out)
     check_new_folder("--out", out)
     model, tokenizer, cost = merge(config)
-    hub.save(model, tokenizer, out)
+    saving.save(model, tokenizer, out)
     return cost

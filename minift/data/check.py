@@ -25,24 +25,13 @@ from typing import NoReturn
 
 import numpy as np
 
-from .config import LONGEST, printable
-from .data import (
-    ROLES,
-    _chat,
-    _check_kind,
-    _columns,
-    _example,
-    _kind,
-    _objects,
-    _short,
-    _wrong,
-    look_alikes,
-    other_form,
-    pieces,
-    rows,
-    weight_fault,
-    weight_of,
-)
+from ..config import LONGEST
+from ..errors import printable, short_repr
+from .columns import _columns
+from .examples import _check_kind, _example, _wrong, rows
+from .labels import look_alikes
+from .lines import _kind, _objects
+from .passages import ROLES, _chat, other_form, pieces, weight_fault, weight_of
 from .tokenizer import Tokenizer
 
 FEWEST = 10  # examples; services refuse fewer
@@ -124,17 +113,17 @@ def _check_keys(where: str, prefix: str, row: dict, needed: tuple, optional: dic
     for key in (key for key in row if key not in known):
         near = difflib.get_close_matches(key.lower()[:40], [k for k in known if k not in row], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
-        found.add(where, f"{prefix}unrecognised key, found {_short(key)}; {hint}", "unrecognised key")
+        found.add(where, f"{prefix}unrecognised key, found {short_repr(key)}; {hint}", "unrecognised key")
         meant += near  # told once: not missing as well
     for key in (key for key in needed if key not in row and key not in meant):
-        found.add(where, f"{prefix}no key {key!r}; found {_short(list(row))}", "missing key")
+        found.add(where, f"{prefix}no key {key!r}; found {short_repr(list(row))}", "missing key")
     for key, kind in optional.items():
         if row.get(key) is not None and not isinstance(row[key], kind):
             _wrong_type(where, prefix + key, row[key], kind.__name__, found)
 
 
 def _wrong_type(where: str, name: str, value: object, expected: str, found: Findings) -> None:
-    found.add(where, f"{name} is {_short(value)} ({type(value).__name__}); expected {expected}", "wrong type")
+    found.add(where, f"{name} is {short_repr(value)} ({type(value).__name__}); expected {expected}", "wrong type")
 
 
 def _check_text(where: str, name: str, value: object, found: Findings) -> None:
@@ -192,7 +181,7 @@ def _check_message(where: str, i: int, message: object, found: Findings) -> None
     needed = ("role",) if "content" not in message and silent else ("role", "content")
     _check_keys(where, prefix, message, needed, MESSAGE_KEYS, found)
     if "role" in message and role not in ROLES:
-        found.add(where, f"{prefix}role is {_short(role)}; expected one of {', '.join(ROLES)}", "unrecognised role")
+        found.add(where, f"{prefix}role is {short_repr(role)}; expected one of {', '.join(ROLES)}", "unrecognised role")
     if silent:
         text = "calls a tool and says nothing; expected content, for only text can be trained"
         found.add(where, prefix + text, "tool call without text")
@@ -207,7 +196,7 @@ def _check_trained(where: str, messages: list, found: Findings) -> None:
     spoken = [m for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
     if not spoken:
         roles = [m.get("role") for m in messages if isinstance(m, dict)]
-        text = f"found the roles {_short(roles)}; expected at least one message of the assistant"
+        text = f"found the roles {short_repr(roles)}; expected at least one message of the assistant"
         found.add(where, text, "no assistant message")
     elif all(weight_of(m) == 0 for m in spoken):
         text = "found weight 0 on every message of the assistant; expected at least one to train"
@@ -247,7 +236,7 @@ def _pairs_or_chats(path: Path, found: Findings, most: int) -> Iterator[Item]:
     for where, row in _objects(path, found, most):
         line, form = int(where.rpartition(":")[2]), _form(row)
         if not form:
-            text = f"unknown format, found {_short(list(row))}; expected either prompt and completion, or messages"
+            text = f"unknown format, found {short_repr(list(row))}; expected either prompt and completion, or messages"
             found.add(where, text + other_form(row), "unknown format")
             continue
         if found.form not in ("", form) and last == found.form:
@@ -503,7 +492,7 @@ def _listing(title: str, counts: Counter[str]) -> list[str]:
 def _classes(labels: Counter[str]) -> list[str]:
     if not labels:
         return []
-    shown = [(_short(name), n) for name, n in labels.most_common(SHOWN)]
+    shown = [(short_repr(name), n) for name, n in labels.most_common(SHOWN)]
     rows = [f"  {name:<60}{n:>10,}{n / labels.total():>8.1%}" for name, n in shown]
     more = [f"  ... and {len(labels) - SHOWN:,} more"] if len(labels) > SHOWN else []
     return [f"{'classes':<12}{len(labels):>12,}", *rows, *more]
@@ -565,7 +554,7 @@ def _check_whole(
         where = f" at {lengths.max_length:,} tokens" if lengths.max_length else ""
         found.add(name, f"nothing to learn from{where}; expected at least one token that is learned", "nothing trained")
     if len(labels) == 1:
-        found.add(name, f"found one class, {_short(*labels)}; expected two or more", "one class")
+        found.add(name, f"found one class, {short_repr(*labels)}; expected two or more", "one class")
     for first, second in look_alikes(labels):
         found.add(name, f"found the labels {first!r} and {second!r}; expected one spelling", "labels that look alike")
 

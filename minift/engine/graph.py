@@ -20,10 +20,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .batch import Batch, Sequence, pack
-from .ops.again import lean
-from .ops.dropout import Noise, mix, signed
-from .tasks import TASKS
+from ..data.batch import Batch, Sequence, pack
+from ..ops.again import lean
+from ..ops.dropout import Noise, mix, signed
+from ..tasks import TASKS
 
 
 def size_for(n: int, most: int) -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
 
-from .config import InputError, parse_json
+from ..config import parse_json
+from ..errors import InputError
 
 FILES = (
     "tokenizer.json",

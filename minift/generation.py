@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import data
-from .batch import Batch, Sequence, pack
-from .config import GenerateConfig, InputError
-from .data import Passage
+from .config import GenerateConfig
+from .data.batch import Batch, Sequence, pack
+from .data.lines import Faults
+from .data.passages import Passage, stream_passages
+from .data.tokenizer import Tokenizer
+from .errors import InputError
+from .measure.track import Progress
 from .models import Model
 from .models.gpt2 import Past
 from .ops.dropout import MASK, SILENT, mix
 from .tasks.complete import ends_of_text, tokens_of
-from .tokenizer import Tokenizer
-from .track import Progress
 
 WHY = "since the model reads %d at most"
 
@@ -57,7 +58,7 @@ def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iter
     if config.prompt:
         prompts = [Passage(((config.prompt, False),), "--prompt")]
     else:
-        prompts = data.stream_passages(config.data, need_label=False, max_line=config.max_line)
+        prompts = stream_passages(config.data, need_label=False, max_line=config.max_line)
     count = judge(prompts, model, tokenizer)
     progress = Progress(count, "prompt")
     for number, (prompt, ids, _) in enumerate(tokens_of(prompts, model, tokenizer)):
@@ -69,7 +70,7 @@ def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iter
 
 def judge(prompts: Iterable[Passage], model: Model, tokenizer: Tokenizer) -> int:
     """How many prompts there are. Raises InputError that names those which leave no room for a completion."""
-    longest, count, faults = model.config.longest, 0, data.Faults()
+    longest, count, faults = model.config.longest, 0, Faults()
     for prompt, ids, _ in tokens_of(prompts, model, tokenizer):
         count += 1
         if len(ids) >= longest:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..layers import LayerNorm
 from .distributed import whole
-from .layers import LayerNorm
 
 
 class AdamW:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops.dropout import GOLDEN, MUL1, mix_tensor, signed
+from ..ops.dropout import GOLDEN, MUL1, mix_tensor, signed
 
 
 @dataclass(slots=True)

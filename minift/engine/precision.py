@@ -6,7 +6,7 @@ Precision is explicit: trained weights are float32 and are cast to the dtype of 
 
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

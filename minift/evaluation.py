@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from . import data
-from .batch import Batch, Sequence, pack
-from .config import EvalConfig, InputError, PredictConfig
-from .data import Example
-from .models import Model
+from .config import EvalConfig, PredictConfig
+from .data.batch import Batch, Sequence, pack
+from .data.examples import Example, at, sample
+from .data.tokenizer import Tokenizer
+from .measure.track import Progress
+from .models import Model, check_length
 from .tasks import TASKS
-from .tokenizer import Tokenizer
-from .track import Progress
 
 TOKENS = 4096  # at once, where nothing else is asked for
 
@@ -25,10 +24,10 @@ def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str
     labels = task.judge(examples, model, tokenizer)  # a first pass over the file, before anything is computed
     chosen = range(len(labels))
     if config.limit:
-        chosen = data.sample(chosen, config.limit, config.seed)
+        chosen = sample(chosen, config.limit, config.seed)
         labels = [labels[i] for i in chosen]
     progress = Progress(len(chosen), "example")
-    sequences = task.encoded(data.at(examples, chosen), labels, model, tokenizer, length)
+    sequences = task.encoded(at(examples, chosen), labels, model, tokenizer, length)
     result = measure(model, sequences, config.tokens, progress.add)
     progress.close()
     return result
@@ -84,11 +83,3 @@ def batches(sequences: Iterable[Sequence], tokens: int) -> Iterator[Batch]:
         size += len(sequence)
     if group:
         yield pack(group)
-
-
-def check_length(model: Model, max_length: int) -> int:
-    """`--max-length` in tokens: 0 stands for the length the model was fine-tuned with, else 512 or its limit."""
-    longest = model.config.longest
-    if max_length > longest:
-        raise InputError(f"--max-length is {max_length}; expected at most {longest}, the positions that the model has")
-    return max_length or model.settings.get("minift", {}).get("max_length") or min(512, longest)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batch import Sequence, split
+from ..data.batch import Sequence, split
 
 
 @dataclass(frozen=True)

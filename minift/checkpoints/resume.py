@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import files
-from .batch import Sequence
-from .distributed import like, whole
-from .errors import InputError
-from .optim import AdamW
+from .. import files
+from ..data.batch import Sequence
+from ..engine.distributed import like, whole
+from ..engine.optim import AdamW
+from ..errors import InputError
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FILES = {WEIGHTS, MOMENTS, STATE, files.MANIFEST}

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear
-from .ops import nf4
-from .ops.dropout import SILENT, Noise
+from ..ops import nf4
+from ..ops.dropout import SILENT, Noise
+from . import Linear
 
 STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)  # beside `weight` in a file

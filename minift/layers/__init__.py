@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import norm
-from .ops.dropout import SILENT, Noise
-from .ops.linear import linear
+from ..ops import norm
+from ..ops.dropout import SILENT, Noise
+from ..ops.linear import linear
 
 
 def recomputed(f: Callable, *args):

@@ -1,0 +1,161 @@
+"""Where the files of a model are: a folder, a run folder, or the hub's cache; and its config.json."""
+
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+from ..config import parse_json
+from ..data import tokenizer as tokenizers
+from ..errors import InputError, short_repr
+from ..models import FAMILIES
+from . import peft as peft_format
+from .weights import WEIGHT_FILES, read_index
+
+REACH = 1.8  # seconds in which the hub has to answer
+
+
+def resolve(source: str | Path, named_by: str = "") -> Path:
+    """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache.
+
+    named_by: who says that the model is there, for the message where it is not.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
+        return next((folder / name for name in inner if (folder / name / "config.json").is_file()), folder)
+    who = f"{named_by} names " if named_by else ""
+    if is_path(source) or folder.exists():
+        advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
+        raise InputError(f"{who}{source}: no such folder{advice}")
+    return download(str(source), who)
+
+
+def is_path(source: str | Path) -> bool:
+    """Whether this can only be the path of a folder, and no hub id."""
+    text = str(source)
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text  # the last is Windows'
+
+
+def address(source: str | Path) -> str:
+    """How another folder's files name a model: the whole path of a local one, or its hub id."""
+    return str(resolve(source).resolve()) if Path(source).is_dir() else str(source)
+
+
+def base_of(given: Path, named: str, base_model: str | Path, notes: list[str]) -> str:
+    """The folder or hub id of the model that the adapter in `given` adapts. Raises InputError where nothing says it."""
+    config = given / peft_format.CONFIG
+    if base_model:
+        return address(base_model)
+    if has_weights(given) and (not named or Path(named).resolve() == given.resolve()):
+        return address(given)
+    if not named:
+        raise InputError(f"{config}: no base_model_name_or_path; expected the model to adapt (or --base-model FOLDER)")
+    # a run that changed its base keeps it beside its models; the two move together
+    beside = given.parent / Path(named).name
+    if beside.name == "base" and (beside / "config.json").is_file():
+        return address(beside)
+    is_gone = is_path(named) and not Path(named).is_dir()
+    if is_gone and (beside / "config.json").is_file():
+        notes.append(f"{named}, which {config} names, is not there; {beside} is used")
+        return address(beside)
+    if is_gone and has_weights(given):
+        notes.append(f"{named}, which {config} names, is not there; the model beside the adapter is used")
+        return address(given)
+    if has_weights(given):
+        notes.append(f"{given}: the model beside the adapter is not used; {config.name} names {named}")
+    return named
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a whole model is in a folder."""
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """The file with an adapter's tensors, or None."""
+    return next((folder / name for name in peft_format.WEIGHT_FILES if (folder / name).is_file()), None)
+
+
+def download(repo: str, who: str = "") -> Path:
+    """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
+    offline = constants.HF_HUB_OFFLINE or not is_in_reach()
+
+    def fetch(name: str) -> Path | None:
+        try:
+            if not offline:
+                return Path(hf_hub_download(repo, name))
+            cached = try_to_load_from_cache(repo, name)
+            return Path(cached) if isinstance(cached, str) else None
+        except EntryNotFoundError:  # also where the hub went out of reach just now
+            return None
+        except (HfHubHTTPError, HFValidationError) as e:
+            raise InputError(f"{who}{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
+
+    config = fetch(peft_format.CONFIG)
+    if config is not None:
+        _ = fetch(peft_format.WEIGHT_FILES[0]) or fetch(peft_format.WEIGHT_FILES[1])
+    config = fetch("config.json") or config
+    if config is None and offline:
+        raise InputError(
+            f"{who}{repo}: no such folder, the hub ({constants.ENDPOINT}) is out of reach, and its cache "
+            f"({constants.HF_HUB_CACHE}) has no such model; expected a folder with a model's files, or a network"
+        )
+    if config is None:
+        raise InputError(f"{who}{repo}: no such folder, and no config.json of it on the hub")
+    for name in (*tokenizers.FILES, "generation_config.json"):
+        fetch(name)
+    weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
+    if weights and weights.suffix == ".json":
+        for shard in set(read_index(weights).values()):
+            fetch(shard)
+    return config.parent
+
+
+def is_in_reach() -> bool:
+    """Whether the hub answers at all, asked once and briefly: its client would try for most of a minute."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=REACH).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, too
+        except (OSError, ValueError, HTTPException) as e:
+            if not isinstance(getattr(e, "reason", None), ssl.SSLError):  # of certificates, the client knows more
+                return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking a name up has no time limit of its own
+    thread.start()
+    thread.join(REACH)
+    return answered.is_set()
+
+
+def read_settings(folder: Path) -> dict:
+    """The model's config.json. Raises InputError that names the field, where one is of a kind that nobody can use."""
+    path = folder / "config.json"
+    if not path.is_file():
+        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f"; {', '.join(inside[:5])} in it {'has' if len(inside) == 1 else 'have'} one" if inside else ""
+        raise InputError(f"{folder}: no config.json; expected a model folder as transformers writes it{hint}")
+    settings = parse_json(path.read_bytes(), path)
+    found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
+    if not isinstance(settings, dict) or not isinstance(found, str) or found not in FAMILIES:
+        raise InputError(f"{path}: model_type is {short_repr(found)}; expected one of {', '.join(FAMILIES)}")
+    for name, kind in (("minift", dict), ("quantization_config", dict), ("architectures", list)):
+        if not isinstance(settings.get(name) or kind(), kind):
+            expected = {dict: "an object", list: "a list"}[kind]
+            raise InputError(f"{path}: {name} is {short_repr(settings[name])}; expected {expected}")
+    own = settings["minift"] = settings.get("minift") or {}
+    length = own.get("max_length", 0)
+    if own.get("base", "") not in ("", "nf4") or type(length) is not int or length < 0:
+        raise InputError(f"{path}: minift is {short_repr(own)}; expected base nf4 or none, and max_length a number")
+    if not own:
+        del settings["minift"]
+    return settings

@@ -1,0 +1,302 @@
+"""A model from a checkpoint folder or the Hugging Face hub.
+
+    model, tokenizer = load("bert-base-uncased", task="classify", labels=["negative", "positive"])
+
+The model is built on the meta device, without memory, and filled tensor by tensor (weights.py). With base="nf4" the
+layers of the body are packed into four bits as they arrive. A PEFT adapter folder is its base model with the adapter
+put around its layers.
+"""
+
+import re
+import typing
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lora import LoRAConfig
+from ..config import parse_json
+from ..data import tokenizer as tokenizers
+from ..data.tokenizer import Tokenizer
+from ..engine import memory
+from ..errors import InputError, short_repr
+from ..layers import Linear
+from ..layers.nf4 import STATE, NF4Linear, linears, swap
+from ..models import FAMILIES, Model
+from . import peft as peft_format
+from .classes import Classes, choose_classes, on_meta, settle_classes
+from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
+from .weights import fill, hub_names, known_name, pickled_in, safetensors_in, tensors
+
+LAYERS = 1024  # most layers of a model; a config.json that asks for billions is answered at once
+LABELS = 10**5  # most classes that have no names
+SIZE = 10**8  # most of anything else that it counts
+
+
+def load(
+    source: str | Path,
+    task: str | None = None,
+    labels: list[str] | None = None,
+    *,
+    base: str = "",
+    base_model: str | Path = "",
+    fresh_head: bool = True,
+    ordered: bool = True,
+    dropout: float = -1,
+    seed: int = 42,
+    device: str | torch.device = "cpu",
+) -> tuple[Model, Tokenizer | None]:
+    """The model in `source` (a folder, a run folder, an adapter folder or a hub id), and its tokenizer or None.
+
+    task: which head to put on it; None for the body alone.
+    labels: names of the classes; None takes the checkpoint's own. Where these are the same names, the head's rows stay
+    theirs; of other classes its last layer is drawn anew.
+    ordered: whether the order of `labels` counts; else the checkpoint's holds where the names are the same.
+    base: "nf4" packs the layers of the body into four bits; "" leaves them as the checkpoint (or the adapter's run)
+    had them.
+    base_model: of an adapter, the folder or hub id of the model to adapt; "" takes the one that the adapter names.
+    fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
+    dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
+    Raises InputError. What was loaded, drawn and left out is in model.report.
+    """
+    given, notes = resolve(source), []
+    adapter, kind, folder = find_adapter(given, base_model, notes)
+    if base_model and adapter is None:
+        raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
+    extra = adapter_tensors(given) if adapter else {}
+    task = task or kind
+    settings = settings_with_run(folder, given) if adapter else read_settings(folder)
+    packed = (settings.get("minift") or {}).pop("base", "")  # how the run kept its base
+    classes = Classes(labels)
+    if task == "classify":
+        check_head(settings, labels, folder / "config.json")
+        own = label_names(settings, folder / "config.json")
+        classes = choose_classes(own, labels, ordered)
+    fresh_classes = classes.fresh and not adapter  # an adapter's head is first read as it is
+    model = build(settings, folder, task, classes.first_rows(adapter is not None), dropout)
+    prepare(model, folder, base or packed)
+    if fresh_classes:
+        model.head.out = on_meta(model.head.out, len(classes.rows))  # though the file has it in four bits
+    with memory.returned_memory():
+        model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
+        model.source = address(source)
+    model.report.notes += notes
+    if model.task and isinstance(model.head.out, NF4Linear):
+        # transformers packs it too; here a head's numbers are looked at, and learn
+        model.head.out = unpacked(model.head.out)
+    if adapter:
+        peft_format.load(model, given, adapter, extra)
+        if model.report.fresh and not fresh_head:
+            raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
+    if task == "classify":
+        settle_classes(model, classes, seed)
+        if model.report.relabelled and not fresh_head:
+            raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
+    return model.to(device), load_tokenizer(model, given, folder)
+
+
+def settings_with_run(folder: Path, given: Path) -> dict:
+    """The config.json of an adapter's base, with what the run in `given` says of labels, padding and storage.
+
+    The shape of the model is its base's affair.
+    """
+    settings = read_settings(folder)
+    if not (given / "config.json").is_file():
+        return settings
+    of_run = read_settings(given)
+    settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
+    settings.pop("problem_type", None)  # of the base's head; the run has its own
+    return settings
+
+
+def load_tokenizer(model: Model, given: Path, folder: Path) -> Tokenizer | None:
+    """The tokenizer of the adapter or, where that has none, of its base; made to fit the model, or refused."""
+    found = next((place for place in (given, folder) if tokenizers.is_there(place)), None)
+    if found is None:
+        return None
+    tokenizer = tokenizers.load(found)
+    check_tokenizer(tokenizer, model, found)
+    declare_end(model, tokenizer, folder)
+    return tokenizer
+
+
+def find_adapter(given: Path, base_model: str | Path, notes: list[str]) -> tuple[LoRAConfig | None, str | None, Path]:
+    """(the adapter's configuration or None, the task it is for, the folder of the model) of a folder."""
+    config = given / peft_format.CONFIG
+    if not config.is_file():
+        return None, None, given
+    if has_weights(given) and not adapter_file(given):
+        notes.append(f"{given}: {config.name} is there without an adapter; its own model is used")
+        return None, None, given
+    adapter, kind, more = peft_format.read_config(given)
+    notes += more
+    base = base_of(given, adapter.base, base_model, notes)
+    folder = resolve(base, "" if base_model else str(config))
+    if folder != given and adapter_file(folder):
+        raise InputError(f"{config}: its base {base} is an adapter itself; expected a model (merge that one first)")
+    return replace(adapter, base=base), kind, folder
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: Model, folder: Path) -> None:
+    """Raises InputError where the tokenizer gives what the model has no embedding for."""
+    if tokenizer.vocab_size > model.config.vocabulary:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
+            f"{model.config.vocabulary}, the rows of the model's embedding"
+        )
+    kinds = getattr(model.config, "type_vocab_size", None)
+    if kinds and tokenizer.types > kinds:
+        raise InputError(
+            f"{folder}: the tokenizer gives a text the token type {tokenizer.types - 1}; expected below {kinds}, "
+            "the rows of the model's token type embedding"
+        )
+
+
+def declare_end(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
+    """Makes `eos_token_id` of the model's settings what ends a text: it is trained, stopped at, and saved.
+
+    The first of these that the tokenizer has: generation_config.json's, config.json's, the tokenizer's own.
+    """
+    path = folder / "generation_config.json"
+    generation = parse_json(path.read_bytes(), path) if path.is_file() else {}
+    declared = generation.get("eos_token_id") if isinstance(generation, dict) else None
+    for found in (declared, model.settings.get("eos_token_id"), tokenizer.end):
+        ids = found if isinstance(found, list) else [found]
+        ids = [i for i in ids if type(i) is int and tokenizer.token(i) is not None]
+        if ids and model.task == "complete":
+            model.settings = model.settings | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+            return
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter. Raises InputError."""
+    path = adapter_file(folder)
+    if path is None:
+        raise InputError(f"{folder}: no adapter; expected {' or '.join(peft_format.WEIGHT_FILES)}")
+    reader = safetensors_in if path.suffix == ".safetensors" else pickled_in
+    return {name: read().clone() for name, _, read in reader(path)}
+
+
+def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
+    """The model on the meta device."""
+    family, path = FAMILIES[settings["model_type"]], Path(folder, "config.json")
+    known = shape_of(family, settings, path)
+    try:
+        config = family.Config(**known)
+    except ValueError as e:
+        raise InputError(f"{path}: {e}") from e
+    if dropout >= 0:
+        config = replace(config, **config.with_dropout(dropout))
+    if task and task not in family.HEADS:
+        raise InputError(
+            f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(family.HEADS)}"
+        )
+    if labels is None:
+        labels = label_names(settings, path) if task == "classify" else []
+    with torch.device("meta"):
+        return Model(settings, config, task, labels)
+
+
+def shape_of(family, settings: dict, path: Path) -> dict:
+    """The fields of config.json that a family's Config has. Raises InputError that names one that cannot be."""
+    known = {}
+    for f in fields(family.Config):
+        names = [f.name, *(alias for alias, name in family.ALIASES.items() if name == f.name)]
+        given = {name: settings[name] for name in names if name in settings}
+        for name, value in given.items():
+            if expected := fault_of(f.name, f.type, value):
+                raise InputError(f"{path}: {name} is {short_repr(value)}; expected {expected}")
+            if known.setdefault(f.name, value) != value:
+                raise InputError(f"{path}: {name} is {value!r}, but {f.name}, its other name, {known[f.name]!r}")
+    return known
+
+
+def fault_of(name: str, kind: type, value: object) -> str:
+    """What a field of Config should be, where `value` is not; else "". kind: its type, as declared there."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return ""
+    if kinds[0] is int:
+        most = LAYERS if name in ("num_hidden_layers", "n_layer") else SIZE
+        good, expected = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}"
+    elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
+        good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
+    elif kinds[0] is float:
+        good, expected = type(value) in (int, float) and 0 <= value <= SIZE, "a number, 0 or above"
+    else:
+        good, expected = type(value) is kinds[0], {bool: "true or false", str: "a string"}[kinds[0]]
+    return "" if good else expected
+
+
+def check_head(settings: dict, labels: list[str] | None, path: Path) -> None:
+    """Raises InputError where the checkpoint's head is for something else than one label of several.
+
+    labels: those of a new task; where they are as many as the head has outputs, it would be trained further.
+    """
+    kind = settings.get("problem_type")
+    found = label_names(settings, path) if labels is None or kind else labels
+    is_own = labels is None or len(labels) == len(found)
+    if is_own and kind in ("regression", "multi_label_classification"):
+        raise InputError(
+            f"{path}: problem_type is {kind!r}, whose head is not supported; expected single_label_classification"
+        )
+    if labels is None and len(found) == 1:
+        raise InputError(
+            f"{path}: its head has one output (num_labels 1), a number and no label; expected two labels or more"
+        )
+
+
+def label_names(settings: dict, path: Path) -> list[str]:
+    """The names of a checkpoint's classes, in the order of their numbers. Raises InputError."""
+    by_id = settings.get("id2label")
+    if by_id is None or by_id == {}:
+        n = settings.get("num_labels") or 2  # as transformers
+        if type(n) is not int or not 1 <= n <= LABELS:
+            raise InputError(f"{path}: num_labels is {short_repr(n)}; expected a whole number from 1 to {LABELS:,}")
+        return [f"LABEL_{i}" for i in range(n)]
+    expected = 'expected an object from each number to its name, as {"0": "negative", "1": "positive"}'
+    if not isinstance(by_id, dict) or not all(re.fullmatch("0|[1-9][0-9]{0,8}", str(key)) for key in by_id):
+        raise InputError(f"{path}: id2label is {short_repr(by_id)}; {expected}")
+    by_id = {str(key): name for key, name in by_id.items()}
+    gap = next((i for i in range(len(by_id)) if str(i) not in by_id), None)
+    if gap is not None:
+        raise InputError(f"{path}: id2label has {len(by_id)} names, but none for {gap}; {expected}")
+    names = [by_id[str(i)] for i in range(len(by_id))]
+    for name in names:
+        if not isinstance(name, str) and type(name) is not int:
+            raise InputError(f"{path}: id2label has {short_repr(name)} as a name; {expected}")
+    names = [str(name) for name in names]
+    if len(set(names)) < len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        raise InputError(f"{path}: id2label has the name {short_repr(twice)} twice; expected different ones")
+    return names
+
+
+def prepare(model: Model, folder: Path, base: str) -> None:
+    """Puts NF4Linears where weights are to be packed (base "nf4"), or are packed in the file."""
+    packed = read_settings(folder).get("quantization_config") or {}
+    if packed and (packed.get("quant_method"), packed.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+        raise InputError(
+            f"{folder / 'config.json'}: quantization_config is {short_repr(packed)}; "
+            "expected bitsandbytes' nf4, or none"
+        )
+    model.settings = {k: v for k, v in model.settings.items() if k != "quantization_config"}
+    layers = {name for name, _ in linears(model)} if base == "nf4" else set()
+    if packed:
+        ours = {hub: name for name, hub in hub_names(model).items()}
+        for raw, *_ in tensors(folder):
+            weight, is_state, _ = raw.partition(f".{STATE}")
+            name = ours.get(known_name(weight, ours, model.family.PREFIX)[0])
+            layers |= {name.removesuffix(".weight")} if is_state and name else set()
+    for name in sorted(layers):
+        swap(model, name)
+
+
+def unpacked(layer: NF4Linear) -> Linear:
+    """The same layer with its weight in float32."""
+    new = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    new.weight = nn.Parameter(layer.matrix(torch.float32).clone())
+    new.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
+    return new

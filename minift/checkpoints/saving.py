@@ -1,0 +1,113 @@
+"""A model -> a folder that minift, transformers, PEFT and bitsandbytes load."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..adapters.lora import put as replace_module
+from ..adapters.lora import wrappers
+from ..data.tokenizer import Tokenizer
+from ..engine.distributed import whole
+from ..files import check_folder, write_folder
+from ..layers.nf4 import NF4Linear, quantization_config
+from ..models import Model
+from . import peft as peft_format
+from .hub import address
+from .weights import MODEL, can_pack, get, hub_names, is_transposed
+
+
+def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+    """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
+
+    Of a model with an adapter, the adapter alone: a PEFT folder, with config.json and the tokenizer's files beside
+    it. Layers in four bits are written as bitsandbytes writes them. minift.json lists what was written.
+    An older model that minift saved there is replaced, and everything else in the folder stays. Raises InputError
+    where a file that minift did not write would be replaced, OSError on a full disk.
+    """
+    folder = Path(folder)
+    weights = peft_format.WEIGHTS if model.adapter else MODEL
+    tokenizer_files = tokenizer.files if tokenizer else ()
+    check_folder(folder, {weights, "config.json", *([peft_format.CONFIG] if model.adapter else ()), *tokenizer_files})
+    write_model(model, tokenizer, folder)
+
+
+def write_model(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bool = True) -> None:
+    """What `save` writes, over whatever has these names: for a run's own folders.
+
+    write: whether this process does; of a sharded model, all have to give their parts.
+    """
+    if model.adapter:
+        parameters = peft_format.tensors(model)
+        state = {name: whole(p.detach()).cpu().contiguous() for name, p in parameters.items()}
+        weights, texts = peft_format.WEIGHTS, {peft_format.CONFIG: peft_format.settings(model)}
+    else:
+        state, weights, texts = weights_of(model), MODEL, {}
+    texts["config.json"] = settings_of(model)
+
+    def put_files(aside: Path) -> None:
+        for name, content in texts.items():
+            (aside / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(state, aside / weights, metadata={"format": "pt"})
+        if tokenizer:
+            tokenizer.save(aside)
+
+    if not write:
+        return
+    try:
+        write_folder(folder, put_files)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{folder}: the model could not be written ({e}); what was there before is whole") from e
+
+
+def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bool = True) -> None:
+    """Saves the frozen model under an adapter, and makes its folder the adapter's base."""
+    adapter, model.adapter, layers = model.adapter, None, wrappers(model)
+    for name, layer in layers.items():
+        replace_module(model, name, layer.frozen)
+    write_model(model, tokenizer, folder, write)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    model.adapter = replace(adapter, base=address(folder))
+
+
+def weights_of(model: Model) -> dict[str, Tensor]:
+    """The tensors of model.safetensors."""
+    state = {}
+    for name, hub in hub_names(model).items():
+        tensor = whole(get(model, name).detach())
+        packed = can_pack(model, name)
+        state[hub] = (tensor.t() if is_transposed(model, hub) and not packed else tensor).contiguous().cpu()
+        if packed:
+            parts = model.get_submodule(name.removesuffix(".weight")).parts()
+            state |= {f"{hub}.{part}": tensor.clone().cpu() for part, tensor in parts.items()}
+    return state
+
+
+def settings_of(model: Model) -> dict:
+    """config.json: the checkpoint's own, with the architecture and labels of this model."""
+    settings = {k: v for k, v in model.settings.items() if k not in ("_name_or_path", "torch_dtype", "num_labels")}
+    settings |= {
+        "architectures": [model.head.architecture if model.head else model.family.ARCHITECTURE],
+        "dtype": "float32",
+    }
+    if model.task == "classify":
+        settings |= {
+            "id2label": {str(i): name for i, name in enumerate(model.labels)},
+            "label2id": {name: i for i, name in enumerate(model.labels)},
+            "problem_type": "single_label_classification",
+        }
+        if settings.get("pad_token_id") is None:  # transformers wants one to find the last token of a padded batch
+            settings["pad_token_id"] = settings.get("eos_token_id")
+    packed = [name for name, m in model.named_modules() if isinstance(m, NF4Linear)]
+    if packed and model.adapter:  # the base is packed as it is loaded
+        settings["minift"] = settings.get("minift", {}) | {"base": "nf4"}
+    elif packed:
+        skipped = [
+            model.hub_name(n) for n in ("head.pooler", "head.out") if n not in packed and hasattr(model.head, n[5:])
+        ]
+        settings["quantization_config"] = quantization_config(skipped)
+    return settings

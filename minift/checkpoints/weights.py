@@ -1,0 +1,389 @@
+"""The tensors of a checkpoint -> the parameters of a model, streamed; a strict report of what does not fit.
+
+What the file lacks and may lack (a new task's head) is drawn at random. Everything else that does not fit is an error
+that names the tensor. Loading never takes more than the result and one tensor, and afterwards the file may go.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..config import parse_json
+from ..engine import memory
+from ..errors import InputError, short_repr
+from ..layers.nf4 import PARTS, NF4Linear
+from ..models import Model
+
+MODEL = "model.safetensors"
+WEIGHT_FILES = (
+    MODEL,
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+WRAPPERS = r"(?:(?:state_dict|model_state_dict|module|model|_orig_mod|_fsdp_wrapped_module)\.)*"  # before names
+IN_CACHE = 1 << 18  # numbers: what is copied at once, so that looking at it again costs little
+
+
+@dataclass
+class Report:
+    """What loading met, in the hub's names."""
+
+    loaded: int = 0
+    adapter: int = 0  # tensors of an adapter, put around them
+    fresh: list[str] = field(default_factory=list)  # missing in the file, drawn at random
+    reshaped: list[str] = field(
+        default_factory=list
+    )  # of another shape in the file (another number of labels), drawn at random
+    relabelled: list[str] = field(default_factory=list)  # of other classes in the file, drawn at random
+    labels: str = ""  # what became of the checkpoint's classes, where that is worth a word
+    unused: list[str] = field(default_factory=list)  # in the file, for another task
+    notes: list[str] = field(default_factory=list)  # what else was unusual and how it was taken, a sentence each
+
+    def __str__(self) -> str:
+        lines = [f"{self.loaded} tensors loaded" + f", {self.adapter} of an adapter" * bool(self.adapter)]
+        for names, what in (
+            (self.fresh, "missing, freshly initialised"),
+            (self.reshaped, "of another shape, freshly initialised"),
+            (self.relabelled, "of other classes, freshly initialised"),
+            (self.unused, "of another task, not used"),
+        ):
+            if names:
+                lines.append(f"{len(names)} {what}: {', '.join(names)}")
+        if self.labels:
+            lines.append(self.labels)
+        return "\n".join(lines + self.notes)
+
+
+def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes: bool = False) -> Report:
+    """Streams the checkpoint into the model, draws what may be missing, and says so. Raises InputError.
+
+    fresh_classes: whether the last layer of the head is drawn though the file has one, of other classes.
+    """
+    names, report, faults = hub_names(model), Report(), []
+    ours = {hub: name for name, hub in names.items()}
+    packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
+    wrapped: set[str] = set()  # what a wrapper left in front of the names
+    layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
+    in_bits = any(isinstance(m, NF4Linear) for m in layers.values())
+    tied = model.hub_name(model.head.tied[0]) if model.tied else ""
+    second = ""  # what the file calls a tied head that it has too
+    for raw, shape, read in tensors(folder):
+        weight, part = split_part(raw)
+        hub, before = known_name(weight, ours, model.family.PREFIX)
+        wrapped.add(before)
+        if hub in ours and fresh_classes and ours[hub].startswith("head.out."):
+            report.relabelled += [] if hub in report.relabelled else [hub]
+            continue
+        if in_bits and hub in ours and not part and can_pack(model, ours[hub]):
+            part = "weight" if is_packed(shape, get(model, ours[hub])) else ""
+        if hub in ours and part:
+            packed.setdefault(hub, {})[part] = read()
+        elif hub == tied:
+            second = raw  # compared when the embedding is there, or the only one of the two that is
+        elif hub in ours:
+            layer = layers[ours[hub].rpartition(".")[0]]
+            faults += place(model, layer, ours[hub], hub, raw, shape, read, report)
+        elif re.fullmatch(model.family.OTHER_HEADS, hub):
+            report.unused.append(hub)
+        elif not re.fullmatch(model.family.IGNORED, hub):
+            faults.append(f"{raw} {shape} is in the file, but not in the model")
+    for hub, parts in packed.items():
+        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
+        if can_pack(model, ours[hub]):
+            fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
+        faults += [f"{hub} {fault}"] if fault else []
+        report.loaded += 1
+    if second and leaf_of(layers, model.head.tied[1]).is_meta:  # saved once, under the head's name (save_model)
+        faults += place_embedding(model, layers, folder, second, report)
+        second = ""
+    drawn = {*report.reshaped, *report.relabelled, *packed}
+    missing = [n for n, hub in names.items() if hub not in drawn and leaf_of(layers, n).is_meta]
+    report.fresh = [names[n] for n in missing if n.startswith("head.")]
+    faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
+    if not fresh_head:
+        faults += [
+            f"{hub}, of the {model.task} head, is missing or of another shape; expected a trained head"
+            for hub in report.fresh + report.reshaped
+        ]
+    if faults:
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
+    draw(model, seed)
+    model.tie()
+    if second:
+        untie_where_different(model, folder, second, report)
+    for before in sorted(wrapped - {""}):
+        report.notes.append(f"names in the file begin with {before}, which was taken off")
+    return report
+
+
+def place_embedding(model: Model, layers: dict[str, nn.Module], folder: Path, raw: str, report: Report) -> list[str]:
+    """Puts the tensor `raw` of the file where the word embedding belongs; returns what is wrong with it."""
+    name = model.head.tied[1]
+    reading = tensors(folder)
+    shape, read = next((shape, read) for found, shape, read in reading if found == raw)
+    layer = layers[name.rpartition(".")[0]]
+    faults = place(model, layer, name, model.hub_name(name), raw, shape, read, report)
+    reading.close()
+    return faults
+
+
+def untie_where_different(model: Model, folder: Path, raw: str, report: Report) -> None:
+    """Gives a tied head the weight `raw` of the file, unless it is the embedding's: as transformers does."""
+    reading = tensors(folder)
+    tensor = next(read() for name, _, read in reading if name == raw)
+    embedding = model.head.out.weight
+    if tensor.shape != embedding.shape or not tensor.is_floating_point():
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise InputError(f"{folder}: {raw} is {found} in the file; expected {tuple(embedding.shape)}, floating-point")
+    if not torch.equal(tensor.float(), embedding):
+        model.untie()
+        with torch.no_grad():
+            is_finite = copy_finite(model.head.out.weight, tensor)
+        if not is_finite:
+            raise InputError(f"{folder}: {raw} has numbers that are not finite")
+        report.loaded += 1
+        report.notes.append(
+            f"{raw} is not the word embedding, though config.json ties the two (tie_word_embeddings): both are used"
+        )
+    reading.close()
+
+
+def split_part(raw: str) -> tuple[str, str]:
+    """(name of the weight, part of it) of a tensor that belongs to a weight in four bits; else (raw, "")."""
+    for part in PARTS:
+        if raw.endswith(f".weight.{part}"):
+            return raw.removesuffix(f".{part}"), part
+    return raw, ""
+
+
+def can_pack(model: Model, name: str) -> bool:
+    """Whether `name` is the weight of a layer that keeps it in four bits."""
+    return name.endswith(".weight") and isinstance(model.get_submodule(name[:-7]), NF4Linear)
+
+
+def get(model: Model, name: str) -> Tensor:
+    """The parameter or buffer called `name`."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def leaf_of(layers: dict[str, nn.Module], name: str) -> Tensor:
+    """The parameter or buffer called `name` of a model with these modules."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(layers[path], leaf)
+
+
+def place(
+    model: Model, layer: nn.Module, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report
+) -> list[str]:
+    """Puts one tensor of the file where it belongs, in `layer`; returns what is wrong with it, if anything."""
+    leaf, flip = name.rpartition(".")[2], is_transposed(model, hub)
+    pack, now = isinstance(layer, NF4Linear) and leaf == "weight", getattr(layer, leaf)
+    want = (layer.out_features, layer.in_features) if pack else tuple(now.shape)
+    want = want[::-1] if flip else want
+    if not now.is_meta:
+        return [f"{hub} is in the file twice, the second time as {raw}"]
+    if shape != want and name.startswith("head.out."):
+        report.reshaped.append(hub)
+        return []
+    if shape != want:
+        return [f"{raw} is {shape} in the file; expected {want}"]
+    tensor = read()
+    if not tensor.is_floating_point():
+        return [f"{raw} is {tensor.dtype} in the file; expected floating-point numbers"]
+    if pack:
+        is_finite = math.isfinite(total(tensor)) or bool(tensor.isfinite().all())
+        layer.pack(tensor.t() if flip else tensor)
+    else:
+        ours = torch.empty(want[::-1] if flip else want)
+        is_finite = copy_finite(ours, tensor, flip)
+        setattr(layer, leaf, nn.Parameter(ours))
+    if not is_finite:
+        return [f"{raw} has numbers that are not finite"]
+    report.loaded += 1
+    return []
+
+
+def copy_finite(target: Tensor, source: Tensor, flip: bool = False) -> bool:
+    """Copies a tensor, or its transpose, and tells whether all its numbers are finite.
+
+    Large ones part by part, while they are in the cache: looking at all of it again would cost a tenth of loading.
+    """
+    rows, found = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), 0.0
+    if flip:
+        found = total(source)
+        target.copy_(source.t())
+    elif len(target) <= rows:
+        found = total(source)
+        target.copy_(source)
+    else:
+        for to, part in zip(target.split(rows), source.split(rows), strict=True):
+            found += total(part)
+            to.copy_(part)
+    return math.isfinite(found) or bool(target.isfinite().all())  # a sum may overflow by itself
+
+
+def total(tensor: Tensor) -> float:
+    """The sum of a tensor's numbers, which is not finite where one of them is not."""
+    return tensor.sum(dtype=torch.float32).item()
+
+
+def is_transposed(model: Model, hub: str) -> bool:
+    """Whether the hub keeps this tensor as (in, out)."""
+    return hub.endswith(model.family.TRANSPOSED)
+
+
+def hub_names(model: Model) -> dict[str, str]:
+    """Our name -> the hub's, for every weight and bias with a tensor of its own in a file."""
+    tied, modules = model.head.tied[0] if model.tied else None, model.named_modules()
+    found = (
+        f"{n}.{leaf}" for n, m in modules for leaf in ("weight", "bias") if isinstance(getattr(m, leaf, None), Tensor)
+    )
+    return {name: model.hub_name(name) for name in found if name != tied}
+
+
+def known_name(name: str, known: dict, prefix: str) -> tuple[str, str]:
+    """(a file's name for a tensor as transformers would write it today, what a wrapper had put before it).
+
+    Today there is no gamma and beta, and the body's prefix.
+    """
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+    before = "" if name in known else re.match(WRAPPERS, name)[0]
+    name = name.removeprefix(before)
+    return prefix + name if prefix + name in known else name, before
+
+
+def is_packed(shape: tuple, codes: Tensor) -> bool:
+    """Whether a weight of the file has the shape of `codes`, kept as numbers of 1, 2 or 4 bytes (quant_storage)."""
+    return len(shape) == 2 and shape[1] == 1 and any(shape[0] * size == len(codes) for size in (1, 2, 4))
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Makes `tensor` the parameter called `name`."""
+    path, leaf = name.rpartition(".")[::2]
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+
+
+def draw(model: Model, seed: int) -> None:
+    """Draws what is still without memory, in the model's order from one generator (as transformers after set_seed)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in list(model.named_parameters()):
+        if p.is_meta and name.endswith("weight") and p.dim() > 1:
+            put(
+                model,
+                name,
+                torch.empty(p.shape).normal_(0, model.family.init_scale(model.config, name), generator=generator),
+            )
+        elif p.is_meta:  # biases 0, layer norms 1
+            put(model, name, torch.full(p.shape, float(name.endswith("weight"))))
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+    """(name, shape, function that reads it) of every tensor of a checkpoint, without reading it yet."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        yield from (safetensors_in if path.suffix == ".safetensors" else pickled_in)(path)
+        return
+    index = read_index(path)
+    for shard in sorted(set(index.values())):
+        if not (folder / shard).is_file():
+            raise InputError(f"{path}: names the file {shard}, which is not there")
+        expected = {name for name, file in index.items() if file == shard}
+        found = set()
+        for tensor in (safetensors_in if shard.endswith(".safetensors") else pickled_in)(folder / shard):
+            found.add(tensor[0])
+            yield tensor
+        if different := expected ^ found:
+            raise InputError(
+                f"{folder / shard}: does not hold what {path.name} says; different: {', '.join(sorted(different)[:5])}"
+            )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """tensor name -> file name of a sharded checkpoint. Refuses files outside its folder."""
+    content = parse_json(path.read_bytes(), path)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict):
+        raise InputError(f"{path}: not an index of shards; expected an object with weight_map")
+    for name, shard in index.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
+            raise InputError(f"{path}: puts {name} into {short_repr(shard)}; expected a weight file in the same folder")
+    return index
+
+
+def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+    """The tensors of a .safetensors file, mapped; the memory of one is given back before the next."""
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        check_pointer(path)
+        raise InputError(
+            f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
+        ) from e
+    place = None
+    with file:
+        for name in file.keys():
+            found = []
+
+            def read(name: str = name, found: list = found) -> Tensor:
+                found.append(file.get_tensor(name))
+                return found[0]
+
+            yield name, tuple(file.get_slice(name).get_shape()), read
+            for tensor in found:
+                place = memory.mapping(tensor) if place is None else place
+                memory.forget(tensor, place)
+
+
+def check_pointer(path: Path) -> None:
+    """Raises InputError where git has left a note of the file in its place."""
+    with open(path, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            raise InputError(f"{path}: a pointer of git-lfs, and not the file; expected the file (`git lfs pull`)")
+
+
+def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+    """The tensors of a pytorch_model.bin. Only tensors are unpickled: a file that would run code is refused."""
+    check_pointer(path)
+    with open(path, "rb") as f:
+        zipped = f.read(2) == b"PK"  # an old-style pickle cannot be mapped
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # UnpicklingError, RuntimeError, EOFError, zip errors: torch's own words say which
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"{path}: not a checkpoint of tensors alone, or not whole ({reason})") from e
+    key = next((key for key in ("state_dict", "model_state_dict", "model") if is_dict_in(state, key)), "")
+    if key:  # a trainer's, with more beside it
+        state = {f"{key}.{name}": tensor for name, tensor in state[key].items()}
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}; expected named tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"{path}: {short_repr(name)} is of type {type(tensor).__name__}; expected named tensors")
+        if not is_plain(tensor):
+            kind = "without content" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise InputError(f"{path}: {name} is a tensor {kind}; expected plain ones, each with all its numbers")
+    for name, tensor in state.items():
+        yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
+
+
+def is_dict_in(state: object, key: str) -> bool:
+    """Whether `state` is a dictionary with another one under `key`."""
+    return isinstance(state, dict) and isinstance(state.get(key), dict)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether each of a tensor's numbers is in memory."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()

@@ -1,0 +1,227 @@
+"""Files -> examples of one or two texts and a label: JSONL, CSV and TSV (each also .gz), a folder per class."""
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import LONGEST
+from ..errors import InputError, printable, short_repr
+from .columns import Columns, Doubt, _columns, _is_excels_line, _layout
+from .lines import Faults, _csv_rows, _kind, _lines, _objects, _tsv_rows, _what_it_is, _without_end
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    text: str
+    pair: str | None  # second sentence, or None
+    label: str | int | None  # as the file has it: a JSON int stays int, a CSV cell is str; None if absent (predict)
+    where: str  # "train.jsonl:17", for messages
+
+
+def _example(where: str, fields: dict, wanted: Columns, faults: Faults) -> Example | None:
+    """The checked example, or None with its faults noted. fields: role -> value as the file has it."""
+    fields = {role: value for role, value in fields.items() if role in wanted.needed or not _absent(role, value)}
+    wrong = {role: fault for role, value in fields.items() if (fault := _wrong(role, value))}
+    for role, (kind, message) in wrong.items():
+        name = wanted.names.get(role, role)
+        faults.add(where, f"{role} {message}" if name == role else f"{role} (column {name!r}) {message}", kind)
+    return None if wrong else Example(fields["text"], fields.get("pair"), fields.get("label"), where)
+
+
+def _absent(role: str, value: object) -> bool:
+    """Where a field is not needed, a JSON null stands for none, and so does an empty label cell."""
+    return value is None or (role == "label" and value == "")
+
+
+def _wrong(role: str, value: object) -> tuple[str, str] | None:
+    """What is wrong with a value, as the kind of fault and a message, or None."""
+    if role == "label" and type(value) is int:  # not isinstance: True is an int too
+        return None
+    if not isinstance(value, str):
+        kinds = "a string or an integer" if role == "label" else "a string"
+        return "wrong type", f"is {short_repr(value)} ({type(value).__name__}); expected {kinds}"
+    if not value.strip():
+        return "empty text", f"is empty, {short_repr(value)}; expected some text"
+    if lone := re.search("[\ud800-\udfff]", value):  # "\ud83d" alone is legal JSON, but has no UTF-8 and so no tokens
+        where = f"{lone[0]!r} at character {lone.start()}"
+        return "lone surrogate", f"has the lone surrogate {where}; expected valid Unicode"
+    return None
+
+
+def _jsonl(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
+    for where, row in _objects(path, faults, most):
+        if missing := wanted.missing(row):
+            message = f"no field {', '.join(missing)}; found {short_repr(list(row))}, expected {wanted}"
+            faults.add(where, message, "missing key")
+        else:
+            yield where, {role: row[key] for role, key in wanted.names.items() if key in row}
+
+
+def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
+    name, layout, doubt, header = printable(path.name), None, None, None
+    for number, row in (_csv_rows if _kind(path) == ".csv" else _tsv_rows)(path, faults, most):
+        where = f"{name}:{number}"
+        if layout is None:
+            if _is_excels_line(where, row, faults):
+                continue
+            layout = _layout(where, row, wanted, faults)
+            if layout.header:
+                header = row
+                if wanted.missing(row):
+                    faults.warn(f"taken for a header: {short_repr(row)}", number)
+                continue
+            if wanted.header == "auto" and len(row) > max(layout.cells.values()) and "label" in layout.cells:
+                doubt = Doubt(where, row, layout)
+        elif doubt and layout.cells["label"] < len(row) and not doubt.look(row[layout.cells["label"]]):
+            doubt = None
+        if row == header:  # of files that were joined with their headers; else it would be an example
+            faults.add(where, f"found the header once more, {short_repr(row)}; expected an example", "repeated header")
+        elif len(row) < layout.width or (layout.exact and len(row) > layout.width):
+            message = f"found {len(row)} cells, {short_repr(row)}; expected {layout.expected}"
+            faults.add(where, message, "wrong number of cells")
+        else:
+            yield where, {role: row[i] for role, i in layout.cells.items() if i < len(row)}
+    if doubt:
+        doubt.check(faults)
+
+
+def _folder(path: Path, faults: Faults, most: int) -> Iterator:
+    """folder/class/*.txt, sorted by name. Names with a leading dot are the system's own (.DS_Store)."""
+    classes = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    if not classes:
+        message = "a folder without sub-folders; expected one sub-folder of .txt files per class"
+        faults.stop(printable(str(path)), message, "no examples")
+    files = {entry: [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] for entry in classes}
+    for entry in classes:
+        if not files[entry] and any(files.values()):
+            message = "a class without examples; expected at least one .txt file"
+            faults.add(printable("/".join(entry.parts[-2:])), message, "no examples")
+    for file in (file for entry in classes for file in files[entry]):
+        where = printable("/".join(file.parts[-3:]))
+        if file.suffix.lower() != ".txt":
+            faults.add(where, "not a .txt file; expected only FOLDER/CLASS/NAME.txt", "not a .txt file")
+            continue
+        if most and file.is_file() and file.stat().st_size >= most:
+            message = f"found a text of {file.stat().st_size:,} bytes; expected fewer than {most:,} (--max-line)"
+            faults.add(where, message, "line too long")
+            continue
+        text = "\n".join(_without_end(line) for _, line in _lines(file, where, faults, most))
+        yield where, {"text": text, "label": file.parent.name}
+
+
+READERS = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _table, ".tsv": _table}
+TEXTS = (".jsonl", ".json", ".txt")  # what a language model learns
+
+
+def _check_kind(path: Path, task: str) -> None:
+    """Raises InputError unless `path` is a regular file of a kind that the task reads, or for classify a folder."""
+    folder = task == "classify"
+    kinds = READERS if folder else TEXTS
+    shown = printable(str(path))
+    if not path.exists():
+        raise InputError(f"{shown}: no such file or folder")
+    if path.is_dir() and folder:
+        return
+    if not path.is_file():
+        advice = "" if path.is_dir() else " (what a pipe or a device gives has to be written to a file first)"
+        raise InputError(f"{shown}: is {_what_it_is(path)}; expected a regular file{advice}")
+    if _kind(path) not in kinds:
+        expected = ".jsonl, .json or .txt, each also with .gz"
+        if folder:
+            expected = f"{', '.join(READERS)}, each also with .gz, or a folder with one sub-folder per class"
+        raise InputError(f"{shown}: unknown kind of file {_kind(path)!r}; expected {expected}")
+
+
+def rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
+    """(where, {role: value}) of every example in a file or a folder. Raises InputError."""
+    _check_kind(path, "classify")
+    return _folder(path, faults, most) if path.is_dir() else READERS[_kind(path)](path, wanted, faults, most)
+
+
+class Stream:
+    """Examples or passages of a file, read anew each time they are asked for: memory does not grow with their number.
+
+    A first pass judges them all, so that a later one has nothing to refuse.
+    """
+
+    def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str):
+        self.path, self.read, self.nothing = path, read, nothing
+        self.count: int | None = None  # examples, after the first pass
+
+    def __iter__(self) -> Iterator:
+        """Every example without faults; at the end raises InputError for those with."""
+        faults, count, name = Faults(), 0, printable(str(self.path))
+        for example in self.read(faults):
+            if example is None:
+                continue
+            if count == self.count:
+                break
+            count += 1
+            yield example
+        else:
+            faults.check()
+            if not count:
+                raise InputError(f"{name}: {self.nothing}")
+            self.count = count if self.count is None else self.count
+            if count == self.count:
+                return
+        raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
+
+
+def stream(
+    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
+) -> Stream:
+    """The examples of a file, or of a folder laid out as folder/class/*.txt (`columns` has no meaning there).
+
+    columns: the --columns option, a comma list of `role` or `role=name`; roles are text, pair, label and _ (ignored).
+    need_label: False where labels are read if present but not needed (predict).
+    header: whether a table's first row is a header: auto, yes or no. max_line: most bytes of a line, 0: any.
+    Raises InputError: file, line, what was found, what was expected.
+    """
+    path, wanted = Path(path), _columns(columns, need_label, header)
+    _check_kind(path, "classify")
+
+    def read_once(faults: Faults) -> Iterator[Example | None]:
+        return (_example(where, fields, wanted, faults) for where, fields in rows(path, wanted, faults, max_line))
+
+    return Stream(path, read_once, "found no rows; expected at least one example")
+
+
+def read(
+    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
+) -> list[Example]:
+    """stream(), all at once."""
+    return list(stream(path, columns, need_label, header, max_line))
+
+
+def split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
+    """(train, valid): a random `fraction` of the examples set aside; both keep the order of the input."""
+    count = round(fraction * len(examples)) if 0 < fraction < 1 else 0  # nan and inf have no round number
+    if not 0 < count < len(examples):
+        raise InputError(f"--valid {fraction} sets {count} of {len(examples)} examples aside; both parts need some")
+    aside = set(random.Random(seed).sample(range(len(examples)), count))
+    parts = [], []
+    for i, example in enumerate(examples):
+        parts[i in aside].append(example)
+    return parts
+
+
+def at(examples: Iterable, numbers: Iterable[int]) -> Iterator:
+    """The examples of these numbers, counted from 0 and ascending, without holding the others."""
+    numbers = iter(numbers)
+    wanted = next(numbers, None)
+    for number, example in enumerate(examples):
+        if wanted is None:
+            return
+        if number == wanted:
+            yield example
+            wanted = next(numbers, None)
+
+
+def sample(examples: Sequence, n: int, seed: int) -> list:
+    """n examples drawn at random without repeats, in the order of the input."""
+    if not 0 < n <= len(examples):
+        raise InputError(f"--limit {n}: the data has {len(examples)} examples; expected 1 to {len(examples)}")
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), n))]

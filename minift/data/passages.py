@@ -1,0 +1,200 @@
+"""Files -> passages for a language model: prompts with completions, chats, and running text."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import LONGEST
+from ..errors import InputError, printable, short_repr
+from .examples import Stream, _check_kind, _wrong
+from .lines import Faults, _kind, _lines, _objects
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PIECE = 1 << 14  # characters of a plain text that make one passage
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text in parts, and which of them are learned: a completion, or what the assistant says."""
+
+    parts: tuple[tuple[str, bool], ...]
+    where: str  # "train.jsonl:17", for messages
+    plain: bool = False  # a piece of running text: goes on in the next passage
+
+
+def stream_passages(
+    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
+) -> Stream:
+    """What a language model learns: a .txt of running text, or .jsonl (also .gz) of prompts or of chats.
+
+    {"prompt": ..., "completion": ...} or {"messages": [{"role", "content", "weight" 0 or 1}, ...]}, of which the
+    assistant's messages with weight 1 (the default) are learned. Nothing is learned from what is said after the last
+    of these, so it is left out.
+    need_label: False for prompts. A completion may then be missing and is not given; of a chat the whole history is
+    the prompt, but for an answer at its end, which is what is to be said.
+    max_line: most bytes of a line, 0: any. Raises InputError: file, line, what was found, what was expected.
+    """
+    path = Path(path)
+    if columns or header != "auto":
+        option = "--columns" if columns else "--header"
+        raise InputError(f"{option} has no meaning here; the keys are prompt and completion, or messages")
+    _check_kind(path, "complete")
+    plain = _kind(path) == ".txt"
+    if plain and not need_label:
+        raise InputError(f"{printable(str(path))}: is running text; expected prompts, in a .jsonl")
+
+    def read_once(faults: Faults) -> Iterator[Passage]:
+        return _plain(path, faults, max_line) if plain else _dialogues(path, need_label, faults, max_line)
+
+    return Stream(path, read_once, "found nothing to read; expected at least one example")
+
+
+def read_passages(
+    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
+) -> list[Passage]:
+    """stream_passages(), all at once."""
+    return list(stream_passages(path, columns, need_label, header, max_line))
+
+
+def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
+    """(first line, text) of running text in pieces of whole lines; together they are the file, line ends included."""
+    held, size, first = [], 0, 1
+    for number, line in _lines(path, printable(path.name), faults, most):
+        if number == 1:
+            _check_running_text(f"{printable(path.name)}:1", line, faults)
+        held.append(line)
+        size += len(line)
+        if size >= PIECE:
+            yield first, "".join(held)
+            held, size, first = [], 0, number + 1
+    if held:
+        yield first, "".join(held)
+
+
+def _check_running_text(where: str, line: str, faults: Faults) -> None:
+    """Lines of JSON under a name that ends in .txt would be learned with all their brackets and quotes."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(row, dict) and row.keys() & {"prompt", "completion", "messages", "text", *OTHER_FORMS}:
+        message = f"found a JSON object with {short_repr(list(row))} in a .txt, which is read as running text"
+        faults.stop(where, f"{message}; expected a name that ends in .jsonl", "JSON in a .txt")
+
+
+def _plain(path: Path, faults: Faults, most: int) -> Iterator[Passage]:
+    for first, text in pieces(path, faults, most):
+        yield Passage(((text, True),), f"{printable(path.name)}:{first}", plain=True)
+
+
+def _dialogues(path: Path, need_label: bool, faults: Faults, most: int) -> Iterator[Passage]:
+    for where, row in _objects(path, faults, most):
+        before = len(faults.lines)
+        parts = _chat(where, row, need_label, faults) if "messages" in row else _prompt(where, row, need_label, faults)
+        if len(faults.lines) == before:
+            yield Passage(tuple(parts), where)
+
+
+OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and how it is converted
+    "conversations": (
+        "ShareGPT's form",
+        """`jq -c '{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), """
+        "content: .value}]}'` converts it",
+    ),
+    "instruction": (
+        "Alpaca's form",
+        """`jq -c '{prompt: ([.instruction, .input // empty] | join("\\n") + "\\n"), completion: .output}'` """
+        "converts it",
+    ),
+    "text": ("a text without a prompt", """`jq -c '{prompt: "", completion: .text}'` converts it"""),
+    "chosen": ("pairs of preferences", "of which only the chosen one can be learned"),
+}
+
+
+def other_form(row: dict) -> str:
+    """What is said, after the rest of a message, of an object in a common form that is not read here; or ""."""
+    key = next((key for key in OTHER_FORMS if key in row), "")
+    if not key or row.keys() & {"prompt", "completion", "messages"} == {"prompt", "completion"}:
+        return ""
+    return f" ({key}: {OTHER_FORMS[key][0]}; {OTHER_FORMS[key][1]})"
+
+
+def _prompt(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
+    """The parts of a prompt and its completion; the prompt may be empty, the completion not."""
+    needed = ("prompt", "completion") if need_label or row.get("completion") is not None else ("prompt",)
+    if missing := [key for key in needed if key not in row]:
+        expected = " and ".join(needed) + ", or messages"
+        found = f"no field {', '.join(missing)}; found {short_repr(list(row))}, expected {expected}"
+        faults.add(where, found + other_form(row), "missing key")
+        return []
+    for key in needed:
+        if not isinstance(row[key], str) or (key == "completion" and not row[key].strip()):
+            faults.add(where, f"{key} is {short_repr(row[key])}; expected some text", "wrong type")
+        elif wrong := _wrong("text", row[key] + "."):  # the dot: a prompt may be empty
+            faults.add(where, f"{key} {wrong[1]}", wrong[0])
+    return [(row[key], key == "completion") for key in needed if row[key] and (need_label or key == "prompt")]
+
+
+def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
+    """The parts of a conversation, as plain text: <|role|>, a line end, what is said, a line end.
+
+    The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
+    """
+    messages, parts, text, whole = row["messages"], [], "", True
+    if not isinstance(messages, list) or not messages:
+        faults.add(where, f"messages is {short_repr(messages)}; expected a list of at least one message", "no messages")
+        return []
+    for i, message in enumerate(messages):
+        if fault := _message_fault(message):
+            faults.add(where, f"message {i + 1}: {fault[1]}", fault[0])
+            whole = False
+            continue
+        if not need_label and i == len(messages) - 1 and message["role"] == "assistant":
+            break  # what is to be said
+        text += f"<|{message['role']}|>\n"
+        if message["role"] == "assistant" and weight_of(message):
+            parts += [(text, False), (message["content"], True)]
+            text = ""
+        text += "\n" if not text else message["content"] + "\n"
+    if not need_label:
+        return [*parts, (text + "<|assistant|>\n", False)]
+    if not parts and whole:
+        message = "no message to learn from; expected one of the assistant's, with weight 1"
+        faults.add(where, message, "nothing trained")
+    return parts
+
+
+def weight_of(message: dict) -> object:
+    """The weight of a message; null stands for none, as `datasets` writes what only other rows have."""
+    weight = message.get("weight")
+    return 1 if weight is None else weight
+
+
+def _message_fault(message: object) -> tuple[str, str] | None:
+    """What is wrong with one message of a chat, as the kind of fault and a message, or None."""
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            found = f"found {short_repr(message)}, with from and value as ShareGPT has them"
+            return "missing key", f"{found}; expected role (user for human, assistant for gpt) and content"
+        return "missing key", f"found {short_repr(message)}; expected an object with role and content"
+    if message["role"] not in ROLES:
+        return "unrecognised role", f"role is {short_repr(message['role'])}; expected one of {', '.join(ROLES)}"
+    if not isinstance(message["content"], str) or not message["content"].strip():
+        return "wrong type", f"content is {short_repr(message['content'])}; expected some text"
+    if "weight" in message and (fault := weight_fault(message)):
+        return fault
+    return _wrong("text", message["content"])
+
+
+def weight_fault(message: dict) -> tuple[str, str] | None:
+    """What is wrong with the weight of a message, as the kind of fault and a message, or None."""
+    weight = weight_of(message)
+    if message.get("weight") is None:
+        return None
+    if message.get("role") != "assistant":
+        found = f"found a weight on the role {short_repr(message.get('role'))}"
+        return "misplaced weight", f"{found}; expected one on assistant messages only"
+    if type(weight) is not int or weight not in (0, 1):  # not isinstance: True is an int too
+        return "wrong weight", f"weight is {short_repr(weight)}; expected 0 or 1"
+    return None

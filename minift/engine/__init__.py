@@ -1,0 +1,1 @@
+"""What a step runs on: optimizer, precision, processes, recorded graphs, memory."""

@@ -1,0 +1,72 @@
+"""What the process does with memory that is free: glibc's heap, mapped files."""
+
+import ctypes
+import mmap
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from ..ops import native
+from ..ops.linear import keep_few_products
+
+
+def keep_memory() -> None:
+    """Makes glibc keep what is freed, for the next step, instead of giving it back to the kernel.
+
+    Else every step's activations and gradients are paid for in page faults. What is kept must also be found again,
+    which kernels/cpu/memory.cpp sees to. Another C library is left as it is.
+    """
+    keep_few_products()
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
+    if platform.libc_ver()[0] == "glibc" and native.mode != "reference":
+        library = native.loaded["memory"] if "memory" in native.loaded else native.load("memory")
+        if library is not None:
+            library.use_malloc(100)
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """Makes glibc give back what is freed at once, while a checkpoint streams in.
+
+    Else the pieces of each tensor leave holes in the heap, beside which the next tensor goes.
+    """
+    mallopt(-3, 2**17)
+    try:
+        yield
+    finally:
+        mallopt(-3, 2**25)
+
+
+def mapping(tensor: Tensor) -> range:
+    """The addresses of the mapped file that a tensor lies in; none where it lies elsewhere, or nobody says."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():  # 7f00-7fff rw-p offset device inode path
+            begin, end = (int(text, 16) for text in line.partition(" ")[0].split("-"))
+            if begin <= tensor.data_ptr() < end:
+                return range(begin, end) if line.split()[4] != "0" else range(0)
+    return range(0)
+
+
+def forget(tensor: Tensor, place: range) -> None:
+    """Gives back the memory of a tensor in the mapped file at `place`; its next use reads the file again."""
+    page = mmap.PAGESIZE
+    begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    if begin in place and begin < end <= place.stop:  # elsewhere, in memory without a file, that would be zeros
+        process().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+@cache
+def process() -> ctypes.CDLL:
+    """The functions that are in the process already, libc's among them."""
+    return ctypes.CDLL(None)
+
+
+def mallopt(option: int, value: int) -> None:
+    """Sets one of glibc's numbers; nothing where there is none."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(option, value)
