@@ -162,7 +162,7 @@ def begin_folder(config: TrainConfig, model: Model) -> None:
     """Makes the run folder and its config.json; in one that is gone on with, clears what a killed process left."""
     out = Path(config.out)
     files.real(out).mkdir(parents=True, exist_ok=True)
-    for folder in (out, out / "checkpoints", out / "best", out / "last"):
+    for folder in (out, out / "checkpoints", out / "best", out / "last", out / "base"):
         files.remove_leftovers(folder)
     if not config.resume or not (out / "config.json").exists():
         files.write_text(out / "config.json", recorded(config, model).to_json())
@@ -234,8 +234,8 @@ def default_tokens(model: Model, device: torch.device) -> int:
 
 
 # options that may be another when a run goes on: they change where and how fast it runs, and not what it learns
-FREE = {"model", "data", "valid", "out", "columns", "labels", "tokens", "device", "kernels", "graph", "recompute"}
-FREE |= {"save_every", "keep", "shard", "log", "resume"}
+FREE = {"model", "data", "valid", "out", "columns", "labels", "header", "max_line", "tokens", "device", "kernels"}
+FREE |= {"graph", "recompute", "save_every", "keep", "shard", "log", "resume"}
 
 
 def resume_run(job: Job, fresh: dict, total: int) -> dict:

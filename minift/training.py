@@ -185,7 +185,9 @@ def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict)
     state["stale"] += 1
     if not best or is_better(found, best, name, better):
         check_finite(job, state["step"])
-        state["best"], state["stale"] = found, 0
+        # an infinite perplexity, of a finite loss, has no place in a checkpoint's JSON
+        state["best"] = {key: value for key, value in found.items() if math.isfinite(value)}
+        state["stale"] = 0
         saving.write_model(model, tokenizer, Path(job.config.out, "best"), world.first)
     say(f"step {state['step']} valid: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items() if type(v) is float))
     return found

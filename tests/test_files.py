@@ -182,6 +182,19 @@ def merge(made, out, *more):
     return ["merge", "--model", str(made / "run"), "--out", str(out), *more]
 
 
+@pytest.mark.parametrize("lr", ["1e3", "1e30"])
+def test_a_loss_beyond_all_bounds(made, tmp_path, lr, capsys):
+    """Its perplexity is infinite, which JSON has no word for; if the loss is finite the run is none the worse."""
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "the film", "completion": "was good"}\n' * 8)
+    arguments = ["train", "--task", "complete", "--model", str(made / "gpt2"), "--data", str(data), "--valid", "0.25"]
+    code = main([*arguments, "--steps", "1", "--lr", lr, "--clip", "0", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert code in (0, 1) and "fault of minift" not in said
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        assert "Infinity" not in line and "NaN" not in line
+
+
 def test_folders_beside_the_output(made, tmp_path):
     """model.old and model.new were the names of what is written aside, and were removed."""
     for name in ("model.old", "model.new", "step-2.new"):
