@@ -104,7 +104,7 @@ def test_adamw_is_torchs_to_the_bit(decay):
 
 def test_a_step_does_not_import_the_compiler():
     code = (
-        "import sys, torch; from minift.optim import AdamW, clip; p = torch.nn.Parameter(torch.ones(2));"
+        "import sys, torch; from minift.engine.optim import AdamW, clip; p = torch.nn.Parameter(torch.ones(2));"
         "p.grad = torch.ones(2); o = AdamW([{'params': [p], 'weight_decay': 0.0}], 0.1); clip([p], 1.0); o.step();"
         "assert 'torch._dynamo' not in sys.modules"
     )

@@ -27,11 +27,11 @@ import numpy as np
 
 from ..config import LONGEST
 from ..errors import printable, short_repr
-from .columns import _columns
-from .examples import _check_kind, _example, _wrong, rows
+from .columns import parse_columns
+from .examples import check_kind, make_example, rows, text_fault
 from .labels import look_alikes
-from .lines import _kind, _objects
-from .passages import ROLES, _chat, other_form, pieces, weight_fault, weight_of
+from .lines import json_objects, kind_of_file
+from .passages import ROLES, chat_parts, other_form, pieces, weight_fault, weight_of
 from .tokenizer import Tokenizer
 
 FEWEST = 10  # examples; services refuse fewer
@@ -127,7 +127,7 @@ def _wrong_type(where: str, name: str, value: object, expected: str, found: Find
 
 
 def _check_text(where: str, name: str, value: object, found: Findings) -> None:
-    if fault := _wrong("text", value):
+    if fault := text_fault("text", value):
         found.add(where, f"{name} {fault[1]}", fault[0])
     elif "\0" in value:
         message = f"{name} has a NUL at character {value.index(chr(0))}; expected text without"
@@ -168,7 +168,7 @@ def _judge_chat(where: str, line: int, row: dict, found: Findings) -> Item | Non
     if found.where == where:
         return None
     _warn_of_roles(line, messages, found)
-    parts = _chat(where, row, True, found)  # the template is that of training
+    parts = chat_parts(where, row, True, found)  # the template is that of training
     return Item(line, parts, "".join(text for text, _ in parts[:-1]), parts[-1][0])
 
 
@@ -233,7 +233,7 @@ def _form(row: dict) -> str:
 def _pairs_or_chats(path: Path, found: Findings, most: int) -> Iterator[Item]:
     """The first example without faults sets the format of the file; a change is told at the line where it begins."""
     judges, last = {"chat": _judge_chat, "prompt/completion": _judge_pair}, ""
-    for where, row in _objects(path, found, most):
+    for where, row in json_objects(path, found, most):
         line, form = int(where.rpartition(":")[2]), _form(row)
         if not form:
             text = f"unknown format, found {short_repr(list(row))}; expected either prompt and completion, or messages"
@@ -257,9 +257,9 @@ def _plain_text(path: Path, found: Findings, most: int) -> Iterator[Item]:
 
 def _labelled(path: Path, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
     """What data.read() reads for classification."""
-    wanted, found.form = _columns(columns, need_label=True, header=header), "classes"
+    wanted, found.form = parse_columns(columns, need_label=True, header=header), "classes"
     for number, (where, fields) in enumerate(rows(path, wanted, found, most), 1):
-        example = _example(where, fields, wanted, found)
+        example = make_example(where, fields, wanted, found)
         if example and found.where != where:  # a line that is not UTF-8 is told and then read all the same
             line = number if path.is_dir() else int(where.rpartition(":")[2])
             texts = [example.text] if example.pair is None else [example.text, example.pair]
@@ -271,8 +271,8 @@ def _items(path: Path, task: str, columns: str, header: str, found: Findings, mo
     if task == "classify":
         items = _labelled(path, columns, header, found, most)
     else:
-        _check_kind(path, task)
-        items = (_plain_text if _kind(path) == ".txt" else _pairs_or_chats)(path, found, most)
+        check_kind(path, task)
+        items = (_plain_text if kind_of_file(path) == ".txt" else _pairs_or_chats)(path, found, most)
     with suppress(Stopped):
         yield from items
 
@@ -525,7 +525,7 @@ def check(
     if task not in ("complete", "classify"):
         raise ValueError(f"--task is {task!r}; expected complete or classify")
     path, found, seen, labels, count = Path(path), Findings(say), Seen(), Counter(), 0
-    text = task == "complete" and _kind(path) == ".txt"
+    text = task == "complete" and kind_of_file(path) == ".txt"
     lengths = Lengths(0 if text else max_length) if tokenizer else None  # a plain text is divided, and not cut
     empty = True
     for batch in _batches(_items(path, task, columns, header, found, max_line)):

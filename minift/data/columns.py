@@ -38,7 +38,7 @@ class Columns:
         return ", ".join(self.missing(()))
 
 
-def _listed(option: str, given: str) -> list[str]:
+def split_list(option: str, given: str) -> list[str]:
     """The items of an option that is a comma list; one with a comma inside stands in "...", as in CSV."""
     try:
         items = next(csv.reader([given], skipinitialspace=True, strict=True), [])
@@ -47,8 +47,8 @@ def _listed(option: str, given: str) -> list[str]:
     return [item.strip() for item in items]
 
 
-def _columns(given: str, need_label: bool, header: str = "auto") -> Columns:
-    items = [re.fullmatch("(text|pair|label|_)(=.+)?", item) for item in _listed("--columns", given or "text,label")]
+def parse_columns(given: str, need_label: bool, header: str = "auto") -> Columns:
+    items = [re.fullmatch("(text|pair|label|_)(=.+)?", item) for item in split_list("--columns", given or "text,label")]
     roles = [item[1] for item in items if item]
     names = {item[1]: (item[2] or item[1]).removeprefix("=") for item in items if item and item[1] != "_"}
     needed = ["text", "label"] if need_label else ["text"]
@@ -111,7 +111,7 @@ class Layout:
     header: bool = False  # the first row is a header
 
 
-def _layout(where: str, row: list[str], wanted: Columns, faults: Faults) -> Layout:
+def find_layout(where: str, row: list[str], wanted: Columns, faults: Faults) -> Layout:
     """Judged by the first row: columns by number, by the names of a header, or by position."""
     if wanted.numbered:
         return _by_number(row, wanted)
@@ -217,7 +217,7 @@ class Doubt:
     def __init__(self, where: str, row: list[str], layout: Layout):
         self.where, self.row = where, row
         self.text, self.label = (row[layout.cells[role]].strip() for role in ("text", "label"))
-        self.numbers = not _is_number(self.label)  # whether all other labels are numbers
+        self.numbers = not is_number_name(self.label)  # whether all other labels are numbers
         self.word = self.numbers and not re.search(r"\s", self.text + self.label)  # whether the label never came again
         self.named = _role_of(self.text) == "text"
         self.count, self.others = 0, set()
@@ -226,7 +226,7 @@ class Doubt:
         """One more label; whether the first row may still be a header."""
         label = label.strip()
         self.count += 1
-        self.numbers = self.numbers and _is_number(label)
+        self.numbers = self.numbers and is_number_name(label)
         self.word = self.word and label != self.label
         if self.word:
             self.others.add(label)
@@ -239,7 +239,7 @@ class Doubt:
             _stop_at_a_doubt(self.where, self.row, faults)
 
 
-def _is_excels_line(where: str, row: list[str], faults: Faults) -> bool:
+def is_excels_line(where: str, row: list[str], faults: Faults) -> bool:
     """Whether a first row is the line `sep=,` by which Excel is told the separator."""
     line = ",".join(row)
     if not re.fullmatch("sep=.?", line):
@@ -249,5 +249,5 @@ def _is_excels_line(where: str, row: list[str], faults: Faults) -> bool:
     return True
 
 
-def _is_number(name: str) -> bool:
+def is_number_name(name: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", name) is not None

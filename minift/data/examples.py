@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
-from .columns import Columns, Doubt, _columns, _is_excels_line, _layout
-from .lines import Faults, _csv_rows, _kind, _lines, _objects, _tsv_rows, _what_it_is, _without_end
+from .columns import Columns, Doubt, find_layout, is_excels_line, parse_columns
+from .lines import Faults, csv_rows, json_objects, kind_of_file, kind_of_place, read_lines, tsv_rows, without_line_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class Example:
     where: str  # "train.jsonl:17", for messages
 
 
-def _example(where: str, fields: dict, wanted: Columns, faults: Faults) -> Example | None:
+def make_example(where: str, fields: dict, wanted: Columns, faults: Faults) -> Example | None:
     """The checked example, or None with its faults noted. fields: role -> value as the file has it."""
     fields = {role: value for role, value in fields.items() if role in wanted.needed or not _absent(role, value)}
-    wrong = {role: fault for role, value in fields.items() if (fault := _wrong(role, value))}
+    wrong = {role: fault for role, value in fields.items() if (fault := text_fault(role, value))}
     for role, (kind, message) in wrong.items():
         name = wanted.names.get(role, role)
         faults.add(where, f"{role} {message}" if name == role else f"{role} (column {name!r}) {message}", kind)
@@ -35,7 +35,7 @@ def _absent(role: str, value: object) -> bool:
     return value is None or (role == "label" and value == "")
 
 
-def _wrong(role: str, value: object) -> tuple[str, str] | None:
+def text_fault(role: str, value: object) -> tuple[str, str] | None:
     """What is wrong with a value, as the kind of fault and a message, or None."""
     if role == "label" and type(value) is int:  # not isinstance: True is an int too
         return None
@@ -51,7 +51,7 @@ def _wrong(role: str, value: object) -> tuple[str, str] | None:
 
 
 def _jsonl(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
-    for where, row in _objects(path, faults, most):
+    for where, row in json_objects(path, faults, most):
         if missing := wanted.missing(row):
             message = f"no field {', '.join(missing)}; found {short_repr(list(row))}, expected {wanted}"
             faults.add(where, message, "missing key")
@@ -61,12 +61,12 @@ def _jsonl(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
 
 def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
     name, layout, doubt, header = printable(path.name), None, None, None
-    for number, row in (_csv_rows if _kind(path) == ".csv" else _tsv_rows)(path, faults, most):
+    for number, row in (csv_rows if kind_of_file(path) == ".csv" else tsv_rows)(path, faults, most):
         where = f"{name}:{number}"
         if layout is None:
-            if _is_excels_line(where, row, faults):
+            if is_excels_line(where, row, faults):
                 continue
-            layout = _layout(where, row, wanted, faults)
+            layout = find_layout(where, row, wanted, faults)
             if layout.header:
                 header = row
                 if wanted.missing(row):
@@ -107,7 +107,7 @@ def _folder(path: Path, faults: Faults, most: int) -> Iterator:
             message = f"found a text of {file.stat().st_size:,} bytes; expected fewer than {most:,} (--max-line)"
             faults.add(where, message, "line too long")
             continue
-        text = "\n".join(_without_end(line) for _, line in _lines(file, where, faults, most))
+        text = "\n".join(without_line_end(line) for _, line in read_lines(file, where, faults, most))
         yield where, {"text": text, "label": file.parent.name}
 
 
@@ -115,7 +115,7 @@ READERS = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _table, ".tsv": _table}
 TEXTS = (".jsonl", ".json", ".txt")  # what a language model learns
 
 
-def _check_kind(path: Path, task: str) -> None:
+def check_kind(path: Path, task: str) -> None:
     """Raises InputError unless `path` is a regular file of a kind that the task reads, or for classify a folder."""
     folder = task == "classify"
     kinds = READERS if folder else TEXTS
@@ -126,18 +126,18 @@ def _check_kind(path: Path, task: str) -> None:
         return
     if not path.is_file():
         advice = "" if path.is_dir() else " (what a pipe or a device gives has to be written to a file first)"
-        raise InputError(f"{shown}: is {_what_it_is(path)}; expected a regular file{advice}")
-    if _kind(path) not in kinds:
+        raise InputError(f"{shown}: is {kind_of_place(path)}; expected a regular file{advice}")
+    if kind_of_file(path) not in kinds:
         expected = ".jsonl, .json or .txt, each also with .gz"
         if folder:
             expected = f"{', '.join(READERS)}, each also with .gz, or a folder with one sub-folder per class"
-        raise InputError(f"{shown}: unknown kind of file {_kind(path)!r}; expected {expected}")
+        raise InputError(f"{shown}: unknown kind of file {kind_of_file(path)!r}; expected {expected}")
 
 
 def rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
     """(where, {role: value}) of every example in a file or a folder. Raises InputError."""
-    _check_kind(path, "classify")
-    return _folder(path, faults, most) if path.is_dir() else READERS[_kind(path)](path, wanted, faults, most)
+    check_kind(path, "classify")
+    return _folder(path, faults, most) if path.is_dir() else READERS[kind_of_file(path)](path, wanted, faults, most)
 
 
 class Stream:
@@ -180,11 +180,11 @@ def stream(
     header: whether a table's first row is a header: auto, yes or no. max_line: most bytes of a line, 0: any.
     Raises InputError: file, line, what was found, what was expected.
     """
-    path, wanted = Path(path), _columns(columns, need_label, header)
-    _check_kind(path, "classify")
+    path, wanted = Path(path), parse_columns(columns, need_label, header)
+    check_kind(path, "classify")
 
     def read_once(faults: Faults) -> Iterator[Example | None]:
-        return (_example(where, fields, wanted, faults) for where, fields in rows(path, wanted, faults, max_line))
+        return (make_example(where, fields, wanted, faults) for where, fields in rows(path, wanted, faults, max_line))
 
     return Stream(path, read_once, "found no rows; expected at least one example")
 

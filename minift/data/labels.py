@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from ..errors import InputError, printable, short_repr
-from .columns import _is_number, _listed
+from .columns import is_number_name, split_list
 from .examples import Example
 from .lines import Faults
 
@@ -17,7 +17,7 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
     it, the labels found: sorted as numbers if all are numbers (so that 0..k are their own ids), else as text. Raises
     InputError for fewer than two, and for two that look alike, unless both are given.
     """
-    names = _listed("--labels", given) if given else list({str(e.label) for e in examples})
+    names = split_list("--labels", given) if given else list({str(e.label) for e in examples})
     if "" in names or len(set(names)) < max(2, len(names)):
         found = [printable(name) for name in sorted(names)]
         source = f"--labels {given!r}" if given else f"the labels of the training data are {found}"
@@ -32,7 +32,7 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
             f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}; expected one spelling, "
             "or both in --labels if they are two classes"
         )
-    return sorted(names, key=lambda name: (int(name), name)) if all(map(_is_number, names)) else sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if all(map(is_number_name, names)) else sorted(names)
 
 
 def _check_numbers(names: list[str]) -> None:
@@ -68,7 +68,7 @@ def label_ids(examples: Iterable[Example], names: list[str]) -> list[int]:
     Not so where a name is a number: if the classes are 1 to 5, a 0 is a mistake and not another way to write 1.
     """
     index = {name: i for i, name in enumerate(names)}
-    if not any(map(_is_number, names)):
+    if not any(map(is_number_name, names)):
         index |= {str(i): i for i in range(len(names))}
     expected = ", ".join(map(printable, names))
     faults, ids = Faults(), []

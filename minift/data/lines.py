@@ -51,14 +51,14 @@ class Faults:
             raise InputError("\n".join(self.lines))
 
 
-def _lines(path: Path, name: str, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, name: str, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
     """(number, line with its end). One of `most` bytes is a fault, never held whole, and passed over; 0: none is.
 
     A line that is not UTF-8 is noted as a fault and repaired, so that reading can go on.
     """
     number = 0
     if path.exists() and not path.is_file():
-        faults.stop(printable(str(path)), f"is {_what_it_is(path)}; expected a regular file", "unreadable file")
+        faults.stop(printable(str(path)), f"is {kind_of_place(path)}; expected a regular file", "unreadable file")
     try:
         with _opened(path) as file:
             for number, raw in enumerate(iter(partial(file.readline, most or -1), b""), 1):
@@ -87,7 +87,7 @@ def _opened(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb", BUFFER)
 
 
-def _what_it_is(path: Path) -> str:
+def kind_of_place(path: Path) -> str:
     if path.is_dir():
         return "a folder"
     return "a pipe or a socket" if path.is_fifo() or path.is_socket() else "a device"
@@ -170,15 +170,15 @@ def _check_line_ends(where: str, line: str, faults: Faults) -> None:
         faults.stop(where, message, "line ends")
 
 
-def _without_end(line: str) -> str:
+def without_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
+def json_objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
     """(where, JSON object) of a JSONL file."""
     name, began = printable(path.name), False
     blank, first = 0, 0  # blank lines since the last other one; those at the end of a file do no harm
-    for number, line in _lines(path, name, faults, most):
+    for number, line in read_lines(path, name, faults, most):
         if line.isspace():
             blank, first = blank + 1, first if blank else number
             continue
@@ -190,7 +190,7 @@ def _objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]
             _check_line_ends(where, line, faults)
             _check_lines_of_json(where, line.strip(), faults)
             began = True
-        if (row := _object(where, _without_end(line), faults)) is not None:
+        if (row := _object(where, without_line_end(line), faults)) is not None:
             yield where, row
 
 
@@ -233,13 +233,13 @@ def _object(where: str, line: str, faults: Faults) -> dict | None:
     return row
 
 
-def _csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
     """(line, cells); a record with line ends inside its quotes counts by its first line."""
     csv.field_size_limit(most or 2**31 - 1)  # Python's own refuses a text of 128 KiB
     name, numbers = printable(path.name), []  # of the lines of the record at hand
 
     def lines() -> Iterator[str]:
-        for number, line in _lines(path, name, faults, most):
+        for number, line in read_lines(path, name, faults, most):
             if number == 1:
                 _check_line_ends(f"{name}:1", line, faults)
             numbers.append(number)
@@ -262,14 +262,14 @@ def _csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list
         yield numbers[0], row
 
 
-def _tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
+def tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
     """(line, cells), split at tabs with no quoting: SST-2 and GLUE hold stray quote characters."""
-    for number, line in _lines(path, printable(path.name), faults, most):
+    for number, line in read_lines(path, printable(path.name), faults, most):
         if number == 1:
             _check_line_ends(f"{printable(path.name)}:1", line, faults)
-        yield number, _without_end(line).split("\t")
+        yield number, without_line_end(line).split("\t")
 
 
-def _kind(path: Path) -> str:
+def kind_of_file(path: Path) -> str:
     """.csv for reviews.csv and reviews.CSV.gz"""
     return PurePath(path.name.lower().removesuffix(".gz")).suffix

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
-from .examples import Stream, _check_kind, _wrong
-from .lines import Faults, _kind, _lines, _objects
+from .examples import Stream, check_kind, text_fault
+from .lines import Faults, json_objects, kind_of_file, read_lines
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PIECE = 1 << 14  # characters of a plain text that make one passage
@@ -39,8 +39,8 @@ def stream_passages(
     if columns or header != "auto":
         option = "--columns" if columns else "--header"
         raise InputError(f"{option} has no meaning here; the keys are prompt and completion, or messages")
-    _check_kind(path, "complete")
-    plain = _kind(path) == ".txt"
+    check_kind(path, "complete")
+    plain = kind_of_file(path) == ".txt"
     if plain and not need_label:
         raise InputError(f"{printable(str(path))}: is running text; expected prompts, in a .jsonl")
 
@@ -60,7 +60,7 @@ def read_passages(
 def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
     """(first line, text) of running text in pieces of whole lines; together they are the file, line ends included."""
     held, size, first = [], 0, 1
-    for number, line in _lines(path, printable(path.name), faults, most):
+    for number, line in read_lines(path, printable(path.name), faults, most):
         if number == 1:
             _check_running_text(f"{printable(path.name)}:1", line, faults)
         held.append(line)
@@ -89,9 +89,10 @@ def _plain(path: Path, faults: Faults, most: int) -> Iterator[Passage]:
 
 
 def _dialogues(path: Path, need_label: bool, faults: Faults, most: int) -> Iterator[Passage]:
-    for where, row in _objects(path, faults, most):
+    for where, row in json_objects(path, faults, most):
         before = len(faults.lines)
-        parts = _chat(where, row, need_label, faults) if "messages" in row else _prompt(where, row, need_label, faults)
+        read_parts = chat_parts if "messages" in row else _prompt
+        parts = read_parts(where, row, need_label, faults)
         if len(faults.lines) == before:
             yield Passage(tuple(parts), where)
 
@@ -131,12 +132,12 @@ def _prompt(where: str, row: dict, need_label: bool, faults: Faults) -> list[tup
     for key in needed:
         if not isinstance(row[key], str) or (key == "completion" and not row[key].strip()):
             faults.add(where, f"{key} is {short_repr(row[key])}; expected some text", "wrong type")
-        elif wrong := _wrong("text", row[key] + "."):  # the dot: a prompt may be empty
+        elif wrong := text_fault("text", row[key] + "."):  # the dot: a prompt may be empty
             faults.add(where, f"{key} {wrong[1]}", wrong[0])
     return [(row[key], key == "completion") for key in needed if row[key] and (need_label or key == "prompt")]
 
 
-def _chat(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
+def chat_parts(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
     """The parts of a conversation, as plain text: <|role|>, a line end, what is said, a line end.
 
     The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
@@ -184,7 +185,7 @@ def _message_fault(message: object) -> tuple[str, str] | None:
         return "wrong type", f"content is {short_repr(message['content'])}; expected some text"
     if "weight" in message and (fault := weight_fault(message)):
         return fault
-    return _wrong("text", message["content"])
+    return text_fault("text", message["content"])
 
 
 def weight_fault(message: dict) -> tuple[str, str] | None:
