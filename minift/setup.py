@@ -266,7 +266,7 @@ def resume_run(job: Job, fresh: dict, total: int) -> dict:
 
 def check_options(folder: Path, now: dict, then: dict) -> None:
     """Raises InputError where an option that changes what is learned is not what the checkpoint was made with."""
-    for name in now.keys() & then.keys():
+    for name in sorted(now.keys() & then.keys()):
         if now[name] == then[name]:
             continue
         flag = "--" + name.replace("_", "-")

@@ -13,7 +13,6 @@ import shutil
 import stat
 import subprocess
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import minift
-from minift import files
+from minift import evaluation, files
 from minift.checkpoints import loading, saving
 from minift.checkpoints import resume as checkpoint
 from minift.cli import main
@@ -312,7 +311,7 @@ def test_interrupted_predictions_are_kept(made, tmp_path, stop, code, monkeypatc
         return written(row, **options)
 
     (tmp_path / "p.jsonl").write_text("before\n")
-    monkeypatch.setattr(import_module("minift.evaluation"), "predict", lambda *_: iter(range(9)))
+    monkeypatch.setattr(evaluation, "predict", lambda *_: iter(range(9)))
     monkeypatch.setattr(json, "dumps", dumps)
     assert main(predict(made, out, "--overwrite")) == code
     monkeypatch.undo()

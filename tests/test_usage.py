@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from minift.cli import COMMANDS, main
 from minift.config import TrainConfig
 from minift.measure import track
+from minift.training import is_better
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +233,6 @@ def test_out_of_memory(error, monkeypatch, capsys):
 
 
 def test_of_equal_accuracies_the_lower_loss_is_best():
-    from importlib import import_module
-
-    is_better = import_module("minift.training").is_better
     first = {"accuracy": 0.75, "loss": 0.354}
     assert is_better({"accuracy": 0.75, "loss": 0.259}, first, "accuracy", max)
     assert not is_better({"accuracy": 0.75, "loss": 0.354}, first, "accuracy", max)

@@ -70,7 +70,7 @@ class Stopped(Exception):
 
 
 class Findings:
-    """Tells each fault when it is met, and counts. Stands where data.py takes its Faults."""
+    """Tells each fault when it is met, and counts. Stands where lines.py takes its Faults."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say

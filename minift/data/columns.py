@@ -48,6 +48,7 @@ def split_list(option: str, given: str) -> list[str]:
 
 
 def parse_columns(given: str, need_label: bool, header: str = "auto") -> Columns:
+    """The --columns option, or its default, with --header. Raises InputError where it is not as documented."""
     items = [re.fullmatch("(text|pair|label|_)(=.+)?", item) for item in split_list("--columns", given or "text,label")]
     roles = [item[1] for item in items if item]
     names = {item[1]: (item[2] or item[1]).removeprefix("=") for item in items if item and item[1] != "_"}
@@ -250,4 +251,5 @@ def is_excels_line(where: str, row: list[str], faults: Faults) -> bool:
 
 
 def is_number_name(name: str) -> bool:
+    """Whether the name of a class is a whole number."""
     return re.fullmatch("[0-9]{1,18}", name) is not None

@@ -88,6 +88,7 @@ def _opened(path: Path) -> io.BufferedIOBase:
 
 
 def kind_of_place(path: Path) -> str:
+    """What is there that is no regular file, in words."""
     if path.is_dir():
         return "a folder"
     return "a pipe or a socket" if path.is_fifo() or path.is_socket() else "a device"
@@ -171,6 +172,7 @@ def _check_line_ends(where: str, line: str, faults: Faults) -> None:
 
 
 def without_line_end(line: str) -> str:
+    """A line without its LF or CRLF."""
     return line.removesuffix("\n").removesuffix("\r")
 
 

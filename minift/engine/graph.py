@@ -60,7 +60,7 @@ def fill_up(batch: Batch, sequences: int, longest: int) -> Batch:
 
 
 class Graphs:
-    """The recorded parts of the steps of one job (train.py)."""
+    """The recorded parts of the steps of one job (setup.py)."""
 
     def __init__(self, job, longest: int):
         """longest: tokens of the longest sequence there can be."""

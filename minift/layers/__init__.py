@@ -1,10 +1,10 @@
 """The parameters of a network and what they compute: Linear, Embedding, LayerNorm.
 
 A linear layer is whatever has in_features, out_features, bias, matrix(dtype) and forward(x, noise): Linear here,
-NF4Linear in quantize.py. An adapter wraps one of them, and is one itself.
+NF4Linear in nf4.py. An adapter wraps one of them, and is one itself.
 
 All of mixed precision is that weights are cast to the dtype of the activations where they are used.
-Weights are created uninitialised: hub.py streams a checkpoint in, or draws them. N tokens, C width.
+Weights are created uninitialised: checkpoints/weights.py streams a checkpoint in, or draws them. N tokens, C width.
 """
 
 from collections.abc import Callable

@@ -4,8 +4,8 @@
     keep(i, c) = signed(hash(row[i] ^ col[c])) < (1 - p) * 2^32 - 2^31
     row[i] = mix(key[i] ^ k0)      col[c] = mix(c * 0x9E3779B1 ^ k1)      k0, k1 = mixes of (seed, step, site)
 
-`key` is a token's 32-bit name (batch.py makes it from the example's number and the token's position), so the mask of a
-token is the same however examples are packed, split or dealt out, and backward makes it again instead of saving it.
+`key` is a token's 32-bit name (data/batch.py makes it from the example's number and the token's position), so the mask
+of a token is the same however examples are packed, split or dealt out, and backward recomputes it instead of saving it.
 `mix` is the lowbias32 integer hash (https://nullprogram.com/blog/2018/07/31/); `hash` is `mix` without its last
 xor-shift, which changes only low bits. All arithmetic is on 32-bit integers that wrap, the same in C++, CUDA and here.
 
