@@ -73,7 +73,7 @@ OTHER_NAMES = {
 
 
 def meant(found: str, known: Iterable[str]) -> str:
-    """"; did you mean X?" for a name that is not among the known ones, or "" where nothing is near."""
+    """ "; did you mean X?" for a name that is not among the known ones, or "" where nothing is near."""
     other = OTHER_NAMES.get(found.lower().replace("_", "-"))
     if other is not None and other.split()[0] in known:
         return f"; did you mean {other}?"

@@ -95,9 +95,7 @@ def test_load_puts_rows_in_the_order_asked_for(checkpoint):
     theirs = BertForSequenceClassification.from_pretrained(folder)
     assert theirs.config.id2label == {0: "praise", 1: "blame"}
     assert torch.equal(theirs.classifier.weight, other.head.out.weight[[1, 0]])
-    first, second = (
-        [row["scores"] for row in predict(m, tokenizer, path)] for m in (model, other)
-    )
+    first, second = ([row["scores"] for row in predict(m, tokenizer, path)] for m in (model, other))
     for a, b in zip(first, second, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
 

@@ -136,9 +136,7 @@ def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, tupl
     for name, tensor in found.items():
         shape, dtype = expected[name]
         if (tensor.shape, tensor.dtype) != (shape, dtype):
-            raise InputError(
-                f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)} {dtype}"
-            )
+            raise InputError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}; expected {tuple(shape)} {dtype}")
         if not is_finite(tensor):
             raise InputError(f"{path}: {name} has numbers that are not finite")
 

@@ -24,7 +24,6 @@ from ..ops.loss import linear_cross_entropy
 CHUNK = 1000  # texts tokenised at once
 
 
-
 def judge(examples: Iterable[Example], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
     """The label of each example (0 where none is needed), all examples read and nothing of them kept.
 

@@ -29,7 +29,6 @@ read = read_passages
 stream = stream_passages
 
 
-
 def judge(passages: Iterable[Passage], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
     """A 0 for each passage, all of them read and nothing of them kept."""
     return [0 for _ in passages]
