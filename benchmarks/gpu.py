@@ -93,20 +93,19 @@ def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch
     """Steps by minift's own train_step. (On the CPU, in a dry run, a graph is the function that it would record.)"""
     import minift
     from minift.data.batch import Sequence
-    from minift.engine.optim import make_optimizer
     from minift.ops import native
-    from minift.setup import Job, keep_frozen, load_model
+    from minift.setup import Engine, load_model, make_job
     from minift.training import train_step
 
     bert = case["family"] == "bert"
     config = minift.TrainConfig(
         model=str(folder),
         task="classify" if bert else "complete",
-        data="unused",
-        out="unused",
         method="full" if method == "full" else "lora",
         base="nf4" if method == "nf4" else "auto",
         batch=case["batch"],
+        max_length=case["length"],
+        weight_decay=0.01,
         seed=SEED,
         precision="auto",
         graph=graph,
@@ -114,12 +113,7 @@ def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch
     model, _ = load_model(config, ["0", "1"] if bert else None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(native.use("auto", device), file=sys.stderr)
-    model.to(device)
-    keep_frozen(model, dtype)
-    model.body.dtype = dtype
-    model.settings["minift"] = {"max_length": case["length"]}
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    job = Job(model, config, make_optimizer(model, 5e-5, 0.01), scaler)
+    job = make_job(model, config, Engine(device, dtype))
 
     def sequence(number: int, ids: np.ndarray) -> Sequence:
         n = 1 if bert else len(ids) - 1

@@ -8,12 +8,15 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "add_lora": "adapters",
+    "add_lora": "adapters.lora",
+    "adapt": "adapters",
     "quantize": "layers.nf4",
     "merge": "checkpoints.merging",
     "load": "checkpoints.loading",
     "save": "checkpoints.saving",
+    "prepare": "setup",
     "train": "training",
+    "train_step": "training",
     "Run": "training",
     "evaluate": "evaluation",
     "predict": "evaluation",

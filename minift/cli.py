@@ -30,21 +30,21 @@ from .errors import InputError, printable
 
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
-    from .data.labels import label_names
     from .engine.distributed import leave
     from .measure.track import say, speaks
-    from .setup import check_out, load_model, read_training, set_aside
-    from .training import Interrupted
+    from .runs import Interrupted, check_out, read_training, set_aside
+    from .setup import load_model
+    from .tasks import task_named
     from .training import train as run
 
     check_out(config)
     whole = read_training(config, config.data)
-    labels = label_names(whole, config.labels) if config.task == "classify" else None  # before some are set aside
+    labels = task_named(config.task).label_names(whole, config.labels)  # before some are set aside
     examples = set_aside(config, whole)
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:
-        done = run(model, tokenizer, config, examples)
+        done = run(model, tokenizer, config, *examples)
     except Interrupted as e:
         say(f"{e}\nto go on: minift train --resume --out {config.out}")
         return 128 + e.number
@@ -147,7 +147,7 @@ def inspect(config: InspectConfig) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{model.size():,} parameters, {trainable:,} trainable, {sum(t.nbytes for t in tensors.values()):,} bytes")
     head = model.task or "no head"
-    if model.task == "classify":
+    if model.labels:
         head += f": {printable(', '.join(model.labels))}"
     print(f"{model.settings['model_type']}, {head}")
     print("\n".join(map(printable, str(model.report).split("\n"))))
@@ -199,14 +199,14 @@ def describe(name: str, p) -> tuple[str, ...]:
 def task_of(source: str) -> str | None:
     """The task that a model folder's head is for, by its architecture; None also where an adapter says it."""
     from .checkpoints import hub
-    from .models import FAMILIES
+    from .models import family_named
+    from .tasks import task_of_architecture
 
     folder = hub.resolve(source)
     if not (folder / "config.json").is_file():
         return None
     settings = hub.read_settings(folder)
-    heads = {head.architecture: task for task, head in FAMILIES[settings["model_type"]].HEADS.items()}
-    return next((heads[name] for name in settings.get("architectures") or [] if name in heads), None)
+    return task_of_architecture(family_named(settings["model_type"]), settings.get("architectures") or [])
 
 
 def trained(config: EvalConfig | PredictConfig | GenerateConfig, task: str) -> tuple:

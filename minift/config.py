@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InputError
+from .tables import METHODS, TASKS, method_named
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
 LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
-METHODS = ("full", "lora", "dora", "pissa", "loftq", "lora-fa", "head", "bias", "norm")  # and last-K
-
 
 PATHS = {"model", "base_model", "data", "valid", "out"}  # options that may name files
 LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
@@ -140,7 +139,7 @@ class TrainConfig(Config):
     """Fine-tune a model on a file of examples."""
 
     model: str = option("", "folder, or hub id (required)")
-    task: str = option("classify", "what is learned", choices=("classify", "complete"))
+    task: str = option("classify", "what is learned", choices=tuple(TASKS))
     data: str = option("", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)")
     valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
     out: str = option("", "run folder, new or empty (required)")
@@ -149,7 +148,7 @@ class TrainConfig(Config):
     max_line: int = option(**MAX_LINE)
     labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
     limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
-    method: str = option("full", "what is trained: full, lora, dora, pissa, loftq, lora-fa, head, bias, norm, last-K")
+    method: str = option("full", f"what is trained: {', '.join(METHODS)}")
     rank: int = option(8, "of an adapter's two matrices", at_least=1)
     alpha: float = option(32.0, "an adapter's update is scaled by alpha / rank", at_least=0)
     adapter_dropout: float = option(0.1, "rate of dropout on an adapter's input", at_least=0)
@@ -215,15 +214,16 @@ class TrainConfig(Config):
             raise ValueError(f"--valid is {self.valid!r}; expected a file, or a fraction above 0 and below 1")
         if self.patience and not self.valid:
             raise ValueError(f"--patience is {self.patience} without --valid; expected one, to tell what is better")
-        if self.method not in METHODS and not re.fullmatch(r"last-[1-9]\d{0,5}", self.method):
-            raise ValueError(refused("--method", self.method, (*METHODS, "last-K")))
-        if self.base == "nf4" and re.match("full|last", self.method):
+        method = method_named(self.method)
+        if method is None:
+            raise ValueError(refused("--method", self.method, tuple(METHODS)))
+        if self.base == "nf4" and method.base == "unpacked":
             raise ValueError(
                 f"--base is 'nf4' with --method {self.method}; weights in 4 bits do not learn, expected lora..."
             )
-        if self.method == "loftq" and self.base != "nf4":
+        if self.base != "nf4" and method.base == "packed":
             raise ValueError(
-                f"--method is 'loftq' with --base {self.base}; it makes up for 4 bits, expected --base nf4"
+                f"--method is {self.method!r} with --base {self.base}; it makes up for 4 bits, expected --base nf4"
             )
         if not self.adapter_dropout < 1:
             raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
@@ -252,7 +252,7 @@ class EvalConfig(Config):
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
-    task: str = option("classify", "what it was trained for", choices=("classify", "complete"))
+    task: str = option("classify", "what it was trained for", choices=tuple(TASKS))
     data: str = option("", "labelled file or folder (required)")
     columns: str = option("", "columns or keys to read, as text,label")
     header: str = option(**HEADER)
@@ -325,7 +325,7 @@ class CheckConfig(Config):
     """Judge a training file as a fine-tuning service would: every fault with its line, then counts and warnings."""
 
     data: str = option("", "training file (required)")
-    task: str = option("complete", "what it is for", choices=("classify", "complete"))
+    task: str = option("complete", "what it is for", choices=tuple(TASKS))
     valid: str = option("", "validation file, for leakage between the two")
     columns: str = option("", "columns or keys to read, as text,label (classify)")
     header: str = option(**HEADER)

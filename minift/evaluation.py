@@ -11,7 +11,7 @@ from .data.examples import Example, at, sample
 from .data.tokenizer import Tokenizer
 from .measure.track import Progress
 from .models import Model, check_length
-from .tasks import TASKS
+from .tasks import task_named
 
 TOKENS = 4096  # at once, where nothing else is asked for
 
@@ -19,7 +19,8 @@ TOKENS = 4096  # at once, where nothing else is asked for
 def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str, float]:
     """The task's metrics over the labelled examples in config.data. Raises InputError."""
     config.check()
-    task, length = TASKS[config.task], check_length(model, config.max_length)
+    task = task_named(config.task)
+    length = check_length(model, config.max_length)
     examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
     labels = task.judge(examples, model, tokenizer)  # a first pass over the file, before anything is computed
     chosen = range(len(labels))
@@ -36,7 +37,8 @@ def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str
 def predict(model: Model, tokenizer: Tokenizer, config: PredictConfig) -> Iterator[dict]:
     """The task's prediction for config.text, or for each example in config.data, in order. Raises InputError."""
     config.check()
-    task, length = TASKS[config.task], check_length(model, config.max_length)
+    task = task_named(config.task)
+    length = check_length(model, config.max_length)
     if config.text:
         examples = [Example(config.text, config.pair or None, None, "--text")]
     else:
@@ -63,11 +65,11 @@ def measure(
 
     add_up: sums the counts over all processes, where each has measured its part.
     """
-    metrics = TASKS[model.task].Metrics(model)
+    metrics = task_named(model.task).Metrics(model)
     for batch in batches(sequences, tokens):
         with torch.inference_mode():
             metrics.add(batch.to(model.device))
-        watch(len(batch.offsets) - 1)
+        watch(batch.n_examples)
     metrics.sums = add_up(metrics.sums)
     return metrics.result()
 

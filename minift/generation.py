@@ -22,7 +22,6 @@ from .data.tokenizer import Tokenizer
 from .errors import InputError
 from .measure.track import Progress
 from .models import Model
-from .models.gpt2 import Past
 from .ops.dropout import MASK, SILENT, mix
 from .tasks.complete import ends_of_text, tokens_of
 
@@ -101,13 +100,13 @@ def continuation(
             + WHY % model.config.longest
         )
     room = model.config.longest - len(ids) + 1
-    cache = [Past(model.config.longest) for _ in model.body.h]
+    cache = model.body.new_cache()
     generator = dice(sampling.seed, number)
     stops = stop if isinstance(stop, list) else [stop]
     tokens, new = [], ids
     while len(tokens) < min(max_tokens, room):
         h = model.body(ask(new).to(model.device), SILENT, cache)  # (1, C)
-        token = choose(model.head.out(h)[0], sampling, generator)
+        token = choose(model.last(h)[0], sampling, generator)
         if token in stops:
             break
         tokens.append(token)

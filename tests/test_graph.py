@@ -5,8 +5,6 @@ python -m pytest tests/test_graph.py
 Without a device nothing is recorded: then the same functions run on the same tensors, which have to be filled anew.
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -17,11 +15,10 @@ from hypothesis import strategies as st
 import minift
 from minift.data.batch import pack, token_keys
 from minift.engine.graph import fill_up, size_for
-from minift.engine.optim import make_optimizer
 from minift.ops import native
 from minift.ops.dropout import Noise, signed
-from minift.setup import Job
-from minift.tasks import TASKS
+from minift.setup import Engine, make_job
+from minift.tasks import task_named
 from minift.training import train_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no device"))]
@@ -57,7 +54,7 @@ def test_what_is_filled_up_changes_nothing(family, mode, tmp_path, monkeypatch):
 
     def computed(batch):
         model.zero_grad()
-        loss, right = TASKS[task].loss(model, batch, Noise(1, 2, batch.keys), 0.1)
+        loss, right = task_named(task).loss(model, batch, Noise(1, 2, batch.keys), 0.1)
         loss.backward()
         return loss.item(), right.item(), [p.grad.clone() for p in model.parameters()]
 
@@ -88,12 +85,8 @@ def test_a_replayed_run_follows_the_plain_one(family, method, device, tmp_path):
         )
         if method != "full":
             minift.add_lora(minift.quantize(model) if method == "qlora" else model)
-        model.to(device).body.dtype = dtype
-        model.settings["minift"] = {"max_length": 40}
-        config = minift.TrainConfig(model="x", data="x", out="x", task=task, batch=5, tokens=90, precision="auto")
-        config = dataclasses.replace(config, graph=graph)
-        scaler = torch.amp.GradScaler(device, enabled=False)
-        job = Job(model, config, make_optimizer(model, 1e-3, 0.01), scaler)
+        config = minift.TrainConfig(batch=5, tokens=90, weight_decay=0.01, base="fp32", graph=graph, precision="auto")
+        job = make_job(model, config, Engine(torch.device(device), dtype))
         rng, losses[graph] = np.random.default_rng(0), []
         for step in range(8):
             lengths = rng.integers(2, 40, 5 if step % 3 else 4).tolist()
@@ -111,10 +104,8 @@ def test_a_replayed_run_follows_the_plain_one(family, method, device, tmp_path):
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_update_from_a_loss_that_is_not_finite_is_left_out(device, tmp_path):
     model, task = small_model("bert", tmp_path)
-    model.to(device).body.dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model.settings["minift"] = {"max_length": 40}
-    config = minift.TrainConfig(model="x", data="x", out=str(tmp_path), task=task, precision="auto", graph=True)
-    job = Job(model, config, make_optimizer(model, 1e-3, 0.01), torch.amp.GradScaler(device, enabled=False))
+    config = minift.TrainConfig(weight_decay=0.01, out=str(tmp_path), precision="auto", graph=True)
+    job = make_job(model, config, Engine(torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16))
     train_step(job, examples(task, [5, 6]), 0, 1e-3)
     with torch.no_grad():
         model.head.out.bias[0] = torch.inf
@@ -133,9 +124,7 @@ def test_graphs_need_what_they_need(tmp_path):
         with pytest.raises(ValueError, match=words):
             minift.TrainConfig(graph=True, **change).check()
     model, _ = small_model("bert", tmp_path)
-    config = minift.TrainConfig(
-        model="x", data="x", out=str(tmp_path / "out"), graph=True, precision="bf16", device="cpu"
-    )
+    config = minift.TrainConfig(out=str(tmp_path / "out"), graph=True, precision="bf16", device="cpu")
     with pytest.raises(minift.InputError, match="--graph is True, with bfloat16 on cpu with 1 process; expected"):
         minift.train(model, None, config)
     assert not (tmp_path / "out").exists()

@@ -13,10 +13,8 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 import minift
 from minift.data.batch import pack
 from minift.engine import precision
-from minift.engine.optim import make_optimizer
 from minift.ops.dropout import Noise
-from minift.setup import Job
-from minift.tasks import TASKS
+from minift.tasks import task_named
 from minift.training import train_step
 
 CASES = [(BertForSequenceClassification, "classify"), (GPT2LMHeadModel, "complete")]
@@ -42,7 +40,7 @@ def gradients(model):
     """Loss and gradients of one pack, dropout on."""
     model.zero_grad()
     batch = pack(examples(model))
-    loss, _ = TASKS[model.task].loss(model, batch, Noise(1, 2, batch.keys))
+    loss, _ = task_named(model.task).loss(model, batch, Noise(1, 2, batch.keys))
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -76,10 +74,8 @@ def test_low_precision_is_near_float32(model, dtype, tolerance):
 
 def test_an_overflow_skips_the_step_and_halves_the_scale(model):
     """A loss scale at which float16 gradients overflow: nothing changes but the scale, until it fits."""
-    model.body.dtype = torch.float16
-    optimizer = make_optimizer(model, 1e-3, 0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    job = Job(model, minift.TrainConfig(task=model.task, out="nowhere"), optimizer, scaler)
+    job = minift.prepare(model, precision="fp16", device="cpu")
+    job.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     before = [p.detach().clone() for p in model.parameters()]
     scales, changed = [], False
     for step in range(30):

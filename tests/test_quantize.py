@@ -18,7 +18,7 @@ from minift.data.batch import pack
 from minift.errors import InputError
 from minift.layers.nf4 import STATE, NF4Linear
 from minift.ops.dropout import SILENT
-from minift.tasks import TASKS
+from minift.tasks import task_named
 
 pytest.importorskip("bitsandbytes")
 CLASSES = {
@@ -119,7 +119,7 @@ def test_a_packed_pooler_and_classifier(tmp_path):
     assert same_logits(model, theirs("bert", tmp_path / "theirs"), "bert")
     minift.add_lora(model)
     batch = pack([sequence(0, random_ids([9])[0], rows=[0])])
-    loss, _ = TASKS["classify"].loss(model, batch, SILENT, 0.0)
+    loss, _ = task_named("classify").loss(model, batch, SILENT, 0.0)
     loss.backward()
     assert (
         all(p.grad is not None for p in model.parameters() if p.requires_grad) and model.head.out.weight.requires_grad

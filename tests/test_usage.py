@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from minift.cli import COMMANDS, main
 from minift.config import TrainConfig
 from minift.measure import track
-from minift.training import is_better
+from minift.runs import is_better
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,97 @@
-"""What wraps a layer, or freezes it: `--method`."""
+"""What wraps a layer, or freezes it: `--method`.
+
+A method is a file here and a line in tables.METHODS. The file defines
+
+    add(model, options)   makes a loaded model ready to be trained, drawing what is new from options.seed
+
+and, if it wraps layers,
+
+    SAVED_AS       the method as which PEFT knows the result: its own name, or "lora" for a variant of LoRA
+    CHANGES_BASE   whether it changes frozen weights, so that a run has to keep them beside the adapter
+
+`add` then leaves model.adapter: a frozen dataclass with the fields variant (the method's name), targets, exclude, saved
+(modules of the head that learn, by the hub's names), kept (frozen parameters that are saved with the adapter, by our
+names) and base (the folder or hub id that the frozen weights come from). What wraps a layer is a layer itself
+(layers/__init__.py) and has `frozen`, the layer inside, set_frozen(layer), and tensors() -> {end of the name in PEFT's
+file: parameter}. Layers are chosen by targets.py.
+
+A file whose layers are its own, not those of another method, also defines
+
+    wrap(model, config)   puts its layers in place, nothing drawn, and makes them and config.saved the only trained ones
+
+and one that PEFT has a name for (SAVED_AS is its own)
+
+    PEFT_TYPE      peft_type in adapter_config.json
+    read(found, heads) -> (config, notes) from adapter_config.json, what is unusual in a sentence each; heads: modules
+        that PEFT trains without being told. Raises ValueError for what is not supported, by its name in the file
+    settings(model) -> adapter_config.json, but for what is the same for all (checkpoints/peft.py)
+    modern_name(name) -> how PEFT writes the name of a tensor today
+    on_base(model, config, found) -> (config, tensors) for the base as it is, where training had changed it
+    options(model) -> the options of `minift train` that made such an adapter, for config.json of a run
+"""
+
+import importlib
+from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import nn
 
 from ..errors import InputError
-from . import dora, loftq, lora_fa, pissa
-from .freeze import freeze
-from .lora import add_lora
-
-# what makes a variant of freshly added LoRA
-VARIANTS = {
-    "lora": lambda model: None,
-    "dora": dora.add,
-    "pissa": pissa.add,
-    "loftq": loftq.add,
-    "lora-fa": lora_fa.add,
-}
-CHANGES_BASE = ("pissa", "loftq")  # variants whose frozen weights are not the checkpoint's
+from ..tables import METHODS, method_named
 
 
-def apply(model: nn.Module, method: str, **lora) -> None:
-    """Makes a loaded model ready to be trained by `method`: full, one of VARIANTS, or a policy of freeze.py.
+@dataclass(frozen=True)
+class Options:
+    """What a method is told: the options of `minift train` about adapters. What a method has no use for, it ignores."""
 
-    lora: the arguments of add_lora.
+    method: str = "lora"
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: str | tuple[str, ...] = ()  # () the method's default, or "all-linear"
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()  # numbers of the transformer layers; () all
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    seed: int = 42
+
+
+def method_file(name: str) -> ModuleType:
+    """The file of the method that `--method` calls `name`."""
+    method = method_named(name)
+    assert method is not None, name
+    return importlib.import_module(f"{__name__}.{method.file}")
+
+
+def saved_as(method: str) -> str:
+    """The method as which PEFT knows the adapters of `method`; "" where it wraps no layer."""
+    return getattr(method_file(method), "SAVED_AS", "")
+
+
+def changes_base(method: str) -> bool:
+    """Whether a method changes frozen weights, which a run then keeps beside the adapter."""
+    return getattr(method_file(method), "CHANGES_BASE", False)
+
+
+def peft_types() -> dict[str, ModuleType]:
+    """PEFT's peft_type -> the file of the method that has this name there."""
+    files = [importlib.import_module(f"{__name__}.{method.file}") for method in METHODS.values()]
+    return {file.PEFT_TYPE: file for file in files if hasattr(file, "PEFT_TYPE")}
+
+
+def adapt(model: nn.Module, method: str, **options) -> nn.Module:
+    """Makes a loaded model ready to be trained by a method, in place: `adapt(model, "dora", rank=4)`. Returns it.
+
+    options: fields of Options. An adapter that came with the model is trained further as it is. Raises InputError
+    where that is of another kind.
     """
-    if model.adapter and method in VARIANTS:
-        return  # it came with the model, and is trained further as it is
-    if model.adapter:
-        raise InputError(f"--method is {method}, but the model has an adapter; expected lora, or the merged model")
-    if method in VARIANTS:
-        add_lora(model, variant=method, **lora)
-        VARIANTS[method](model)
-    elif method != "full":
-        freeze(model, method)
+    if method_named(method) is None:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if model.adapter is None:
+        method_file(method).add(model, Options(method=method, **options))
+        return model
+    own = saved_as(model.adapter.variant)
+    if saved_as(method) != own:
+        raise InputError(f"--method is {method}, but the model has an adapter; expected {own}, or the merged model")
+    return model

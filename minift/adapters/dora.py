@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from ..ops.dropout import SILENT, Noise
 from ..ops.lora import lora_linear
-from .lora import LoRALinear, put
+from . import Options, lora
+from .lora import LoRALinear
+
+SAVED_AS = "lora"
 
 
 class DoRALinear(nn.Module):
@@ -19,7 +22,8 @@ class DoRALinear(nn.Module):
 
     def __init__(self, lora: LoRALinear):
         super().__init__()
-        self.in_features, self.out_features = lora.in_features, lora.out_features
+        self.in_features = lora.in_features
+        self.out_features = lora.out_features
         self.lora = lora
         self.magnitude = nn.Parameter(lengths(lora))  # (out,), float32
 
@@ -32,6 +36,14 @@ class DoRALinear(nn.Module):
     def frozen(self) -> nn.Module:
         """The layer that was wrapped."""
         return self.lora.base
+
+    def set_frozen(self, layer: nn.Module) -> None:
+        """Wraps another layer instead."""
+        self.lora.set_frozen(layer)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What was learned, by the ends of their names in PEFT's file."""
+        return self.lora.tensors() | {"lora_magnitude_vector": self.magnitude}
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """(m / |V|) * V (out, in)."""
@@ -52,7 +64,20 @@ def lengths(lora: LoRALinear) -> Tensor:
     return torch.linalg.norm(lora.matrix(torch.float32), dim=1)
 
 
-def add(model: nn.Module) -> None:
+def add(model: nn.Module, options: Options) -> None:
+    """Plain LoRA, and a length for each row."""
+    lora.add(model, options)
+    add_lengths(model)
+
+
+def wrap(model: nn.Module, config: lora.LoRAConfig) -> None:
+    """Puts DoRALinears in place, with nothing drawn yet."""
+    lora.wrap(model, config)
+    add_lengths(model)
+
+
+def add_lengths(model: nn.Module) -> None:
     """Turns the LoRALinears of a model into DoRALinears."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        put(model, name, DoRALinear(module))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, DoRALinear(module))

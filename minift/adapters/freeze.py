@@ -1,5 +1,6 @@
 """Training a part of the model as it is: what else learns beside the head.
 
+full     everything: nothing is frozen
 head     nothing: a linear probe, on top of frozen features
 bias     every bias (BitFit: Ben Zaken et al., https://arxiv.org/abs/2106.10199)
 norm     the layer norms
@@ -12,8 +13,13 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import LayerNorm
+from . import Options
 
-POLICIES = r"head|bias|norm|last-\d+"
+
+def add(model: nn.Module, options: Options) -> None:
+    """Makes the head and what options.method names the only trained parameters."""
+    if options.method != "full":
+        freeze(model, options.method)
 
 
 def freeze(model: nn.Module, policy: str) -> None:

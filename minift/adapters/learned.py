@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .lora import adapters, candidates
+from .lora import adapters
+from .targets import candidates
 
 
 @dataclass

@@ -10,17 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import nf4
+from . import Options
 from .lora import adapters, check_splits
+from .lora import add as add_plain
+
+SAVED_AS = "lora"
+CHANGES_BASE = True
 
 ROUNDS = 5
 
 
 @torch.no_grad()
-def add(model: nn.Module) -> None:
+def add(model: nn.Module, options: Options) -> None:
     """Splits each adapted weight into what will be packed and an adapter that makes up for its error."""
+    add_plain(model, options)
     for name, lora in adapters(model):
         check_splits(name, lora)
-        w, rank = lora.base.matrix(torch.float32), len(lora.A)
+        w = lora.base.matrix(torch.float32)
+        rank = len(lora.A)
         for _ in range(ROUNDS):
             rest = w - lora.delta()
             u, s, vt = torch.linalg.svd(w - roundtrip(rest), full_matrices=False)

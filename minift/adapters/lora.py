@@ -3,14 +3,14 @@
     y = x W^T + b + s drop(x) A^T B^T        s = alpha / R, or alpha / sqrt(R): rank-stabilised (arXiv 2312.03732)
 
 A (R, in) begins random, B (out, R) at zero, both float32 whatever W is. `add_lora` puts one around every layer of a
-loaded model that the targets name, by the names and matching rules that PEFT uses, so that its files mean the same
-here. How it is computed is in ops/lora.py; a variant is one more file beside this one.
+loaded model that the targets name. How it is computed is in ops/lora.py; a variant is one more file beside this one.
+At the end: LoRA in PEFT's files. What each name is for: adapters/__init__.py.
 """
 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,29 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
 from ..ops.lora import lora_linear
+from . import Options
+from .files import as_option, check_kinds, check_unknown, named_in_file, names_in_file, saved_in_file, tensor_name
+from .targets import (
+    by_pattern,
+    candidates,
+    check_pattern,
+    default_saved,
+    end_of,
+    name_in,
+    names,
+    roles,
+    select,
+    train_saved,
+)
 
-TARGETS = {"bert": ("query", "value"), "gpt2": ("c_attn",)}  # by model_type, where none are named
+SAVED_AS = "lora"
+PEFT_TYPE = "LORA"
 SITE = 1 << 16  # dropout places of adapters: this plus the layer's number among all that could have one
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is put where. Patterns are regular expressions for the end of a layer's name.
-
-    Layers are named by a tuple, one of which their hub name is or ends in after a dot, or by a regular expression for
-    all of it.
-    """
+    """What is put where; how layers are named is said in targets.py."""
 
     rank: int = 8
     alpha: float = 32.0
@@ -44,7 +55,7 @@ class LoRAConfig:
     saved: tuple[str, ...] | None = None  # modules of the head that are trained in full, and saved with the adapter
     base: str = ""  # where the frozen weights come from, as a folder or hub id
     kept: tuple[str, ...] = ()  # frozen parameters, by our names, that came with the adapter and are saved with it
-    initial: str = ""  # of a file: what was taken out of the base before training (peft_format.with_initial_part)
+    initial: str = ""  # of a file: what was taken out of the base before training (on_base)
 
 
 class LoRALinear(nn.Module):
@@ -52,13 +63,16 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool, site: int):
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         self.base = base.requires_grad_(False)
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.alpha, self.scale = alpha, alpha / (math.sqrt(rank) if rslora else rank)
-        self.p, self.site = dropout, site
+        self.alpha = alpha
+        self.scale = scale_of(rank, alpha, rslora)
+        self.p = dropout
+        self.site = site
 
     @property
     def bias(self) -> Tensor | None:
@@ -69,6 +83,14 @@ class LoRALinear(nn.Module):
     def frozen(self) -> nn.Module:
         """The layer that was wrapped."""
         return self.base
+
+    def set_frozen(self, layer: nn.Module) -> None:
+        """Wraps another layer instead."""
+        self.base = layer
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What was learned, by the ends of their names in PEFT's file."""
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
 
     def delta(self) -> Tensor:
         """The update s B A, (out, in)."""
@@ -82,6 +104,17 @@ class LoRALinear(nn.Module):
         """x (N, in_features) -> (N, out_features), in x's dtype."""
         base = self.base
         return lora_linear(x, base.bias, self.A, self.B, base.matrix, self.scale, self.p, noise, self.site)
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """What an update is scaled by."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def add(model: nn.Module, options: Options) -> None:
+    """`--method lora`, and the first half of its variants."""
+    more = {name: value for name, value in vars(options).items() if name not in ("method", "seed")}
+    add_lora(model, **more, seed=options.seed, variant=options.method)
 
 
 def add_lora(
@@ -114,50 +147,37 @@ def add_lora(
 
 def wrap(model: nn.Module, config: LoRAConfig) -> None:
     """Puts LoRALinears in place, with nothing drawn yet, and makes them and the saved modules the only trained ones."""
-    for option, value in (("rank", config.rank), *(("rank", r) for r in config.rank_pattern.values())):
-        if value < 1:
-            raise InputError(f"{option} is {value}; expected at least 1")
+    for rank in (config.rank, *config.rank_pattern.values()):
+        if rank < 1:
+            raise InputError(f"rank is {rank}; expected at least 1")
     if not 0 <= config.dropout < 1:
         raise InputError(f"adapter dropout is {config.dropout}; expected at least 0 and below 1")
     check_patterns(config)
     saved = default_saved(model) if config.saved is None else config.saved
-    layers = candidates(model)
-    chosen = select(model, config, {hub: name for name, hub in layers.items() if not is_within(hub, saved)})
+    targets = config.targets or roles(model, "query", "value")  # as PEFT, where none are named
+    chosen = select(model, targets, config.exclude, config.layers, within=saved)
+
+    # a layer's site is its number among all candidates: it is the same whichever others are adapted
     model.requires_grad_(False)
-    for i, (name, hub) in enumerate(layers.items()):
-        if hub in chosen:
-            r, a = (
-                by_pattern(config.rank_pattern, name_in(model, hub), config.rank),
-                by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha),
-            )
-            layer = model.get_submodule(name)
-            check_rank(r, hub, layer)
-            put(model, name, LoRALinear(layer, r, a, config.dropout, config.rslora, SITE + i))
-    for name, module in model.named_modules():
-        if name.startswith("head.") and is_within(model.hub_name(name), saved):
-            module.requires_grad_()
-    targets = config.targets
-    if targets == "all-linear":
-        targets = tuple(name_in(model, hub) for hub in chosen)
-    model.adapter = LoRAConfig(**vars(config) | {"saved": saved, "targets": targets or default_targets(model)})
+    for i, (name, hub) in enumerate(candidates(model).items()):
+        if hub not in chosen:
+            continue
+        rank = by_pattern(config.rank_pattern, name_in(model, hub), config.rank)
+        alpha = by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha)
+        layer = model.get_submodule(name)
+        check_rank(rank, hub, layer)
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, config.dropout, config.rslora, SITE + i))
+    train_saved(model, saved)
+    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, chosen))
 
 
 def check_patterns(config: LoRAConfig) -> None:
     """Raises InputError that names the option and the regular expression that is none."""
-    for option, value in (("targets", config.targets), ("exclude", config.exclude)):
-        if isinstance(value, str):
-            check_pattern(option, value)
+    check_pattern("targets", config.targets)
+    check_pattern("exclude", config.exclude)
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
             check_pattern(option, key, end_of(key))
-
-
-def check_pattern(option: str, pattern: str, used: str = "") -> None:
-    """Raises InputError where `pattern` is no regular expression; used: the longer one that it is a part of."""
-    try:
-        re.compile(used or pattern)
-    except (re.error, RecursionError, OverflowError) as e:
-        raise InputError(f"{option} is {pattern!r}: not a regular expression ({e})") from e
 
 
 def check_rank(rank: int, hub: str, layer: nn.Module) -> None:
@@ -176,88 +196,6 @@ def initialise(lora: LoRALinear, generator: torch.Generator) -> None:
         lora.A.copy_(nn.init.kaiming_uniform_(torch.empty(lora.A.shape), a=math.sqrt(5), generator=generator))
 
 
-# which layers
-
-
-def candidates(model: nn.Module) -> dict[str, str]:
-    """Our name -> the hub's of every layer that an adapter can wrap: all linear ones but the head's last."""
-    return {
-        name: model.hub_name(name)
-        for name, module in model.named_modules()
-        if hasattr(module, "matrix") and hasattr(module, "in_features") and name != "head.out"
-    }
-
-
-def name_in(model: nn.Module, hub: str) -> str:
-    """The hub's name as it is in this model, for transformers and PEFT: a body without a head has no prefix."""
-    return hub if model.head else hub.removeprefix(model.family.PREFIX)
-
-
-def select(model: nn.Module, config: LoRAConfig, layers: dict[str, str]) -> list[str]:
-    """Those of the hub names `layers` that the configuration means. Raises InputError where it means none."""
-    targets = config.targets or default_targets(model)
-    found = [
-        hub
-        for hub in layers
-        if not (config.exclude and is_named(name_in(model, hub), config.exclude))
-        and (targets == "all-linear" or is_named(name_in(model, hub), targets))
-        and (not config.layers or number(hub) in config.layers)
-    ]
-    if not found:
-        kinds = sorted({re.sub(r"\.\d+\.", ".N.", hub) for hub in layers})
-        of_layers = f", in layers {', '.join(map(str, config.layers))}" if config.layers else ""
-        raise InputError(
-            f"targets {targets!r}{of_layers}: no layer has such a name; there are:\n  " + "\n  ".join(kinds)
-        )
-    return found
-
-
-def default_targets(model: nn.Module) -> tuple[str, ...]:
-    """What PEFT adapts in such a model where nothing is named."""
-    return TARGETS[model.settings["model_type"]]
-
-
-def names(text: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Names with commas between as a tuple; "all-linear" and a regular expression (it has other signs) as they are."""
-    return tuple(filter(None, text.split(","))) if isinstance(text, str) and re.fullmatch(r"[\w.,]*", text) else text
-
-
-def is_named(hub: str, wanted: str | tuple[str, ...]) -> bool:
-    """Whether a layer's name is meant by targets."""
-    if isinstance(wanted, str):
-        return bool(re.fullmatch(wanted, hub))
-    return any(hub == name or hub.endswith("." + name) for name in wanted)
-
-
-def by_pattern(patterns: dict, hub: str, default):
-    """The value of the first pattern that the end of a name fits."""
-    return next((value for key, value in patterns.items() if re.match(end_of(key), hub)), default)
-
-
-def end_of(key: str) -> str:
-    """The regular expression for names of which `key` fits the end."""
-    return rf"(?:.*\.)?(?:{key})$"
-
-
-def is_within(hub: str, modules: tuple[str, ...]) -> bool:
-    """Whether a name is one of `modules` (or ends in it after a dot), or inside one."""
-    return any(re.match(rf"(?:.*\.)?{re.escape(m)}(?:$|\.)", hub) for m in modules)
-
-
-def number(hub: str) -> int | None:
-    """The number of the transformer layer that a name belongs to."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", hub)
-    return int(found[1]) if found else None
-
-
-def default_saved(model: nn.Module) -> tuple[str, ...]:
-    """Modules of the head to train in full: a classifier's last layer, and what had no weights in the checkpoint."""
-    if model.task != "classify":
-        return ()
-    fresh = {model.hub_name("head.pooler")} & {name.rpartition(".")[0] for name in model.report.fresh}
-    return (model.hub_name("head.out"), *fresh)
-
-
 # what is there
 
 
@@ -268,7 +206,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield model.hub_name(name.removesuffix(".lora")), module
 
 
-def check_float(name: str, weight: Tensor) -> None:
+def require_unpacked(name: str, weight: Tensor) -> None:
     """Raises InputError where a frozen weight is packed already, for variants that split it first."""
     if not weight.is_floating_point():
         raise InputError(f"{name}: its weight is in 4 bits; expected the original (quantize() the model afterwards)")
@@ -276,7 +214,7 @@ def check_float(name: str, weight: Tensor) -> None:
 
 def check_splits(name: str, lora: LoRALinear) -> None:
     """Raises InputError where no part of a frozen weight can become the adapter's first A and B."""
-    check_float(name, lora.base.weight)
+    require_unpacked(name, lora.base.weight)
     rank, most = len(lora.A), min(lora.in_features, lora.out_features)
     if rank > most:
         size = f"{lora.out_features} x {lora.in_features}"
@@ -285,13 +223,177 @@ def check_splits(name: str, lora: LoRALinear) -> None:
         raise InputError(f"alpha is {lora.alpha} for {name}; expected above 0, as the first A and B are divided by it")
 
 
-def wrappers(model: nn.Module) -> dict[str, nn.Module]:
-    """Our name of an adapted layer -> what wraps it: a LoRALinear, or a variant of one with `lora` inside."""
-    found = {name: m for name, m in model.named_modules() if hasattr(m, "matrix") and hasattr(m, "frozen")}
-    return {name: m for name, m in found.items() if not name.endswith(".lora")}
+# in PEFT's files
+
+# options of a LoraConfig that change what is computed, with the one value that is computed here
+REFUSED = {
+    "bias": "none",
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": False,
+    **dict.fromkeys(
+        (
+            *("alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication"),
+            *("lora_ga_config", "monteclora_config", "target_parameters", "trainable_token_indices", "velora_config"),
+            *("layers_pattern", "megatron_config"),
+        )
+    ),
+}
+
+# its other options: read here, or only about how training began
+KNOWN = set(
+    "alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
+    "inference_mode init_lora_weights layers_to_transform loftq_config lora_alpha lora_dropout megatron_core "
+    "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
+    "task_type use_dora use_rslora".split()
+)
+
+# the kinds that a value may be of, where it is not null, and how a message calls them
+KINDS = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), ((int, float), "a number")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict, "an object of numbers")),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ((str, list), "a string or a list of names")),
+    "layers_to_transform": ((int, list), "a number or a list of numbers"),
+    "modules_to_save": (list, "a list of names"),
+    "base_model_name_or_path": (str, "a string"),
+}
+
+# how training began, by init_lora_weights: with the base as it is, or with a part of it taken out, that is known
+PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+SPLIT = ("pissa", "olora")
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Makes `module` the layer called `name`."""
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)
+def read(found: dict, heads: tuple[str, ...]) -> tuple[LoRAConfig, list[str]]:
+    """(the configuration, what else to tell) of an adapter_config.json. Raises ValueError for what is not supported."""
+    for key, only in REFUSED.items():
+        if found.get(key, only) not in (only, {}, [], only or None):
+            raise ValueError(f"{key} is {found[key]!r}; expected {only!r}, the rest is not supported")
+    notes = check_unknown(found, KNOWN | REFUSED.keys())
+    initial = first_weights(found)
+    if initial not in (*PLAIN, *SPLIT):
+        raise ValueError(
+            f"init_lora_weights is {initial!r}: the base was changed before training, in a way that cannot be "
+            f"repeated; expected one of {', '.join(map(str, (*PLAIN[:2], *PLAIN[3:], *SPLIT)))}, or the adapter "
+            "converted to plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return config_of(found, heads), notes
+
+
+def first_weights(found: dict):
+    """init_lora_weights, which PEFT reads in upper and lower case."""
+    initial = found.get("init_lora_weights")
+    return initial.lower() if isinstance(initial, str) else initial
+
+
+def config_of(found: dict, heads: tuple[str, ...]) -> LoRAConfig:
+    """The configuration in an adapter_config.json. Raises TypeError, ValueError, AttributeError."""
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if key in found and found[key] is None:
+            raise ValueError(f"{key} is 'None'; expected a number")
+    check_kinds(found, KINDS)
+    layers = found.get("layers_to_transform")
+    alpha = float(found.get("lora_alpha", 8))
+    initial = first_weights(found)
+    if not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha is {alpha}; expected a number")
+    return LoRAConfig(
+        rank=int(found.get("r", 8)),
+        alpha=alpha,
+        dropout=float(found.get("lora_dropout", 0)),
+        targets=names_in_file(found.get("target_modules")),
+        exclude=names_in_file(found.get("exclude_modules")),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
+        rank_pattern={k: int(v) for k, v in (found.get("rank_pattern") or {}).items()},
+        alpha_pattern={k: float(v) for k, v in (found.get("alpha_pattern") or {}).items()},
+        rslora=bool(found.get("use_rslora")),
+        variant="dora" if found.get("use_dora") else "lora",
+        saved=saved_in_file(found, heads),
+        base=found.get("base_model_name_or_path") or "",
+        initial=initial if initial in SPLIT else "",
+    )
+
+
+def modern_name(name: str) -> str:
+    """How PEFT writes the name of a tensor today: without an adapter's name, and no `.weight` behind DoRA's vector."""
+    name = re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)
+    name = re.sub(r"lora_magnitude_vector\.default(?=\.|$)", "lora_magnitude_vector", name)
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+def on_base(model: nn.Module, config: LoRAConfig, found: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The same adapter for the base as it is; one that was trained beside a changed base gets twice the rank.
+
+    PiSSA and OLoRA take the part s B0 A0 out of the weight before they train, and it can be computed again. So
+
+        (W - s B0 A0) + s B A  =  W + s [B, -B0] [A; A0]
+
+    which is what PEFT computes after loading (tuners/lora/layer.py), and how it converts such adapters.
+    """
+    if not config.initial:
+        return config, found
+    found = dict(found)
+    for name, hub in candidates(model).items():
+        keys = [tensor_name(model, f"{hub}.lora_{letter}.weight") for letter in "AB"]
+        if not all(key in found and found[key].dim() == 2 for key in keys):
+            continue
+        layer = model.get_submodule(name)
+        require_unpacked(hub, layer.weight)
+        rank = by_pattern(config.rank_pattern, name_in(model, hub), config.rank)
+        alpha = by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha)
+        scale = scale_of(rank, alpha, config.rslora)
+        a, b = initial_part(layer.matrix(torch.float32), config.initial, rank, scale)
+        found[keys[0]] = torch.cat([found[keys[0]].float(), a])
+        found[keys[1]] = torch.cat([found[keys[1]].float(), -b], dim=1)
+    more = math.sqrt(2) if config.rslora else 2
+    return replace(
+        config,
+        initial="",
+        rank=2 * config.rank,
+        alpha=more * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: more * alpha for key, alpha in config.alpha_pattern.items()},
+    ), found
+
+
+def initial_part(weight: Tensor, kind: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(A0, B0) of PiSSA or OLoRA: what PEFT takes out of a weight (out, in), times `scale`."""
+    if kind == "olora":
+        q, r = torch.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * vt[:rank], u[:, :rank] * root
+
+
+def settings(model: nn.Module) -> dict:
+    """adapter_config.json: every field that PEFT needs to compute the same."""
+    config = model.adapter
+    return {
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "layers_to_transform": list(config.layers) or None,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "use_rslora": config.rslora,
+        "use_dora": config.variant == "dora",
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def options(model: nn.Module) -> dict:
+    """The options of `minift train` that make such an adapter."""
+    config = model.adapter
+    return {
+        "method": config.variant,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "adapter_dropout": config.dropout,
+        "targets": as_option(config.targets),
+        "exclude": as_option(config.exclude),
+        "layers": as_option(config.layers),
+        "rank_pattern": as_option(config.rank_pattern),
+        "alpha_pattern": as_option(config.alpha_pattern),
+        "rslora": config.rslora,
+    }

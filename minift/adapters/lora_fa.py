@@ -5,10 +5,15 @@ Then backward needs h = drop(x) A^T, R numbers a token, and no x: ops/lora.py sa
 
 from torch import nn
 
+from . import Options
 from .lora import adapters
+from .lora import add as add_plain
+
+SAVED_AS = "lora"
 
 
-def add(model: nn.Module) -> None:
-    """Freezes every A."""
+def add(model: nn.Module, options: Options) -> None:
+    """Plain LoRA, and every A frozen."""
+    add_plain(model, options)
     for _, lora in adapters(model):
         lora.A.requires_grad_(False)

@@ -9,17 +9,23 @@ run keeps it beside the adapter (base/). With `--base nf4` the rest is packed af
 import torch
 from torch import nn
 
+from . import Options
 from .lora import adapters, check_splits
+from .lora import add as add_plain
+
+SAVED_AS = "lora"
+CHANGES_BASE = True
 
 
 @torch.no_grad()
-def add(model: nn.Module) -> None:
+def add(model: nn.Module, options: Options) -> None:
     """Moves the principal part of each adapted weight into its adapter."""
+    add_plain(model, options)
     for name, lora in adapters(model):
         check_splits(name, lora)
-        rank, scale = len(lora.A), lora.scale
+        rank = len(lora.A)
         u, s, vt = torch.linalg.svd(lora.base.matrix(torch.float32), full_matrices=False)
-        root = (s[:rank] / scale).sqrt()
+        root = (s[:rank] / lora.scale).sqrt()
         lora.A.copy_(root[:, None] * vt[:rank])
         lora.B.copy_(u[:, :rank] * root)
         lora.base.weight -= lora.delta().to(lora.base.weight.dtype)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import printable
 from ..layers import Linear
-from ..models import Model
+from ..models import LAST, Model, is_last
 from .weights import draw, hub_names
 
 
@@ -54,22 +54,22 @@ def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> C
 
 def settle_classes(model: Model, classes: Classes, seed: int) -> None:
     """What can be done only when all weights are there: a head under an adapter drawn anew, rows put in order."""
-    report, out = model.report, model.head.out
+    report = model.report
     if classes.rows and model.labels != classes.rows:
-        model.head.out = on_meta(out, len(classes.rows))
+        model.set_last(on_meta(model.last, len(classes.rows)))
         model.labels = classes.rows
         draw(model, seed)
         report.relabelled = ["its last layer"]
     if report.relabelled:
-        report.relabelled = [model.hub_name(f"head.out.{name}") for name, _ in model.head.out.named_parameters()]
+        report.relabelled = [model.hub_name(f"{LAST}.{name}") for name, _ in model.last.named_parameters()]
         own = ", ".join(map(printable, classes.own))
         report.labels = f"the checkpoint's classes were {own}; to go on with these, name them all: --labels"
     elif classes.labels:
         rows = [model.labels.index(name) for name in classes.labels]
-        for parameter in out.parameters():
+        for parameter in model.last.parameters():
             parameter.data = parameter.data[rows]
         model.labels = classes.labels
-    if not any(name.startswith("head.out.") for name in fresh_names(model)):
+    if not any(map(is_last, fresh_names(model))):
         report.labels = report.labels or classes.said
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from ..config import parse_json
 from ..data import tokenizer as tokenizers
 from ..errors import InputError, short_repr
-from ..models import FAMILIES
+from ..tables import FAMILIES
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
 

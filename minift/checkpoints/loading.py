@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lora import LoRAConfig
 from ..config import parse_json
 from ..data import tokenizer as tokenizers
 from ..data.tokenizer import Tokenizer
@@ -24,7 +23,9 @@ from ..engine import memory
 from ..errors import InputError, short_repr
 from ..layers import Linear
 from ..layers.nf4 import STATE, NF4Linear, linears, swap
-from ..models import FAMILIES, Model
+from ..models import Model, family_named
+from ..tables import TASKS
+from ..tasks import task_named
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
 from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
@@ -61,40 +62,49 @@ def load(
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
-    given, notes = resolve(source), []
-    adapter, kind, folder = find_adapter(given, base_model, notes)
+    given = resolve(source)
+    notes: list[str] = []
+    adapter, adapter_task, folder = find_adapter(given, base_model, notes)
     if base_model and adapter is None:
         raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
     extra = adapter_tensors(given) if adapter else {}
-    task = task or kind
+    task = task or adapter_task
     settings = settings_with_run(folder, given) if adapter else read_settings(folder)
-    packed = (settings.get("minift") or {}).pop("base", "")  # how the run kept its base
-    classes = Classes(labels)
-    if task == "classify":
-        check_head(settings, labels, folder / "config.json")
-        own = label_names(settings, folder / "config.json")
-        classes = choose_classes(own, labels, ordered)
-    fresh_classes = classes.fresh and not adapter  # an adapter's head is first read as it is
+    own = settings.pop("minift", {})  # what a run said of itself, beside the hub's settings
+
+    # an adapter's head is first read as it is; its rows are settled below, when all weights are there
+    classes = find_classes(settings, folder / "config.json", task, labels, ordered)
+    fresh_classes = classes.fresh and not adapter
     model = build(settings, folder, task, classes.first_rows(adapter is not None), dropout)
-    prepare(model, folder, base or packed)
+    model.max_length = own.get("max_length", 0)
+    pack_layers(model, folder, base or own.get("base", ""))
     if fresh_classes:
-        model.head.out = on_meta(model.head.out, len(classes.rows))  # though the file has it in four bits
+        model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it in four bits
     with memory.returned_memory():
         model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
         model.source = address(source)
     model.report.notes += notes
-    if model.task and isinstance(model.head.out, NF4Linear):
+    if model.task and isinstance(model.last, NF4Linear):
         # transformers packs it too; here a head's numbers are looked at, and learn
-        model.head.out = unpacked(model.head.out)
+        model.set_last(unpacked(model.last))
     if adapter:
         peft_format.load(model, given, adapter, extra)
         if model.report.fresh and not fresh_head:
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
-    if task == "classify":
+    if classes.own is not None:
         settle_classes(model, classes, seed)
         if model.report.relabelled and not fresh_head:
             raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
     return model.to(device), load_tokenizer(model, given, folder)
+
+
+def find_classes(settings: dict, path: Path, task: str | None, labels: list[str] | None, ordered: bool) -> Classes:
+    """The classes of the checkpoint and those asked for, joined; of a task without classes, none. Raises InputError."""
+    if task is None or not task_named(task).NAMED_CLASSES:
+        return Classes(labels)
+    own = label_names(settings, path)
+    task_named(task).check_settings(settings, labels, own, path)
+    return choose_classes(own, labels, ordered)
 
 
 def settings_with_run(folder: Path, given: Path) -> dict:
@@ -122,7 +132,7 @@ def load_tokenizer(model: Model, given: Path, folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def find_adapter(given: Path, base_model: str | Path, notes: list[str]) -> tuple[LoRAConfig | None, str | None, Path]:
+def find_adapter(given: Path, base_model: str | Path, notes: list[str]) -> tuple[object | None, str | None, Path]:
     """(the adapter's configuration or None, the task it is for, the folder of the model) of a folder."""
     config = given / peft_format.CONFIG
     if not config.is_file():
@@ -146,7 +156,7 @@ def check_tokenizer(tokenizer: Tokenizer, model: Model, folder: Path) -> None:
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
             f"{model.config.vocabulary}, the rows of the model's embedding"
         )
-    kinds = getattr(model.config, "type_vocab_size", None)
+    kinds = model.config.token_types
     if kinds and tokenizer.types > kinds:
         raise InputError(
             f"{folder}: the tokenizer gives a text the token type {tokenizer.types - 1}; expected below {kinds}, "
@@ -165,7 +175,7 @@ def declare_end(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
     for found in (declared, model.settings.get("eos_token_id"), tokenizer.end):
         ids = found if isinstance(found, list) else [found]
         ids = [i for i in ids if type(i) is int and tokenizer.token(i) is not None]
-        if ids and model.task == "complete":
+        if ids and model.scores_vocabulary:
             model.settings = model.settings | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
             return
 
@@ -181,7 +191,7 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 
 def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
     """The model on the meta device."""
-    family, path = FAMILIES[settings["model_type"]], Path(folder, "config.json")
+    family, path = family_named(settings["model_type"]), Path(folder, "config.json")
     known = shape_of(family, settings, path)
     try:
         config = family.Config(**known)
@@ -189,14 +199,18 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
         raise InputError(f"{path}: {e}") from e
     if dropout >= 0:
         config = replace(config, **config.with_dropout(dropout))
-    if task and task not in family.HEADS:
+    if task and task_named(task).architecture(family) is None:
+        possible = [name for name in TASKS if task_named(name).architecture(family)]
         raise InputError(
-            f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(family.HEADS)}"
+            f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(possible)}"
         )
-    if labels is None:
-        labels = label_names(settings, path) if task == "classify" else []
+    if task is None or not task_named(task).NAMED_CLASSES:
+        labels = []
+    elif labels is None:
+        labels = label_names(settings, path)
     with torch.device("meta"):
-        return Model(settings, config, task, labels)
+        head = task_named(task).make_head(family, config, len(labels)) if task else None
+        return Model(settings, config, head, task, labels)
 
 
 def shape_of(family, settings: dict, path: Path) -> dict:
@@ -219,7 +233,7 @@ def fault_of(name: str, kind: type, value: object) -> str:
     if value is None and type(None) in kinds:
         return ""
     if kinds[0] is int:
-        most = LAYERS if name in ("num_hidden_layers", "n_layer") else SIZE
+        most = LAYERS if re.search(r"_layers?$", name) else SIZE
         good, expected = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}"
     elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
         good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
@@ -228,24 +242,6 @@ def fault_of(name: str, kind: type, value: object) -> str:
     else:
         good, expected = type(value) is kinds[0], {bool: "true or false", str: "a string"}[kinds[0]]
     return "" if good else expected
-
-
-def check_head(settings: dict, labels: list[str] | None, path: Path) -> None:
-    """Raises InputError where the checkpoint's head is for something else than one label of several.
-
-    labels: those of a new task; where they are as many as the head has outputs, it would be trained further.
-    """
-    kind = settings.get("problem_type")
-    found = label_names(settings, path) if labels is None or kind else labels
-    is_own = labels is None or len(labels) == len(found)
-    if is_own and kind in ("regression", "multi_label_classification"):
-        raise InputError(
-            f"{path}: problem_type is {kind!r}, whose head is not supported; expected single_label_classification"
-        )
-    if labels is None and len(found) == 1:
-        raise InputError(
-            f"{path}: its head has one output (num_labels 1), a number and no label; expected two labels or more"
-        )
 
 
 def label_names(settings: dict, path: Path) -> list[str]:
@@ -274,7 +270,7 @@ def label_names(settings: dict, path: Path) -> list[str]:
     return names
 
 
-def prepare(model: Model, folder: Path, base: str) -> None:
+def pack_layers(model: Model, folder: Path, base: str) -> None:
     """Puts NF4Linears where weights are to be packed (base "nf4"), or are packed in the file."""
     packed = read_settings(folder).get("quantization_config") or {}
     if packed and (packed.get("quant_method"), packed.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):

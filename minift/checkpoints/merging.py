@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lora import put, wrappers
+from ..adapters.targets import wrappers
 from ..config import MergeConfig
-from ..data.batch import Batch, Sequence, pack
+from ..data.batch import Batch, pack
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import check_new_folder
 from ..layers import Linear
 from ..layers.nf4 import NF4Linear, swap
 from ..models import Model, check_length
-from ..tasks import TASKS
+from ..tasks import task_named
 from . import hub, loading, saving
 
 SAMPLE = 16  # sequences that the logits are compared on
@@ -64,12 +64,11 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
     originals = original_weights(model) if into == "original" else {}
     errors = {}
     for name, layer in wrappers(model).items():
-        want, old = layer.matrix(torch.float32), layer.frozen
+        want = layer.matrix(torch.float32)
         if name in originals:
-            old = linear(originals[name], layer.bias)
-            rebase(layer, old)
+            layer.set_frozen(linear(originals[name], layer.bias))
         new = linear(layer.matrix(torch.float32), layer.bias)
-        put(model, name, new)
+        model.set_submodule(name, new)
         if into == "nf4":
             new = swap(model, name)
             new.pack(want)
@@ -77,7 +76,9 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
     if into != "nf4":
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Linear)]:
             weight = originals.get(name)
-            put(model, name, linear(layer.matrix(torch.float32).clone() if weight is None else weight, layer.bias))
+            if weight is None:
+                weight = layer.matrix(torch.float32).clone()  # else the next layer's would take its memory
+            model.set_submodule(name, linear(weight, layer.bias))
     model.adapter = None
     model.requires_grad_()
     return errors
@@ -92,7 +93,8 @@ def original_weights(model: Model) -> dict[str, Tensor]:
     if "quantization_config" in hub.read_settings(source):
         raise InputError(f"--into is original, but {source} is in 4 bits itself; expected dequantized or nf4")
     base, _ = loading.load(source, model.task, model.labels, base="fp32")
-    names = {name.removesuffix(".base").removesuffix(".lora") for name in packed}  # before an adapter wrapped them
+    outer = wrappers(model)  # a packed layer inside one had its name before it was wrapped
+    names = {next((name for name in outer if inner.startswith(f"{name}.")), inner) for inner in packed}
     return {name: base.get_parameter(f"{name}.weight") for name in names}
 
 
@@ -105,25 +107,18 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return layer
 
 
-def rebase(layer: nn.Module, base: Linear) -> None:
-    """Puts another layer under an adapter."""
-    getattr(layer, "lora", layer).base = base
-
-
 def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Batch:
     """Examples of config.data, or sequences of random tokens."""
+    task = task_named(model.task)
     length = min(32, model.config.longest)
     if config.data:
         if tokenizer is None:
             raise InputError(f"{config.model}: no tokenizer to read --data with")
-        task = TASKS[model.task]
-        need_label = model.task != "classify"
-        examples = task.read(config.data, config.columns, need_label, config.header, config.max_line)
+        # a completion is needed, since that is what is asked about; a label is not
+        examples = task.read(config.data, config.columns, not task.NAMED_CLASSES, config.header, config.max_line)
         return pack(task.encode(examples[:SAMPLE], model, tokenizer, check_length(model, 0), labelled=False))
     ids = torch.randint(model.config.vocabulary, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
-    at = {"first": [0], "last": [length - 1]}[model.family.ASKED] if model.task == "classify" else range(length)
-    rows, targets = torch.tensor(list(at)).int().numpy(), torch.zeros(len(at), dtype=torch.int64).numpy()
-    return pack([Sequence(i, x.int().numpy(), None, rows, targets) for i, x in enumerate(ids)])
+    return pack([task.probe(i, x.int().numpy(), model) for i, x in enumerate(ids)])
 
 
 def write(config: MergeConfig) -> Cost:

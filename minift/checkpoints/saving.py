@@ -8,13 +8,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapters.lora import put as replace_module
-from ..adapters.lora import wrappers
+from ..adapters.targets import wrappers
 from ..data.tokenizer import Tokenizer
 from ..engine.distributed import whole
 from ..files import check_folder, write_folder
+from ..layers import Linear
 from ..layers.nf4 import NF4Linear, quantization_config
 from ..models import Model
+from ..tasks import task_named
 from . import peft as peft_format
 from .hub import address
 from .weights import MODEL, can_pack, get, hub_names, is_transposed
@@ -67,10 +68,10 @@ def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bo
     """Saves the frozen model under an adapter, and makes its folder the adapter's base."""
     adapter, model.adapter, layers = model.adapter, None, wrappers(model)
     for name, layer in layers.items():
-        replace_module(model, name, layer.frozen)
+        model.set_submodule(name, layer.frozen)
     write_model(model, tokenizer, folder, write)
     for name, layer in layers.items():
-        replace_module(model, name, layer)
+        model.set_submodule(name, layer)
     model.adapter = replace(adapter, base=address(folder))
 
 
@@ -94,20 +95,16 @@ def settings_of(model: Model) -> dict:
         "architectures": [model.head.architecture if model.head else model.family.ARCHITECTURE],
         "dtype": "float32",
     }
-    if model.task == "classify":
-        settings |= {
-            "id2label": {str(i): name for i, name in enumerate(model.labels)},
-            "label2id": {name: i for i, name in enumerate(model.labels)},
-            "problem_type": "single_label_classification",
-        }
-        if settings.get("pad_token_id") is None:  # transformers wants one to find the last token of a padded batch
-            settings["pad_token_id"] = settings.get("eos_token_id")
-    packed = [name for name, m in model.named_modules() if isinstance(m, NF4Linear)]
+    if model.task:
+        settings |= task_named(model.task).settings(model)
+    own = {"max_length": model.max_length} if model.max_length else {}
+    packed = any(isinstance(m, NF4Linear) for m in model.modules())
     if packed and model.adapter:  # the base is packed as it is loaded
-        settings["minift"] = settings.get("minift", {}) | {"base": "nf4"}
+        own["base"] = "nf4"
     elif packed:
-        skipped = [
-            model.hub_name(n) for n in ("head.pooler", "head.out") if n not in packed and hasattr(model.head, n[5:])
-        ]
+        layers = model.head.named_modules(prefix="head") if model.head else ()
+        skipped = [model.hub_name(name) for name, m in layers if isinstance(m, Linear)]
         settings["quantization_config"] = quantization_config(skipped)
+    if own:
+        settings["minift"] = own
     return settings

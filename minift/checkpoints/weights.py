@@ -18,7 +18,7 @@ from ..config import parse_json
 from ..engine import memory
 from ..errors import InputError, short_repr
 from ..layers.nf4 import PARTS, NF4Linear
-from ..models import Model
+from ..models import Model, is_last
 
 MODEL = "model.safetensors"
 WEIGHT_FILES = (
@@ -78,7 +78,7 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
         weight, part = split_part(raw)
         hub, before = known_name(weight, ours, model.family.PREFIX)
         wrapped.add(before)
-        if hub in ours and fresh_classes and ours[hub].startswith("head.out."):
+        if hub in ours and fresh_classes and is_last(ours[hub]):
             report.relabelled += [] if hub in report.relabelled else [hub]
             continue
         if in_bits and hub in ours and not part and can_pack(model, ours[hub]):
@@ -106,6 +106,7 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     drawn = {*report.reshaped, *report.relabelled, *packed}
     missing = [n for n, hub in names.items() if hub not in drawn and leaf_of(layers, n).is_meta]
     report.fresh = [names[n] for n in missing if n.startswith("head.")]
+    model.fresh = sorted({name.rpartition(".")[0] for name in report.fresh})
     faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
     if not fresh_head:
         faults += [
@@ -191,7 +192,7 @@ def place(
     want = want[::-1] if flip else want
     if not now.is_meta:
         return [f"{hub} is in the file twice, the second time as {raw}"]
-    if shape != want and name.startswith("head.out."):
+    if shape != want and is_last(name):
         report.reshaped.append(hub)
         return []
     if shape != want:

@@ -15,14 +15,15 @@ from ..ops.dropout import GOLDEN, MUL1, mix_tensor, signed
 
 @dataclass(slots=True)
 class Sequence:
-    """One encoded example."""
+    """One encoded example: a sequence of tokens or, where one has to be set against another, several pieces."""
 
     number: int  # of the example in its file: names its noise
     ids: np.ndarray  # (n,) int32 tokens
     types: np.ndarray | None  # (n,) int8 token types, or None where all are 0
-    rows: np.ndarray  # (m,) int32 positions asked about, ascending
-    targets: np.ndarray  # (m,) int64 what is right there
+    rows: np.ndarray  # (m,) int32 indices of the tokens asked about, ascending
+    targets: np.ndarray  # (t, ...) what is right there, as the task keeps it: one a row, or one for all of them
     cut: bool = False  # whether the example was longer than the maximum length
+    starts: np.ndarray | None = None  # (pieces,) where each begins, the first at 0; None: it is one
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -39,8 +40,9 @@ class Batch:
     longest: int  # tokens of the longest sequence
     keys: Tensor  # (N,) int32: the token's name for dropout, whatever the batch
     rows: Tensor  # (M,) int64 tokens asked about, ascending
-    targets: Tensor  # (M,) int64
-    n_targets: int
+    targets: Tensor  # (T, ...) the task's own; int64 of (M,) in most
+    n_targets: int  # T
+    n_examples: int  # sequences that were packed, whatever pieces they have
 
     def to(self, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`."""
@@ -49,15 +51,26 @@ class Batch:
 
 
 def pack(sequences: list[Sequence]) -> Batch:
-    """Lays sequences end to end."""
-    lengths = np.array([len(s) for s in sequences])
-    offsets = np.concatenate([[0], lengths.cumsum()])
+    """Lays sequences end to end. Each piece is a sequence of its own to attention, and has positions from 0."""
+    sizes = np.array([len(s) for s in sequences])
+    begins = sizes.cumsum() - sizes  # (S,) where each example begins
+    if any(s.starts is not None for s in sequences):
+        pieces = [begin + (s.starts if s.starts is not None else 0) for s, begin in zip(sequences, begins, strict=True)]
+        offsets = np.append(np.hstack(pieces), sizes.sum())
+    else:
+        offsets = np.append(begins, sizes.sum())
+    lengths = np.diff(offsets)
     positions = torch.from_numpy(np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths))
-    numbers = torch.from_numpy(np.repeat(np.array([s.number for s in sequences], dtype=np.int64), lengths))
+
+    # a token's name is its example's number and its index there, not its position: pieces must not drop the same
+    numbers = torch.from_numpy(np.repeat(np.array([s.number for s in sequences], dtype=np.int64), sizes))
+    indices = torch.from_numpy(np.arange(offsets[-1]) - np.repeat(begins, sizes))
+
     types = None
     if any(s.types is not None for s in sequences):
         types = np.concatenate([np.zeros(len(s), np.int8) if s.types is None else s.types for s in sequences])
         types = torch.from_numpy(types).long()
+    rows = np.concatenate([s.rows + begin for s, begin in zip(sequences, begins, strict=True)])
     targets = np.concatenate([s.targets for s in sequences])
     return Batch(
         ids=torch.from_numpy(np.concatenate([s.ids for s in sequences])).long(),
@@ -65,20 +78,19 @@ def pack(sequences: list[Sequence]) -> Batch:
         types=types,
         offsets=torch.from_numpy(offsets),
         longest=int(lengths.max()),
-        keys=token_keys(numbers, positions),
-        rows=torch.from_numpy(
-            np.concatenate([s.rows + o for s, o in zip(sequences, offsets[:-1], strict=True)])
-        ).long(),
+        keys=token_keys(numbers, indices),
+        rows=torch.from_numpy(rows).long(),
         targets=torch.from_numpy(targets),
         n_targets=len(targets),
+        n_examples=len(sequences),
     )
 
 
-def token_keys(numbers: Tensor, positions: Tensor) -> Tensor:
-    """The 32-bit name of each token: a hash of its example's number and its position. (N,) int64 both -> (N,) int32."""
+def token_keys(numbers: Tensor, indices: Tensor) -> Tensor:
+    """The 32-bit name of each token: a hash of its example's number and its index. (N,) int64 both -> (N,) int32."""
     number = mix_tensor(numbers.to(torch.int32) * signed(GOLDEN))
-    position = mix_tensor(positions.to(torch.int32) * signed(MUL1))  # another multiplier: (3, 5) is not (5, 3)
-    return mix_tensor(number ^ position)
+    index = mix_tensor(indices.to(torch.int32) * signed(MUL1))  # another multiplier: (3, 5) is not (5, 3)
+    return mix_tensor(number ^ index)
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:

@@ -83,6 +83,6 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
     return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[kind]
 
 
-def clip(parameters: list, limit: float) -> float:
-    """Scales the gradients down to a joint norm of at most `limit` (0: never); returns the norm before."""
-    return whole(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)).item()
+def clip(parameters: list, limit: float) -> Tensor:
+    """Scales the gradients down to a joint norm of at most `limit` (0: never); returns the norm before, ()."""
+    return whole(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf))

@@ -133,8 +133,7 @@ def swap(model: nn.Module, name: str) -> NF4Linear:
         new = NF4Linear(old.in_features, old.out_features, old.bias is not None)
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, new)
+    model.set_submodule(name, new)
     return new
 
 

@@ -4,6 +4,7 @@ Standard error carries progress, standard output results.
 """
 
 import csv
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -15,16 +16,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from tqdm import tqdm
 
+from ..config import TrainConfig
 from ..errors import InputError, printable
 from ..files import naming, write_text
 
-RESULTS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 EVERY = 10.0  # seconds between two plain lines where standard error is no terminal
 
 
@@ -78,27 +80,58 @@ class Progress:
         self.bar.close()
 
 
+def result_columns(task: ModuleType) -> dict[str, str]:
+    """The columns of results.csv after the step: its name there -> the metric. task: a file of tasks/.
+
+    They are those of OpenAI's fine-tuning service, whose accuracy has a name of its own.
+    """
+    counted = task.COUNTED
+    valid = "mean_token_accuracy" if counted == "accuracy" else counted
+    columns = {
+        "train_loss": "train/loss",
+        f"train_{counted}": f"train/{counted}",
+        "valid_loss": "eval/loss",
+        f"valid_{valid}": f"eval/{counted}",
+    }
+    best, _ = task.Metrics.best
+    if best not in ("loss", counted):
+        columns[f"valid_{best}"] = f"eval/{best}"
+    return columns
+
+
 class Tracker:
     """Writes the files of a run folder, a line a step, flushed at once: what is written survives a crash.
 
-    done: the steps of a resumed run; what was written of later ones, lost with them, is removed.
-    active: whether this process is the one that writes. loggers: what else hears of each step.
+    columns: of results.csv. done: the steps of a resumed run; what was written of later ones, lost with them, is
+    removed. active: whether this process is the one that writes. loggers: what else hears of each step.
     """
 
-    def __init__(self, out: Path, steps: int, done: int = 0, active: bool = True, loggers: list = ()):
-        self.active, self.smooth, self.loggers = active, None, loggers
-        if active:
-            self.paths = out / "metrics.jsonl", out / "results.csv"
-            for path, lines in zip(self.paths, (done, done + 1), strict=True):
-                found = keep_lines(path, lines)
-                if done and found < lines:
-                    say(f"{path}: has {found} of the {lines} lines of the steps before; it goes on with what comes now")
-            self.jsonl = open(self.paths[0], "a", encoding="utf-8", buffering=1)
-            self.file = open(self.paths[1], "a", encoding="utf-8", newline="", buffering=1)
-            self.csv = csv.DictWriter(self.file, RESULTS)
-            if self.file.tell() == 0:
-                self.csv.writeheader()
-            self.progress = Progress(steps, "step", done)
+    def __init__(
+        self,
+        out: Path,
+        steps: int,
+        columns: dict[str, str],
+        done: int = 0,
+        active: bool = True,
+        loggers: Sequence = (),
+    ):
+        self.active = active
+        self.columns = columns
+        self.loggers = loggers
+        self.smooth: float | None = None  # the loss, averaged over some steps
+        if not active:
+            return
+        self.paths = out / "metrics.jsonl", out / "results.csv"
+        for path, lines in zip(self.paths, (done, done + 1), strict=True):
+            found = keep_lines(path, lines)
+            if done and found < lines:
+                say(f"{path}: has {found} of the {lines} lines of the steps before; it goes on with what comes now")
+        self.jsonl = open(self.paths[0], "a", encoding="utf-8", buffering=1)
+        self.file = open(self.paths[1], "a", encoding="utf-8", newline="", buffering=1)
+        self.csv = csv.DictWriter(self.file, ["step", *columns])
+        if self.file.tell() == 0:
+            self.csv.writeheader()
+        self.progress = Progress(steps, "step", done)
 
     def step(self, values: dict, evaluated: dict | None = None) -> None:
         """One optimizer step: `values` by their names in metrics.jsonl, and the validation after it, if any."""
@@ -107,15 +140,15 @@ class Tracker:
         loss = values["train/loss"]
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         values = values | {f"eval/{k}": v for k, v in (evaluated or {}).items()}
+        row = {"step": values["train/global_step"]}
+        row |= {column: values[name] for column, name in self.columns.items() if name in values}
+
         # JSON has no NaN and no infinity: null stands for them
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         with naming(self.paths[0]):
             self.jsonl.write(json.dumps(values, allow_nan=False) + "\n")
         for logger in self.loggers:
             logger.log({k: v for k, v in values.items() if v is not None}, values["train/global_step"])
-        row = {"step": values["train/global_step"], "train_loss": loss, "train_accuracy": values["train/accuracy"]}
-        if evaluated:
-            row |= {"valid_loss": evaluated["loss"], "valid_mean_token_accuracy": evaluated["accuracy"]}
         with naming(self.paths[1]):
             self.csv.writerow(row)
         self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tok/s")
@@ -202,12 +235,12 @@ def check_loggers(names: str) -> None:
             raise InputError(f'--log {name}: {name} is not installed; `pip install "minift[{name}]"` installs it')
 
 
-def make_loggers(names: str, out: Path, options: dict) -> list:
+def make_loggers(config: TrainConfig, out: Path) -> list:
     """The loggers of `--log`. Raises InputError where a library does not load."""
     loggers = []
-    for name in filter(None, names.split(",")):
+    for name in filter(None, config.log.split(",")):
         try:
-            loggers.append(LOGGERS[name](out, options))
+            loggers.append(LOGGERS[name](out, dataclasses.asdict(config)))
         except ImportError as e:
             raise InputError(f'--log {name}: {e}; `pip install "minift[{name}]"` installs it') from e
     return loggers
@@ -221,6 +254,13 @@ def keep_lines(path: Path, n: int) -> int:
         kept = sum(1 for _ in range(n) if f.readline())
         f.truncate(f.tell())
     return kept
+
+
+def stop_signal(interrupted: float, terminated: float) -> int:
+    """The signal to stop by, of which processes had caught SIGINT and SIGTERM; 0: none."""
+    if terminated:
+        return signal.SIGTERM
+    return signal.SIGINT if interrupted else 0
 
 
 @contextmanager

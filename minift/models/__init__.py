@@ -1,6 +1,46 @@
-"""A model: the body of a family (bert.py, gpt2.py) and, for a task, its head."""
+"""A model: the body of a family and, for a task, its head. Each family is one file, read top to bottom.
 
+A family is a file here and a line in tables.FAMILIES, under config.json's model_type. The file defines
+
+    Config         a frozen dataclass: the fields of config.json that change what is computed, with transformers'
+                   defaults; its __post_init__ raises ValueError for a kind of model that the file does not compute.
+                   Also these attributes, properties or fields:
+                   longest         the most tokens that a sequence can have
+                   vocabulary      rows of the word embedding
+                   token_types     rows of the token type embedding, 0 where the family has none
+                   with_dropout(p) -> the changes of fields that set every dropout rate to p
+    Body           nn.Module, Body(config); forward(batch, noise) -> hidden states at batch.rows, (M, C). Its layers are
+                   an nn.ModuleList. It has the attributes `dtype` (of activations) and `recompute` (whether a layer
+                   saves only its input). One that can generate has new_cache() -> list, and forward takes it as `cache`
+    HEADS          what can be put on the body: "sequence" scores the labels of a sequence, "vocabulary" every token
+    ARCHITECTURE   what transformers calls the body without a head
+    ASKED          "first" or "last": the token of a sequence that a "sequence" head is asked about
+    RENAME         pairs (part of our name, part of the hub's), replaced from top to bottom in "body.layers.0...weight"
+    PREFIX         what the hub's names of the body begin with
+    EMBEDDING      our name of the word embedding
+    ALIASES        {other name in config.json: field of Config}
+    TRANSPOSED     ends of the hub's names of weights that its files keep as (in, out)
+    IGNORED        a regular expression: tensors of old files that are computed here
+    OTHER_HEADS    a regular expression: tensors of heads for other tasks
+    ROLES          what the hub calls the layers that make "query", "key", "value" and lead "down" from the MLP, from
+                   which adapters choose their default targets
+    SHARDED        modules whose weights are gathered together where they are split over processes
+    init_scale(config, name) -> standard deviation of a freshly drawn weight
+
+A head is an nn.Module, Head(config, n_labels), with
+
+    out                the last linear layer
+    features(h, noise) -> what that layer sees, (M, C) from hidden states h (M, C)
+    architecture       what transformers calls the body with this head
+    rename             pairs as in RENAME, for the head's own names
+    learns             whether an adapter run trains it, in full, beside the adapters
+    tied               (its parameter, the body's parameter) if the two may be one; only a "vocabulary" head has it
+"""
+
+import importlib
+from collections.abc import Sequence
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -8,44 +48,81 @@ from torch import Tensor, nn
 from ..data.batch import Batch
 from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
-from . import bert, gpt2
+from ..tables import FAMILIES
 
-FAMILIES = {"bert": bert, "gpt2": gpt2}  # by config.json's model_type
+LAST = "head.out"  # the name of a head's last linear layer
+
+
+def family_named(model_type: str) -> ModuleType:
+    """The file of a family."""
+    assert model_type in FAMILIES, model_type
+    return importlib.import_module(f"{__name__}.{model_type.replace('-', '_')}")
 
 
 class Model(nn.Module):
-    """body(batch, noise) -> (M, C); head.features(h) -> (M, C) into the linear layer head.out.
+    """body(batch, noise) -> (M, C); head.features(h) -> (M, C) into the last layer, head.out.
 
     The rest is what a checkpoint says of itself: `settings` is its config.json, `labels` the names of its classes.
     """
 
-    def __init__(self, settings: dict, config, task: str | None, labels: list[str]):
+    def __init__(self, settings: dict, config, head: nn.Module | None, task: str | None, labels: Sequence[str] = ()):
         super().__init__()
-        self.family = FAMILIES[settings["model_type"]]
-        self.settings, self.config, self.task, self.labels = settings, config, task, labels
+        self.family = family_named(settings["model_type"])
+        self.settings = settings
+        self.config = config
         self.body = self.family.Body(config)
-        self.head = self.family.HEADS[task](config, len(labels)) if task else None
+        self.head = head
+        self.task = task  # what the head is for, by its name in tables.TASKS; None without a head
+        self.labels = list(labels)
+        self.max_length = 0  # tokens that it was fine-tuned with at most; 0 where nothing says it
         self.source = ""  # where its weights came from: a folder's whole path, or a hub id
-        self.adapter = None  # the LoRAConfig of what adapters/ put around its layers
+        self.report = None  # what loading met (checkpoints/weights.py)
+        self.fresh: list[str] = []  # modules of the head, by the hub's names, that loading drew at random
+        self.adapter = None  # the configuration of what adapters/ put around its layers
         self.tie()
+
+    def compute_in(self, dtype: torch.dtype, recompute: bool = False) -> None:
+        """Sets the dtype of activations, and whether a layer saves only its input and is computed again in backward."""
+        self.body.dtype = dtype
+        self.body.recompute = recompute
+
+    @property
+    def last(self) -> nn.Module:
+        """The last linear layer of the head."""
+        return self.head.out
+
+    def set_last(self, layer: nn.Module) -> None:
+        """Puts another layer there. (No setter of `last`: to nn.Module, that would be one more layer.)"""
+        self.head.out = layer
+
+    @property
+    def scores_vocabulary(self) -> bool:
+        """Whether the head scores every token of the vocabulary."""
+        return hasattr(self.head, "tied")
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head has no weight of its own."""
+        return self.scores_vocabulary and self.config.tie_word_embeddings
 
     def tie(self) -> None:
         """Makes a tied head share the embedding's parameter; again after parameters were replaced."""
         if self.tied:
-            self.head.out.weight = self.get_parameter(self.head.tied[1])
+            self.last.weight = self.get_parameter(self.head.tied[1])
 
     def untie(self) -> None:
         """Gives a tied head a weight of its own, equal to the embedding's."""
         self.config = replace(self.config, tie_word_embeddings=False)
         self.settings = self.settings | {"tie_word_embeddings": False}
-        self.head.out.weight = nn.Parameter(self.head.out.weight.detach().clone())
+        self.last.weight = nn.Parameter(self.last.weight.detach().clone())
 
     def resize(self, rows: int) -> None:
         """Makes the vocabulary `rows` long; new rows are zero."""
         resized = [self.get_submodule(self.family.EMBEDDING)]
-        if hasattr(self.head, "tied"):  # it says a token too
-            self.head.out.out_features = rows
-            resized += [] if self.tied else [self.head.out]
+        if self.scores_vocabulary:
+            self.last.out_features = rows
+        if self.scores_vocabulary and not self.tied:
+            resized.append(self.last)
         for module in resized:
             old = module.weight
             new = old.new_zeros(rows, old.shape[1])
@@ -54,11 +131,6 @@ class Model(nn.Module):
         self.config = replace(self.config, vocab_size=rows)
         self.settings = self.settings | {"vocab_size": rows}
         self.tie()
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head has no weight of its own."""
-        return hasattr(self.head, "tied") and self.config.tie_word_embeddings
 
     def hub_name(self, name: str) -> str:
         """What the hub calls the parameter or module that is called `name` here."""
@@ -69,10 +141,11 @@ class Model(nn.Module):
 
     def size(self) -> int:
         """The number of weights, packed ones too."""
-        packed = (
-            m.in_features * m.out_features for m in self.modules() if "weight" in dict(m.named_buffers(recurse=False))
-        )
-        return sum(p.numel() for p in self.parameters()) + sum(packed)
+        count = sum(p.numel() for p in self.parameters())
+        for module in self.modules():
+            if "weight" in dict(module.named_buffers(recurse=False)):  # packed: codes, and no parameter
+                count += module.in_features * module.out_features
+        return count
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +158,12 @@ class Model(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """What the head says of each row, without dropout: (M, V)."""
-        return self.head.out(self.head.features(self(batch)))
+        return self.last(self.head.features(self(batch)))
+
+
+def is_last(name: str) -> bool:
+    """Whether a parameter or module of a model is its last layer, or in it."""
+    return name == LAST or name.startswith(LAST + ".")
 
 
 def check_length(model: Model, max_length: int) -> int:
@@ -93,4 +171,4 @@ def check_length(model: Model, max_length: int) -> int:
     longest = model.config.longest
     if max_length > longest:
         raise InputError(f"--max-length is {max_length}; expected at most {longest}, the positions that the model has")
-    return max_length or model.settings.get("minift", {}).get("max_length") or min(512, longest)
+    return max_length or model.max_length or min(512, longest)

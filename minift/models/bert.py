@@ -69,6 +69,11 @@ class Config:
         """Rows of the word embedding."""
         return self.vocab_size
 
+    @property
+    def token_types(self) -> int:
+        """Rows of the token type embedding."""
+        return self.type_vocab_size
+
     def with_dropout(self, p: float) -> dict:
         """The changes that set every dropout rate to p."""
         return dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p, classifier_dropout=None)
@@ -164,6 +169,7 @@ class ClassifyHead(nn.Module):
 
     architecture = "BertForSequenceClassification"
     rename = (("head.pooler.", "bert.pooler.dense."), ("head.out.", "classifier."))
+    learns = True
 
     def __init__(self, config: Config, n_labels: int):
         super().__init__()
@@ -176,7 +182,7 @@ class ClassifyHead(nn.Module):
         return dropout(torch.tanh(self.pooler(h.float(), noise)), self.p, noise, self.site)
 
 
-HEADS = {"classify": ClassifyHead}
+HEADS = {"sequence": ClassifyHead}
 SHARDED = (Layer,)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "BertModel"  # of a body without a head
 ASKED = "first"  # the token of a sequence that classification asks about
@@ -202,6 +208,7 @@ PREFIX = "bert."
 EMBEDDING = "body.embeddings.word"  # which has a row for each token of the vocabulary
 ALIASES = {}  # other names that a config.json may give a field of Config
 TRANSPOSED = ()
+ROLES = {"query": "query", "key": "key", "value": "value", "down": "output.dense"}
 IGNORED = r"(.*\.)?position_ids"  # buffers of old files, computed here
 OTHER_HEADS = r"(bert\.)?pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
 

@@ -67,6 +67,11 @@ class Config:
         """Rows of the word embedding."""
         return self.vocab_size
 
+    @property
+    def token_types(self) -> int:
+        """0: GPT-2 has none."""
+        return 0
+
     def with_dropout(self, p: float) -> dict:
         """The changes that set every dropout rate to p."""
         return dict(resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
@@ -145,6 +150,10 @@ class Body(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
 
+    def new_cache(self) -> list[Past]:
+        """An empty cache for one sequence, as forward takes it."""
+        return [Past(self.config.longest) for _ in self.h]
+
     def forward(self, batch: Batch, noise: Noise = SILENT, cache: list[Past] | None = None) -> Tensor:
         """Hidden states at batch.rows, (M, C).
 
@@ -178,6 +187,7 @@ class LMHead(nn.Module):
 
     architecture = "GPT2LMHeadModel"
     rename = (("head.out.", "lm_head."),)
+    learns = False
     tied = ("head.out.weight", "body.wte.weight")
 
     def __init__(self, config: Config, n_labels: int = 0):
@@ -194,6 +204,7 @@ class ClassifyHead(nn.Module):
 
     architecture = "GPT2ForSequenceClassification"
     rename = (("head.out.", "score."),)
+    learns = True
 
     def __init__(self, config: Config, n_labels: int):
         super().__init__()
@@ -204,7 +215,7 @@ class ClassifyHead(nn.Module):
         return h.float()
 
 
-HEADS = {"complete": LMHead, "classify": ClassifyHead}
+HEADS = {"vocabulary": LMHead, "sequence": ClassifyHead}
 SHARDED = (Attention, MLP)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "GPT2Model"  # of a body without a head
 ASKED = "last"  # the token of a sequence that classification asks about
@@ -219,6 +230,7 @@ ALIASES = {  # other names that a config.json may give a field of Config (transf
     "num_hidden_layers": "n_layer",
 }
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) on the hub: Conv1D
+ROLES = {"query": "c_attn", "key": "c_attn", "value": "c_attn", "down": "mlp.c_proj"}
 IGNORED = r"(.*\.)?attn\.(bias|masked_bias)"  # causal masks kept as buffers
 OTHER_HEADS = r"lm_head\..*|score\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
 

@@ -1,6 +1,57 @@
-"""What is learned, one file each. A task reads and encodes examples, names the rows it asks about, has a summed
-loss, streaming metrics and predictions."""
+"""What is learned, one file each. Nothing outside this folder asks which task it is.
 
-from . import classify, complete
+A task is a file here and a line in tables.TASKS. N tokens, M rows asked about, T targets, C width. The file defines
 
-TASKS = {"classify": classify, "complete": complete}
+    read(path, columns, need_label, header, max_line) -> its examples in a list; stream(...) -> the same, read anew each
+        time they are asked for. They raise InputError: file, line, what was found, what was expected
+    CHECK             what `minift check` looks at (data/check.py), or None where it has no check
+    label_names(examples, given) -> the classes of a training set, `given` being --labels; None: the task has none
+    judge(examples, model, tokenizer, labelled) -> what `encoded` needs of each example beside it (its label's number),
+        in one pass that keeps nothing; raises InputError for examples that this model cannot be asked
+    encoded(examples, labels, model, tokenizer, max_length) -> an iterator of data.batch.Sequence: tokens, the rows
+        asked about, and targets, an array of any dtype with T entries along its first axis
+    encode(examples, model, tokenizer, max_length, labelled) -> the two together, in a list
+    probe(number, ids, model) -> a Sequence of these tokens, asked as the task asks, without a right answer
+
+    architecture(family) -> what transformers calls the family with the head of this task; None where it has none
+    make_head(family, config, n_labels) -> that head (models/__init__.py): the family's own or another
+    NAMED_CLASSES     whether config.json names the classes of such a model (id2label)
+    check_settings(settings, wanted, own, path)   raises InputError where a checkpoint's head, whose classes are `own`,
+        is for something else; wanted: the classes of the data, or None
+    settings(model) -> what stands in config.json beside the checkpoint's own
+    PEFT_TYPE         PEFT's task_type; PEFT_HEADS: modules that PEFT trains for it without being told
+
+    loss(model, batch, noise, smoothing) -> (the loss summed over the batch's targets, another sum over them), both ()
+        COUNTED       what the second is called when divided by T: "accuracy" if it counts targets predicted right
+    Metrics(model)    .add(batch), .sums (float64, added up over processes), .result() -> {"loss": ..., COUNTED: ...,
+        and others by name}; .best = (name, max or min): which of them says that a model is better
+    predictions(model, batch) -> a JSON object for each sequence; None where a task is told by `generate`
+    summary(model, sequences) -> sentences said before a training, beside the counts that are said of every task
+"""
+
+import importlib
+from types import ModuleType
+
+from ..tables import TASKS
+
+
+def task_named(name: str) -> ModuleType:
+    """The file of a task."""
+    assert name in TASKS, name
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def task_of_architecture(family: ModuleType, architectures: list[str]) -> str | None:
+    """The name of the task that a checkpoint's head is for, by what its config.json calls it; None: the body alone."""
+    for name in TASKS:
+        if task_named(name).architecture(family) in architectures:
+            return name
+    return None
+
+
+def task_of_peft(task_type: object) -> str | None:
+    """The name of the task that an adapter is for, by PEFT's task_type."""
+    for name in TASKS:
+        if task_named(name).PEFT_TYPE == task_type:
+            return name
+    return None

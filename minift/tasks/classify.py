@@ -1,27 +1,81 @@
 """One label for a text or a pair of texts: [CLS] of BERT, the last token of GPT-2.
 
-M rows, one a sequence; V labels.
+M rows, one a sequence; V labels. What each name below is for: tasks/__init__.py.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch, Sequence
 from ..data.examples import Example
 from ..data.examples import read as read
 from ..data.examples import stream as stream
 from ..data.labels import label_ids
+from ..data.labels import label_names as label_names
 from ..data.tokenizer import Tokenizer
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..models import Model
 from ..ops.dropout import Noise
 from ..ops.loss import linear_cross_entropy
 
+NAMED_CLASSES = True
+PEFT_TYPE = "SEQ_CLS"
+PEFT_HEADS = ("classifier", "score")
+COUNTED = "accuracy"
+
 CHUNK = 1000  # texts tokenised at once
+
+
+# the head, and what checkpoints say of it
+
+
+def architecture(family: ModuleType) -> str | None:
+    """What transformers calls a family with this head."""
+    head = family.HEADS.get("sequence")
+    return head.architecture if head else None
+
+
+def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
+    """The family's head for one label a sequence."""
+    return family.HEADS["sequence"](config, n_labels)
+
+
+def check_settings(settings: dict, wanted: list[str] | None, own: list[str], path: Path) -> None:
+    """Raises InputError where the checkpoint's head is for something else than one label of several.
+
+    wanted: the classes of a new task; where they are as many as the head has outputs, it would be trained further.
+    """
+    kind = settings.get("problem_type")
+    is_kept = wanted is None or len(wanted) == len(own)
+    if is_kept and kind in ("regression", "multi_label_classification"):
+        raise InputError(
+            f"{path}: problem_type is {kind!r}, whose head is not supported; expected single_label_classification"
+        )
+    if wanted is None and len(own) == 1:
+        raise InputError(
+            f"{path}: its head has one output (num_labels 1), a number and no label; expected two labels or more"
+        )
+
+
+def settings(model: Model) -> dict:
+    """Names of the classes, and the padding token that transformers finds the last token of a padded batch by."""
+    found = {
+        "id2label": {str(i): name for i, name in enumerate(model.labels)},
+        "label2id": {name: i for i, name in enumerate(model.labels)},
+        "problem_type": "single_label_classification",
+    }
+    if model.settings.get("pad_token_id") is None:
+        found["pad_token_id"] = model.settings.get("eos_token_id")
+    return found
+
+
+# examples -> sequences
 
 
 def judge(examples: Iterable[Example], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
@@ -47,8 +101,8 @@ def judge(examples: Iterable[Example], model: Model, tokenizer: Tokenizer, label
 def check_pairs(where: str, model: Model, tokenizer: Tokenizer) -> None:
     """Raises InputError if the second text of a pair gets a type that the model has no embedding for."""
     (tokens,) = tokenizer.encode(["a"], ["a"])
-    count = getattr(model.config, "type_vocab_size", None)
-    if count is not None and max(tokens.types, default=0) >= count:
+    count = model.config.token_types
+    if count and max(tokens.types, default=0) >= count:
         raise InputError(
             f"{where}: found a pair of texts, the second of type {max(tokens.types)}; expected single texts, since the "
             f"model's type_vocab_size is {count}"
@@ -68,7 +122,7 @@ def encoded(
 ) -> Iterator[Sequence]:
     """The same one at a time, CHUNK examples read ahead. Raises InputError for tokens that the model cannot read."""
     examples, labels, number = iter(examples), iter(labels), 0
-    kinds = min(getattr(model.config, "type_vocab_size", 0), 128)  # they travel in 8 bits
+    kinds = min(model.config.token_types, 128)  # they travel in 8 bits
     while part := list(islice(examples, CHUNK)):
         encodings = tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length)
         for example, tokens in zip(part, encodings, strict=True):
@@ -84,14 +138,14 @@ def encoded(
                 number=number,
                 ids=np.array(tokens.ids, np.int32),
                 types=None if types is None else np.array(types, np.int8),
-                rows=np.array([asked(tokens.ids, model)], np.int32),
+                rows=np.array([asked_row(tokens.ids, model)], np.int32),
                 targets=np.array([next(labels)], np.int64),
                 cut=tokens.truncated,
             )
             number += 1
 
 
-def asked(ids: list[int], model: Model) -> int:
+def asked_row(ids: list[int], model: Model) -> int:
     """The position of the token asked about.
 
     GPT-2's is the last one that is not the padding token, which is its end-of-text: a text that ends in
@@ -100,15 +154,34 @@ def asked(ids: list[int], model: Model) -> int:
     if model.family.ASKED == "first":
         return 0
     padding = model.settings.get("pad_token_id")
-    padding = model.settings.get("eos_token_id") if padding is None else padding
+    if padding is None:
+        padding = model.settings.get("eos_token_id")
     return next((i for i in reversed(range(len(ids))) if ids[i] != padding), 0)
+
+
+def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
+    """These tokens (n,) int32, all real, asked for their label."""
+    row = 0 if model.family.ASKED == "first" else len(ids) - 1
+    return Sequence(number, ids, None, np.array([row], np.int32), np.zeros(1, np.int64))
+
+
+def summary(model: Model, sequences: list[Sequence]) -> list[str]:
+    """The labels, and those of them that no example has."""
+    lines = [f"labels: {', '.join(map(printable, model.labels))}"]
+    seen = {int(s.targets[0]) for s in sequences}
+    unseen = [printable(name) for i, name in enumerate(model.labels) if i not in seen]
+    if unseen:
+        lines.append(f"no example to train on has the label {', '.join(unseen)}")
+    return lines
+
+
+# what is learned and told
 
 
 def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(cross-entropy summed over the batch's targets, number of targets predicted right)."""
     h = model.head.features(model(batch, noise), noise.at(batch.rows))  # (M, C)
-    out = model.head.out
-    return linear_cross_entropy(h, out.weight, out.bias, batch.targets, smoothing)
+    return linear_cross_entropy(h, model.last.weight, model.last.bias, batch.targets, smoothing)
 
 
 class Metrics:

@@ -2,18 +2,20 @@
 
 Prompt and completion are tokenised apart and joined, so the boundary between them never moves; each completion ends
 with the end-of-text token. Special tokens that the tokenizer puts in front of a text stand once, at the start of all.
-The loss falls on completions alone: rows are the positions before each of their tokens.
+Only completion tokens are trained on: rows are the positions before each of them.
 
-M rows, V vocabulary.
+M rows, V vocabulary. What each name below is for: tasks/__init__.py.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch, Sequence
 from ..data.passages import Passage, read_passages, stream_passages
@@ -23,10 +25,46 @@ from ..models import Model
 from ..ops.dropout import SILENT, Noise
 from ..ops.loss import linear_cross_entropy
 
+NAMED_CLASSES = False
+PEFT_TYPE = "CAUSAL_LM"
+PEFT_HEADS = ()
+COUNTED = "accuracy"
+
 CHUNK = 1000  # passages tokenised at once
 
 read = read_passages
 stream = stream_passages
+predictions = None  # `minift generate` completes
+
+
+# the head, and what checkpoints say of it
+
+
+def architecture(family: ModuleType) -> str | None:
+    """What transformers calls a family with this head."""
+    head = family.HEADS.get("vocabulary")
+    return head.architecture if head else None
+
+
+def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
+    """The family's head for the next token."""
+    return family.HEADS["vocabulary"](config, n_labels)
+
+
+def check_settings(settings: dict, wanted: list[str] | None, own: list[str], path: Path) -> None:
+    """Nothing of such a head is named in config.json."""
+
+
+def settings(model: Model) -> dict:
+    """Nothing beside the checkpoint's own."""
+    return {}
+
+
+def label_names(examples: list[Passage], given: str = "") -> None:
+    """There are no classes."""
+
+
+# examples -> sequences
 
 
 def judge(passages: Iterable[Passage], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
@@ -89,22 +127,30 @@ def tokens_of(
 
 def masked(number: int, ids: list[int], learned: list[bool], max_length: int) -> Sequence:
     """A sequence that is asked for its learned tokens; the first token of all cannot be asked for."""
-    cut, ids = len(ids) > max_length, np.array(ids[:max_length], np.int32)
-    rows = np.flatnonzero(learned[1 : len(ids)]).astype(np.int32)
-    return Sequence(number, ids, None, rows, ids[rows + 1].astype(np.int64), cut)
+    kept = np.array(ids[:max_length], np.int32)
+    rows = np.flatnonzero(learned[1 : len(kept)]).astype(np.int32)
+    return Sequence(number, kept, None, rows, kept[rows + 1].astype(np.int64), cut=len(ids) > max_length)
 
 
 def blocks(number: int, stream: list[int], length: int) -> list[Sequence]:
     """Plain text as blocks of `length` tokens; each token but the first is a target once."""
     tokens = np.array(stream, np.int32)
-    starts = range(0, max(0, len(tokens) - 1), length)
-    return [
-        Sequence(
-            number + i, ids, None, np.arange(len(ids), dtype=np.int32), tokens[a + 1 : a + 1 + length].astype(np.int64)
-        )
-        for i, a in enumerate(starts)
-        for ids in [tokens[a : a + length][: len(tokens) - 1 - a]]
-    ]
+    found = []
+    for start in range(0, len(tokens) - 1, length):
+        targets = tokens[start + 1 : start + 1 + length].astype(np.int64)
+        ids = tokens[start : start + len(targets)]
+        found.append(Sequence(number + len(found), ids, None, np.arange(len(ids), dtype=np.int32), targets))
+    return found
+
+
+def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
+    """These tokens (n,) int32, each asked for the next."""
+    return Sequence(number, ids, None, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int64))
+
+
+def summary(model: Model, sequences: list[Sequence]) -> list[str]:
+    """Nothing beside the counts."""
+    return []
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -137,8 +183,7 @@ def ends_of_text(model: Model | None, tokenizer: Tokenizer) -> list[int]:
 
 def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(cross-entropy summed over the batch's targets, number of target tokens predicted right)."""
-    out = model.head.out
-    return linear_cross_entropy(model(batch, noise), out.weight, out.bias, batch.targets, smoothing)
+    return linear_cross_entropy(model(batch, noise), model.last.weight, model.last.bias, batch.targets, smoothing)
 
 
 class Metrics:

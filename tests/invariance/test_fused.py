@@ -5,13 +5,10 @@ python -m pytest tests/invariance/test_fused.py
 
 import numpy as np
 import pytest
-import torch
 from helpers import examples, small_model
 
 import minift
-from minift.engine.optim import make_optimizer
 from minift.ops import native
-from minift.setup import Job
 from minift.training import train_step
 
 BOUND = 1e-5  # of losses and, relatively, of gradient norms
@@ -34,9 +31,7 @@ def test_fused_and_reference_curves_are_one(family, method, tmp_path, monkeypatc
         model, task = small_model(family, tmp_path / mode, **width)
         if method != "full":
             minift.add_lora(minift.quantize(model) if method == "qlora" else model, dropout=0.1)
-        model.settings["minift"] = {"max_length": 40}
-        config = minift.TrainConfig(model="x", data="x", out="x", task=task)
-        job = Job(model, config, make_optimizer(model, 1e-3, 0.01), torch.amp.GradScaler("cpu", enabled=False))
+        job = minift.prepare(model, weight_decay=0.01, base="fp32", kernels=mode, device="cpu")
         rng, curves[mode] = np.random.default_rng(0), []
         with monkeypatch.context() as patch:
             patch.setattr(native, "kernel", kernel)

@@ -589,7 +589,7 @@ def test_a_model_on_all_kernels(method, place, tmp_path, monkeypatch):
 
     import minift
     from minift.data.batch import pack
-    from minift.tasks import TASKS
+    from minift.tasks import task_named
 
     native.mode = "reference"
     model, _ = minift.load(small_bert(tmp_path), task="classify", labels=["a", "b"])
@@ -602,7 +602,7 @@ def test_a_model_on_all_kernels(method, place, tmp_path, monkeypatch):
     batch = pack([sequence(i, ids, [0], [i % 2]) for i, ids in enumerate(random_ids([5, 9, 2], 64))]).to(place)
     learned, results = [p for p in model.parameters() if p.requires_grad], []
     for native.mode in ("native", "reference"):
-        loss, _ = TASKS["classify"].loss(model, batch, Noise(1, 2, batch.keys))
+        loss, _ = task_named("classify").loss(model, batch, Noise(1, 2, batch.keys))
         results.append([loss, *torch.autograd.grad(loss, learned, allow_unused=True)])
     for x, y in zip(*results, strict=True):
         assert x is y is None or torch.allclose(x, y, rtol=1e-4, atol=1e-5)

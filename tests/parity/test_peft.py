@@ -14,7 +14,7 @@ from helpers import peer, random_ids, sequence
 from safetensors.torch import load_file, save_file
 
 import minift
-from minift.adapters import apply
+from minift.adapters import adapt
 from minift.adapters.lora import adapters
 from minift.checkpoints import peft as peft_format
 from minift.data.batch import order, pack
@@ -22,7 +22,7 @@ from minift.engine.optim import clip, make_optimizer
 from minift.errors import InputError
 from minift.layers.nf4 import NF4Linear
 from minift.ops.dropout import SILENT
-from minift.tasks import TASKS
+from minift.tasks import task_named
 
 peft = pytest.importorskip("peft")
 CLASSES = {
@@ -40,7 +40,7 @@ def pair(kind, folder, ours: dict, theirs: dict, seed=7, **changes):
         changes = {"pad_token_id": 0} | changes
     base = peer(cls, folder / "base", scale=0.15, **changes)
     model, _ = minift.load(folder / "base", task=task)
-    apply(model, ours.pop("method", "lora"), seed=seed, base=str(folder / "base"), **ours)
+    adapt(model, ours.pop("method", "lora"), seed=seed, **ours)
     torch.manual_seed(seed)
     return model, peft.get_peft_model(base, peft.LoraConfig(task_type=task_type, **theirs)).eval()
 
@@ -149,7 +149,7 @@ def our_losses(model, kind, lr) -> list[float]:
     optimizer, losses = make_optimizer(model, lr, 0.0), []
     for sequences in batches(kind):
         batch = pack(sequences)
-        loss, _ = TASKS[model.task].loss(model, batch, SILENT, 0.0)
+        loss, _ = task_named(model.task).loss(model, batch, SILENT, 0.0)
         (loss / batch.n_targets).backward()
         clip([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()

@@ -1,0 +1,54 @@
+"""What all adapters have in common in PEFT's files and in the options of a run."""
+
+from torch import nn
+
+from .targets import name_in
+
+PREFIX = "base_model.model."
+
+
+def tensor_name(model: nn.Module, hub: str) -> str:
+    """How an adapter's file calls what the hub calls `hub`."""
+    return PREFIX + name_in(model, hub)
+
+
+def check_kinds(found: dict, kinds: dict) -> None:
+    """Raises ValueError where a value, if it is not null, is of another kind; kinds: {key: (types, what to expect)}."""
+    for key, (types, expected) in kinds.items():
+        value = found.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+            raise ValueError(f"{key} is {str(value)[:80]!r}; expected {expected}")
+
+
+def check_unknown(found: dict, known: set[str]) -> list[str]:
+    """A sentence about options that PEFT has added since. Raises ValueError for one that is a switch, and on."""
+    unknown = {key: value for key, value in found.items() if key not in known and value}
+    for key, value in unknown.items():
+        if value is True or key.startswith("use_") or key.endswith("_config"):
+            raise ValueError(f"{key} is {value!r}, an option that is not known here; expected none that is on")
+    return [f"options that are not known here, and not used: {', '.join(unknown)}"] if unknown else []
+
+
+def names_in_file(value: str | list | None) -> str | tuple[str, ...]:
+    """Targets as they are here: a regular expression as it is, a list as a tuple."""
+    return value if isinstance(value, str) else tuple(sorted(map(str, value or ())))
+
+
+def saved_in_file(found: dict, heads: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that were trained in full: those that are named, and `heads`, which PEFT trains by itself."""
+    named = found.get("modules_to_save") or ()
+    return tuple(dict.fromkeys(map(str, (*named, *heads))))
+
+
+def named_in_file(model: nn.Module, targets: str | tuple[str, ...], chosen: list[str]) -> str | tuple[str, ...]:
+    """Targets as PEFT understands them: of "all-linear", the names of the layers themselves."""
+    if targets == "all-linear":
+        return tuple(name_in(model, hub) for hub in chosen)
+    return targets
+
+
+def as_option(value: str | tuple | dict) -> str:
+    """A field of a configuration as the command line takes it."""
+    if isinstance(value, dict):
+        value = [f"{key}={number:g}" for key, number in value.items()]
+    return value if isinstance(value, str) else ",".join(map(str, value))

@@ -1,0 +1,281 @@
+"""A run: its examples, its folder, its checkpoints and its best model."""
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import files
+from .adapters import changes_base, method_file, saved_as
+from .adapters.targets import wrappers
+from .checkpoints import resume, saving
+from .config import TrainConfig, is_number
+from .data.batch import Sequence
+from .data.examples import sample, split
+from .data.tokenizer import Tokenizer
+from .errors import InputError
+from .evaluation import measure
+from .measure.track import check_loggers, say
+from .models import Model, check_length
+from .setup import Job, choose_engine, default_tokens, make_job
+from .tasks import task_named
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and did after a checkpoint; `number` is the signal's."""
+
+    def __init__(self, number: int, folder: Path):
+        super().__init__(f"stopped by {signal.Signals(number).name}; the checkpoint is {folder}")
+        self.number = number
+
+
+# before the first step
+
+
+def read_examples(config: TrainConfig) -> tuple[list, list]:
+    """(training, validation) examples of a configuration; the second is empty without --valid. Raises InputError."""
+    return set_aside(config, read_training(config, config.data))
+
+
+def read_training(config: TrainConfig, path: str) -> list:
+    """All examples of a file, as the configuration says that it is read."""
+    return task_named(config.task).read(path, config.columns, header=config.header, max_line=config.max_line)
+
+
+def set_aside(config: TrainConfig, examples: list) -> tuple[list, list]:
+    """(training, validation) examples, of which the second come from the first where --valid is a fraction."""
+    valid = []
+    if is_number(config.valid):
+        examples, valid = split(examples, float(config.valid), config.seed)
+    elif config.valid:
+        valid = read_training(config, config.valid)
+    return sample(examples, config.limit, config.seed) if config.limit else examples, valid
+
+
+def prepare_run(
+    model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: list | None, valid: list | None
+) -> tuple[Job, list[Sequence], list[Sequence]]:
+    """(what every step works with, the encoded training examples, the encoded validation examples).
+
+    Everything is checked before the run folder is begun. Raises InputError.
+    """
+    config.check()
+    check_out(config)
+    check_loggers(config.log)
+    engine = choose_engine(config)
+    max_length = check_length(model, config.max_length)
+    task = task_named(config.task)
+    if examples is None:
+        examples, valid = read_examples(config)
+    sequences = task.encode(examples, model, tokenizer, max_length)
+    held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
+    if engine.world.first:
+        describe(model, config, sequences, held_out, config.tokens or default_tokens(model, engine.device))
+        begin_folder(config, model)
+    engine.world.wait()
+    if model.adapter and changes_base(model.adapter.variant):
+        model.max_length = max_length
+        saving.save_base(model, tokenizer, Path(config.out, "base"), engine.world.first)
+    return make_job(model, config, engine), sequences, held_out
+
+
+def describe(model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], at_once: int) -> None:
+    """Says what is about to happen."""
+    max_length = check_length(model, config.max_length)
+    tokens = [len(s) for s in sequences]
+    mean = sum(tokens) / len(tokens)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    first, *others = task_named(model.task).summary(model, sequences) or [""]
+    say(f"{trainable:,} of {model.size():,} parameters are trained" + (f"; {first}" if first else ""))
+    for line in others:
+        say(line)
+    empty = sum(not len(s.targets) for s in sequences)
+    if empty:
+        say(f"nothing is left to learn of {empty:,} examples, cut to {max_length} tokens")
+    split = f", at most {at_once:,} at once" if at_once else ""
+    cut = sum(s.cut for s in sequences)
+    say(
+        f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
+        f"{config.batch * mean:,.0f} a step{split}; {cut:,} cut to {max_length} tokens"
+    )
+
+
+# the folder
+
+
+def begin_folder(config: TrainConfig, model: Model) -> None:
+    """Makes the run folder and its config.json; in one that is gone on with, clears what a killed process left."""
+    out = Path(config.out)
+    files.real(out).mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / "checkpoints", out / "best", out / "last", out / "base"):
+        files.remove_leftovers(folder)
+    if not config.resume or not (out / "config.json").exists():
+        files.write_text(out / "config.json", recorded(config, model).to_json())
+
+
+def check_out(config: TrainConfig) -> None:
+    """Raises InputError unless the run folder is free, or is to be gone on with."""
+    out = Path(config.out)
+    if not config.resume and (out / "config.json").exists():
+        raise InputError(f"--out {out}: is there already; expected a new or empty folder, or --resume")
+    if not config.resume:
+        files.check_new_folder("--out", out)
+    for option, text in (("--data", config.data), ("--valid", config.valid)):
+        if text and os.path.isdir(text) and files.real(text) in (files.real(out), *files.real(out).parents):
+            raise InputError(f"--out {out}: lies in the folder of {option} {text}, whose sub-folders are its classes")
+    if (out / "checkpoints").exists() and not (out / "checkpoints").is_dir():
+        raise InputError(f"{out / 'checkpoints'}: is a file; expected the folder of the run's checkpoints")
+
+
+def recorded(config: TrainConfig, model: Model) -> TrainConfig:
+    """The configuration that the command line would have to be given to repeat this run, one made in Python too."""
+    config = dataclasses.replace(config, resume=False, model=config.model or model.source)
+    if not model.adapter or config.method != "full":
+        return config
+    options = method_file(saved_as(model.adapter.variant)).options(model)
+    if any(not layer.frozen.weight.is_floating_point() for layer in wrappers(model).values()):
+        options["base"] = "nf4"
+    return dataclasses.replace(config, **options)
+
+
+# checkpoints
+
+
+def last_checkpoint(config: TrainConfig) -> Path | None:
+    """The folder of the run's newest checkpoint."""
+    return resume.latest(Path(config.out))
+
+
+def begin_state(job: Job, sequences: list[Sequence], valid: list[Sequence], total: int) -> dict:
+    """What the rest of a run depends on, apart from model and optimizer: at its beginning or, with --resume, after the
+    latest checkpoint, which is put into model and optimizer. total: steps of the run.
+    """
+    state = {
+        "step": 0,
+        "best": {},  # metrics of the best validation
+        "stale": 0,  # validations since then
+        "data": resume.fingerprint(sequences),
+        "valid": resume.fingerprint(valid),
+        "base": job.base,
+        "options": dataclasses.asdict(recorded(job.config, job.model)),
+    }
+    return resume_run(job, state, total) if job.config.resume else state
+
+
+# options that may be another when a run goes on: they change where and how fast it runs, and not what it learns
+FREE = {"model", "data", "valid", "out", "columns", "labels", "header", "max_line", "tokens", "device", "kernels"}
+FREE |= {"graph", "recompute", "save_every", "keep", "shard", "log", "resume"}
+
+
+def resume_run(job: Job, fresh: dict, total: int) -> dict:
+    """The state of the latest checkpoint, with model and optimizer as they were; `fresh` where there is none yet."""
+    folder = resume.latest(Path(job.config.out))
+    if folder is None:
+        say(f"{job.config.out}: no checkpoint yet; the run begins at its first step")
+        return fresh
+
+    def check(state: dict) -> None:
+        check_options(folder, fresh["options"], state.get("options", {}))
+        if state["step"] > total:
+            raise InputError(f"{folder}: is of step {state['step']}; expected one of the run's {total} steps")
+        if state["data"] != fresh["data"]:
+            raise InputError(f"{folder}: the training data or the tokenizer is not what the run began with")
+        if state.get("valid", fresh["valid"]) != fresh["valid"]:
+            raise InputError(f"{folder}: the validation data is not what the run began with")
+        if "base" in state:  # not in a checkpoint of an older minift
+            resume.check_base(folder, fresh["base"], state["base"])
+
+    state = resume.load(folder, job.model, job.optimizer, check)
+    scaler = state.pop("scaler")
+    if job.scaler.is_enabled():
+        load_scaler(job, folder, scaler)
+    say(f"resumed after step {state['step']}")
+    return fresh | state | {"options": fresh["options"]}
+
+
+def check_options(folder: Path, now: dict, then: dict) -> None:
+    """Raises InputError where an option that changes what is learned is not what the checkpoint was made with."""
+    for name in sorted(now.keys() & then.keys()):
+        if now[name] == then[name]:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in FREE:
+            raise InputError(
+                f"{flag} is {now[name]!r} in the run's config.json, but {folder} was made with {then[name]!r}; "
+                "a run goes on as it began"
+            )
+        if name not in ("resume", "out"):
+            say(f"{flag} is {now[name]!r} from here on; until now it was {then[name]!r}")
+
+
+def load_scaler(job: Job, folder: Path, state: dict) -> None:
+    """Puts back the scale of float16's loss."""
+    if missing := job.scaler.state_dict().keys() - state.keys():
+        raise InputError(f"{folder / resume.STATE}: scaler lacks {', '.join(sorted(missing))}")
+    job.scaler.load_state_dict(state)
+
+
+def save_checkpoint(job: Job, state: dict) -> None:
+    """Writes the checkpoint of this step. Raises FloatingPointError rather than saving what is not finite."""
+    check_finite(job, state["step"])
+    saved = state | {"scaler": job.scaler.state_dict()}
+    resume.save(Path(job.config.out), job.model, job.optimizer, saved, job.config.keep, job.world.first)
+
+
+def check_finite(job: Job, step: int) -> None:
+    """Raises FloatingPointError where a trained weight or its moments are not finite: no such model is saved."""
+    faults = []
+    for name, p in resume.trained(job.model):
+        for tensor in (p, *job.optimizer.state.get(p, {}).values()):
+            tensor = tensor.detach()
+            if hasattr(tensor, "to_local"):  # a process's own part of a sharded one
+                tensor = tensor.to_local()
+            if not resume.is_finite(tensor):
+                faults.append(name)
+    count = torch.tensor([len(faults)], dtype=torch.float64, device=job.model.device)
+    if job.world.add_up(count).item():
+        where = faults[0] if faults else "a weight of another process"
+        raise FloatingPointError(
+            f"after step {step} {where} is not finite, and nothing of it was saved; "
+            f"the last checkpoint: {last_checkpoint(job.config) or 'none yet'}"
+        )
+
+
+# the best model
+
+
+def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict) -> dict[str, float]:
+    """The metrics of the validation examples; keeps the model in best/ if they are the best so far."""
+    model, world = job.model, job.world
+    name, better = job.task.Metrics.best
+    if world.sharded:  # every forward pass is a conversation of all: all measure all
+        found = measure(model, valid)
+        world.settle(model)
+    else:
+        found = measure(model, valid[world.rank :: world.size], add_up=world.add_up)
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(
+            f"the validation loss after step {state['step']} is {found['loss']}; "
+            f"the last checkpoint: {last_checkpoint(job.config) or 'none yet'}"
+        )
+    best = state["best"]
+    state["stale"] += 1
+    if not best or is_better(found, best, name, better):
+        check_finite(job, state["step"])
+        # an infinite perplexity, of a finite loss, has no place in a checkpoint's JSON
+        state["best"] = {key: value for key, value in found.items() if math.isfinite(value)}
+        state["stale"] = 0
+        saving.write_model(model, tokenizer, Path(job.config.out, "best"), world.first)
+    say(f"step {state['step']} valid: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items() if type(v) is float))
+    return found
+
+
+def is_better(found: dict, best: dict, name: str, better: Callable) -> bool:
+    """Whether a validation is better by the metric `name`, or as good with a lower loss."""
+    if found[name] != best[name]:
+        return better(found[name], best[name]) == found[name]
+    return found["loss"] < best["loss"]

@@ -1,0 +1,54 @@
+"""Everything that is chosen by name, a line each: this is where a fork adds its one line.
+
+The file of a choice has its name: the task "classify" is minift/tasks/classify.py, the family "gpt2" is
+minift/models/gpt2.py. What such a file has to contain stands in the docstring of its folder's __init__.py.
+Nothing here imports torch, so that the command line answers at once.
+"""
+
+import re
+from dataclasses import dataclass
+
+# `--task`
+TASKS = {
+    "classify": "one label for a text or a pair of texts",
+    "complete": "the text after a prompt, the answers in a chat, or running text",
+}
+
+# config.json's model_type
+FAMILIES = {
+    "bert": "BERT",
+    "gpt2": "GPT-2",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train: a file in adapters/, and what can be told of it without reading that."""
+
+    file: str
+    help: str
+    base: str = "any"  # how frozen weights may be stored: "any", "unpacked" (all of them learn), "packed" (4 bits only)
+
+
+# `--method`; the K of last-K stands for a number
+METHODS = {
+    "full": Method("freeze", "everything", base="unpacked"),
+    "lora": Method("lora", "low-rank updates of --targets, and a classifier's last layer"),
+    "dora": Method("dora", "LoRA with a learned length for each row of the weight"),
+    "pissa": Method("pissa", "LoRA that begins at the largest singular values of the weight"),
+    "loftq": Method("loftq", "LoRA that begins by making up for the error of 4 bits", base="packed"),
+    "lora-fa": Method("lora_fa", "LoRA whose A stays as it was drawn"),
+    "head": Method("freeze", "the head alone, on frozen features"),
+    "bias": Method("freeze", "the head and every bias (BitFit)"),
+    "norm": Method("freeze", "the head and the layer norms"),
+    "last-K": Method("freeze", "the head and the last K layers", base="unpacked"),
+}
+
+
+def method_named(name: str) -> Method | None:
+    """The method that `--method` calls `name`, or None where there is none of this name."""
+    if name in METHODS and not name.endswith("-K"):
+        return METHODS[name]
+    if re.fullmatch(r".*-[1-9][0-9]{0,5}", name):
+        return METHODS.get(f"{name.rpartition('-')[0]}-K")
+    return None
