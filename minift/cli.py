@@ -109,7 +109,7 @@ def check(config: CheckConfig) -> int:
     from .data import tokenizer as tokenizers
     from .data.check import check as run
 
-    tokenizer = tokenizers.load(hub.resolve(config.model)) if config.model else None
+    tokenizer = tokenizers.read_tokenizer(hub.resolve(config.model)) if config.model else None
     report = run(
         config.data,
         config.task,

@@ -170,7 +170,7 @@ class Stream:
         raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
 
 
-def stream(
+def stream_examples(
     path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
 ) -> Stream:
     """The examples of a file, or of a folder laid out as folder/class/*.txt (`columns` has no meaning there).
@@ -189,11 +189,11 @@ def stream(
     return Stream(path, read_once, "found no rows; expected at least one example")
 
 
-def read(
+def read_examples(
     path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
 ) -> list[Example]:
-    """stream(), all at once."""
-    return list(stream(path, columns, need_label, header, max_line))
+    """stream_examples(), all at once."""
+    return list(stream_examples(path, columns, need_label, header, max_line))
 
 
 def split(examples: list, fraction: float, seed: int) -> tuple[list, list]:

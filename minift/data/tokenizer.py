@@ -162,12 +162,12 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def is_there(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer's files."""
     return any(all((folder / name).is_file() for name in names) for names in BUILDERS)
 
 
-def load(folder: str | Path) -> Tokenizer:
+def read_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder. All is read now, so the folder may go. Raises InputError."""
     folder = Path(folder)
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..data.batch import Batch, Sequence
 from ..data.examples import Example
-from ..data.examples import read as read
-from ..data.examples import stream as stream
 from ..data.labels import label_ids
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
