@@ -106,13 +106,13 @@ def write(rows: Iterable[dict], path: str) -> None:
 def check(config: CheckConfig) -> int:
     """Prints every fault as it is met, then the report."""
     from .checkpoints import hub
-    from .data import tokenizer as tokenizers
-    from .data.check import check as run
+    from .data.check import check_file
+    from .tasks import TASKS
 
-    tokenizer = tokenizers.read_tokenizer(hub.resolve(config.model)) if config.model else None
-    report = run(
+    tokenizer = hub.read_tokenizer_of(config.model) if config.model else None
+    report = check_file(
         config.data,
-        config.task,
+        TASKS[config.task].CHECKS,
         valid=config.valid,
         columns=config.columns,
         header=config.header,

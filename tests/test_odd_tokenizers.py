@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
+from minift.checkpoints.hub import read_tokenizer_of
 from minift.data import tokenizer
 from minift.data.passages import Passage
 from minift.errors import InputError
@@ -81,7 +82,7 @@ def make_gpt2(folder, template=None):
 
 
 def assert_as_transformers(folder, texts=TEXTS):
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), tokenizer.read_tokenizer(folder)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer_of(folder)
     assert [t.ids for t in ours.encode(texts)] == theirs(texts)["input_ids"]
     pairs = texts[::-1]
     assert [t.ids for t in ours.encode(texts, pairs)] == theirs(texts, pairs)["input_ids"]

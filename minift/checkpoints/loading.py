@@ -116,7 +116,7 @@ def load_tokenizer(model: Model, given: Path, folder: Path) -> Tokenizer | None:
     found = next((place for place in (given, folder) if tokenizers.has_tokenizer(place)), None)
     if found is None:
         return None
-    tokenizer = tokenizers.read_tokenizer(found)
+    tokenizer = tokenizers.read_tokenizer(found, model.family.TOKENIZER)
     check_tokenizer(tokenizer, model, found)
     declare_end(model, tokenizer, folder)
     return tokenizer

@@ -1,4 +1,7 @@
-"""A model: the body of a family (bert.py, gpt2.py) and, for a task, its head."""
+"""A model: the body of a family (bert.py, gpt2.py) and, for a task, its head.
+
+A family's TOKENIZER is the rules of its tokenizer (data/tokenizer.py), where the checkpoint names no tokenizer_class.
+"""
 
 from dataclasses import replace
 

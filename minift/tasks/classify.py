@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Sequence
+from ..data.check_texts import CHECKS as CHECKS
 from ..data.examples import Example
 from ..data.labels import label_ids
 from ..data.tokenizer import Tokenizer

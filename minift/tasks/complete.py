@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Sequence
+from ..data.check_dialogues import CHECKS as CHECKS
 from ..data.passages import Passage, read_passages, stream_passages
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
