@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> int:
     from .runs import Interrupted, check_out, read_training, set_aside
     from .setup import load_model
     from .tasks import task_named
-    from .training import train as run
+    from .training import train_on
 
     check_out(config)
     whole = read_training(config, config.data)
@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> int:
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:
-        done = run(model, tokenizer, config, *examples)
+        done = train_on(model, tokenizer, config, examples)
     except Interrupted as e:
         say(f"{e}\nto go on: minift train --resume --out {config.out}")
         return 128 + e.number
@@ -106,13 +106,13 @@ def write(rows: Iterable[dict], path: str) -> None:
 def check(config: CheckConfig) -> int:
     """Prints every fault as it is met, then the report."""
     from .checkpoints import hub
-    from .data import tokenizer as tokenizers
-    from .data.check import check as run
+    from .data.check import check_file
+    from .tasks import task_named
 
-    tokenizer = tokenizers.load(hub.resolve(config.model)) if config.model else None
-    report = run(
+    tokenizer = hub.read_tokenizer_of(config.model) if config.model else None
+    report = check_file(
         config.data,
-        config.task,
+        task_named(config.task).CHECKS,
         valid=config.valid,
         columns=config.columns,
         header=config.header,

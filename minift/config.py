@@ -273,7 +273,7 @@ class PredictConfig(Config):
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
-    task: str = option("classify", "what it was trained for", choices=("classify",))
+    task: str = option("classify", "what it was trained for", choices=tuple(TASKS))
     data: str = option("", "file of texts (a label, if there, is not looked at)")
     text: str = option("", "one text instead of a file")
     pair: str = option("", "the second sentence of --text")

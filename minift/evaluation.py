@@ -9,6 +9,7 @@ from .config import EvalConfig, PredictConfig
 from .data.batch import Batch, Sequence, pack
 from .data.examples import Example, at, sample
 from .data.tokenizer import Tokenizer
+from .errors import InputError
 from .measure.track import Progress
 from .models import Model, check_length
 from .tasks import task_named
@@ -16,13 +17,29 @@ from .tasks import task_named
 TOKENS = 4096  # at once, where nothing else is asked for
 
 
-def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str, float]:
-    """The task's metrics over the labelled examples in config.data. Raises InputError."""
+def evaluate(
+    model: Model, tokenizer: Tokenizer, config: EvalConfig | list, *, tokens: int = TOKENS, max_length: int = 0
+) -> dict[str, float]:
+    """The task's metrics over labelled examples. Raises InputError.
+
+    config: what to measure, or a list of examples: {"text": ..., "label": ...} or as else the lines of a .jsonl are.
+    tokens, max_length: the options of that name, for a list.
+    """
+    if isinstance(config, list):
+        rows = config
+        config = EvalConfig(tokens=tokens, max_length=max_length)
+    else:
+        rows = None
     config.check()
-    task = task_named(config.task)
+    task = task_named(model.task)
     length = check_length(model, config.max_length)
-    examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
-    labels = task.judge(examples, model, tokenizer)  # a first pass over the file, before anything is computed
+    if rows is None:
+        examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
+    else:
+        examples = task.from_rows(rows)
+
+    # a first pass judges everything, before anything is computed
+    labels = task.judge(examples, model, tokenizer)
     chosen = range(len(labels))
     if config.limit:
         chosen = sample(chosen, config.limit, config.seed)
@@ -34,19 +51,35 @@ def evaluate(model: Model, tokenizer: Tokenizer, config: EvalConfig) -> dict[str
     return result
 
 
-def predict(model: Model, tokenizer: Tokenizer, config: PredictConfig) -> Iterator[dict]:
-    """The task's prediction for config.text, or for each example in config.data, in order. Raises InputError."""
+def predict(
+    model: Model, tokenizer: Tokenizer, config: PredictConfig | list, *, tokens: int = TOKENS, max_length: int = 0
+) -> Iterator[dict] | list[dict]:
+    """The task's prediction for each example, in order. Raises InputError.
+
+    config: what to predict, of which the predictions come one by one; or a list of texts, ("text", "its pair"), or as
+    else the lines of a .jsonl are, of which they come in a list. tokens, max_length: the options, for a list.
+    """
+    task = task_named(model.task)
+    if task.predictions is None:
+        raise InputError(f"a model for the task {model.task} predicts nothing; expected `generate`")
+    if isinstance(config, list):
+        examples = task.from_rows(config, labelled=False)
+        return list(predictions(model, tokenizer, examples, check_length(model, max_length), tokens))
     config.check()
-    task = task_named(config.task)
-    length = check_length(model, config.max_length)
     if config.text:
         examples = [Example(config.text, config.pair or None, None, "--text")]
     else:
         examples = task.stream(config.data, config.columns, False, config.header, config.max_line)
+    return predictions(model, tokenizer, examples, check_length(model, config.max_length), config.tokens)
+
+
+def predictions(model: Model, tokenizer: Tokenizer, examples: Iterable, max_length: int, tokens: int) -> Iterator[dict]:
+    """The prediction for each example, some of them computed at a time."""
+    task = task_named(model.task)
     labels = task.judge(examples, model, tokenizer, labelled=False)  # every fault is told before the first prediction
-    sequences = task.encoded(examples, labels, model, tokenizer, length)
+    sequences = task.encoded(examples, labels, model, tokenizer, max_length)
     progress = Progress(len(labels), "example")
-    for batch in batches(sequences, config.tokens):
+    for batch in batches(sequences, tokens):
         with torch.inference_mode():
             found = task.predictions(model, batch.to(model.device))
         yield from found

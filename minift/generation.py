@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import GenerateConfig
 from .data.batch import Batch, Sequence, pack
 from .data.lines import Faults
-from .data.passages import Passage, stream_passages
+from .data.passages import Passage, passages_from, stream_passages
 from .data.tokenizer import Tokenizer
 from .errors import InputError
 from .measure.track import Progress
@@ -45,19 +45,35 @@ class Sampling:
             )
 
 
-def generate(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Iterator[dict]:
-    """{"prompt", "completion"} for config.prompt, or for each prompt in config.data, in order. Raises InputError.
+def generate(
+    model: Model, tokenizer: Tokenizer, config: GenerateConfig | list, **options
+) -> Iterator[dict] | list[dict]:
+    """{"prompt", "completion"} for each prompt, in order. Raises InputError.
 
+    config: what to complete, of which the completions come one by one; or a list of prompts, of which they come in a
+    list: generate(model, tokenizer, ["The capital of Peru is"], max_tokens=8). options: fields of GenerateConfig.
     The prompt of a chat is its whole history, tokenised as in training; an empty one is end-of-text. All are judged
     before the first is completed.
     """
+    if isinstance(config, list):
+        prompts = passages_from(config, need_label=False)
+        config = GenerateConfig(prompt="of a list", **options)
+        config.check()
+        return list(completions(model, tokenizer, prompts, config))
     config.check()
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
-    stops = ends_of_text(model, tokenizer)
     if config.prompt:
         prompts = [Passage(((config.prompt, False),), "--prompt")]
     else:
         prompts = stream_passages(config.data, need_label=False, max_line=config.max_line)
+    return completions(model, tokenizer, prompts, config)
+
+
+def completions(
+    model: Model, tokenizer: Tokenizer, prompts: Iterable[Passage], config: GenerateConfig
+) -> Iterator[dict]:
+    """What `generate` gives, one by one."""
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    stops = ends_of_text(model, tokenizer)
     count = judge(prompts, model, tokenizer)
     progress = Progress(count, "prompt")
     for number, (prompt, ids, _) in enumerate(tokens_of(prompts, model, tokenizer)):

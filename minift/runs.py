@@ -21,7 +21,7 @@ from .errors import InputError
 from .evaluation import measure
 from .measure.track import check_loggers, say
 from .models import Model, check_length
-from .setup import Job, choose_engine, default_tokens, make_job
+from .setup import Job, choose_engine, default_tokens, make_job, require_task
 from .tasks import task_named
 
 
@@ -56,21 +56,31 @@ def set_aside(config: TrainConfig, examples: list) -> tuple[list, list]:
     return sample(examples, config.limit, config.seed) if config.limit else examples, valid
 
 
+def from_lists(model: Model, config: TrainConfig, examples: list, valid: list | None) -> tuple[list, list]:
+    """(training, validation) examples from lists in Python. Raises InputError."""
+    task = task_named(model.task)
+    if valid is None:
+        return set_aside(config, task.from_rows(examples))
+    if config.valid:
+        raise InputError(f"found a list to validate on, and --valid {config.valid!r}; expected one of the two")
+    return task.from_rows(examples), task.from_rows(valid)
+
+
 def prepare_run(
-    model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: list | None, valid: list | None
+    model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tuple[list, list] | None
 ) -> tuple[Job, list[Sequence], list[Sequence]]:
     """(what every step works with, the encoded training examples, the encoded validation examples).
 
     Everything is checked before the run folder is begun. Raises InputError.
     """
+    config = dataclasses.replace(config, task=require_task(model))
     config.check()
     check_out(config)
     check_loggers(config.log)
     engine = choose_engine(config)
     max_length = check_length(model, config.max_length)
     task = task_named(config.task)
-    if examples is None:
-        examples, valid = read_examples(config)
+    examples, valid = examples or read_examples(config)
     sequences = task.encode(examples, model, tokenizer, max_length)
     held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
     if engine.world.first:
@@ -134,7 +144,7 @@ def check_out(config: TrainConfig) -> None:
 def recorded(config: TrainConfig, model: Model) -> TrainConfig:
     """The configuration that the command line would have to be given to repeat this run, one made in Python too."""
     config = dataclasses.replace(config, resume=False, model=config.model or model.source)
-    if not model.adapter or config.method != "full":
+    if not model.adapter or config.method != TrainConfig.method:
         return config
     options = method_file(saved_as(model.adapter.variant)).options(model)
     if any(not layer.frozen.weight.is_floating_point() for layer in wrappers(model).values()):

@@ -111,11 +111,16 @@ def prepare(model: Model, config: TrainConfig | None = None, **options) -> Job:
     options: fields of TrainConfig; those about files have no meaning here. The model goes to the device and is kept
     there as the options say. Raises InputError, and ValueError for a wrong option.
     """
-    config = config or TrainConfig(**options)
+    config = replace(config or TrainConfig(**options), task=require_task(model))
     config.check()
+    return make_job(model, config, choose_engine(config))
+
+
+def require_task(model: Model) -> str:
+    """The task that a model has a head for. Raises InputError where it has none."""
     if model.task is None:
         raise InputError("the model has no head, so there is nothing to learn; expected load(..., task=...)")
-    return make_job(model, config, choose_engine(config))
+    return model.task
 
 
 def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
@@ -131,7 +136,6 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
     engine.world.shard(model, model.family.SHARDED)
     config = replace(
         config,
-        task=model.task,
         lr=config.lr or default_lr(model),
         tokens=config.tokens or default_tokens(model, engine.device),
     )

@@ -25,7 +25,16 @@ from .measure.track import Tracker, make_loggers, peak_memory, result_columns, s
 from .models import Model
 from .ops.again import lean
 from .ops.dropout import Noise
-from .runs import Interrupted, begin_state, check_finite, last_checkpoint, prepare_run, save_checkpoint, validate
+from .runs import (
+    Interrupted,
+    begin_state,
+    check_finite,
+    from_lists,
+    last_checkpoint,
+    prepare_run,
+    save_checkpoint,
+    validate,
+)
 from .setup import Job
 
 
@@ -40,14 +49,21 @@ class Run:
     metrics: dict  # of the best validation, or empty
 
 
-def train(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: list | None = None, valid=None) -> Run:
+def train(
+    model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: list | None = None, valid: list | None = None
+) -> Run:
     """Trains `model` in place as `config` says (its `model` option is only recorded) and writes the run folder.
 
-    examples, valid: what to train and to validate on, where that is no file: as the lines of a .jsonl, in Python.
-    Raises InputError before anything is written, FloatingPointError when the loss is no longer finite, Interrupted
-    after SIGINT or SIGTERM, OSError on a full disk.
+    examples, valid: what to train and to validate on, where config names no files: lists of {"text": ..., "label": ...}
+    or as else the lines of a .jsonl are. Raises InputError before anything is written, FloatingPointError when the loss
+    is no longer finite, Interrupted after SIGINT or SIGTERM, OSError on a full disk.
     """
-    job, sequences, held_out = prepare_run(model, tokenizer, config, examples, valid)
+    return train_on(model, tokenizer, config, None if examples is None else from_lists(model, config, examples, valid))
+
+
+def train_on(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tuple[list, list] | None = None) -> Run:
+    """What `train` does, from (training, validation) examples that were read already."""
+    job, sequences, held_out = prepare_run(model, tokenizer, config, examples)
     return loop(job, tokenizer, sequences, held_out)
 
 

@@ -397,7 +397,7 @@ def test_what_is_left_of_an_example(parts, most):
 
 @pytest.fixture(scope="module")
 def gpt2(assets):
-    return tokenizer.load(assets / "weights/tokenizers/gpt2")
+    return tokenizer.read_tokenizer(assets / "weights/tokenizers/gpt2")
 
 
 def test_tokens_of_pairs(tmp_path, gpt2):
@@ -434,7 +434,7 @@ def test_the_counts_are_those_of_training(assets, gpt2, name):
 
 
 def test_tokens_for_classify_count_the_special_ones(tmp_path, assets):
-    bert = tokenizer.load(assets / "weights/tokenizers/bert-base-uncased")
+    bert = tokenizer.read_tokenizer(assets / "weights/tokenizers/bert-base-uncased")
     rows = [{"text": "one two", "label": 0}, {"text": "one two", "pair": "three", "label": 1}]
     report, _ = judged(write(tmp_path / "d.jsonl", *rows), "classify", tokenizer=bert, max_length=5)
     assert report.lengths.examples == {4: 1, 6: 1} and (report.lengths.cut, report.lengths.tokens) == (1, 9)
@@ -466,7 +466,7 @@ def test_webnlg_training_file(assets):
 
 def test_the_deliberate_oddities_of_the_toy_chat(assets):
     """Five examples: one without a system message, one without a user, one of 8,000 tokens."""
-    gpt2 = tokenizer.load(assets / "weights/tokenizers/gpt2")
+    gpt2 = tokenizer.read_tokenizer(assets / "weights/tokenizers/gpt2")
     path = assets / "data/openai-chat/toy_chat_fine_tuning.jsonl"
     report, _ = judged(path, tokenizer=gpt2, max_length=4096)
     assert report.ok and report.examples == 5 and report.lengths.cut == 1

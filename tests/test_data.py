@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from minift.config import LONGEST, TrainConfig
 from minift.data import lines
 from minift.data.check import check
-from minift.data.examples import Example, read, sample, split
+from minift.data.examples import Example, sample, split
+from minift.data.examples import read_examples as read
 from minift.data.labels import label_ids, label_names
 from minift.data.passages import read_passages
 from minift.errors import InputError
@@ -418,7 +419,7 @@ from minift.errors import InputError
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 try:
-    examples.read(sys.argv[1])
+    examples.read_examples(sys.argv[1])
 except InputError as error:
     assert "--max-line" in str(error)
     print(peak() - before)

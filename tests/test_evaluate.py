@@ -98,7 +98,7 @@ def test_limit_draws_the_same_examples_from_a_stream(tmp_path):
     """As when all were read and encoded first."""
     model, tokenizer = words_of(tmp_path / "bert")
     path = reviews(tmp_path / "d.tsv", 50)
-    chosen = examples.sample(examples.read(path), 13, seed=3)
+    chosen = examples.sample(examples.read_examples(path), 13, seed=3)
     want = measure(model, classify.encode(chosen, model, tokenizer, 40))
     config = minift.EvalConfig(data=str(path), limit=13, seed=3)
     assert minift.evaluate(model, tokenizer, config) == pytest.approx(want, rel=1e-6) and want["examples"] == 13

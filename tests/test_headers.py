@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minift.cli import main
 from minift.data.check import check
-from minift.data.examples import read
+from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
 from minift.errors import InputError
 

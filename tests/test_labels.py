@@ -16,7 +16,7 @@ import minift
 from minift.checkpoints import saving
 from minift.cli import main
 from minift.data.check import check
-from minift.data.examples import read
+from minift.data.examples import read_examples as read
 from minift.data.labels import label_names, look_alikes
 from minift.errors import InputError
 

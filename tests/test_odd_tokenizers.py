@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
+from minift.checkpoints.hub import read_tokenizer_of
 from minift.data import tokenizer
 from minift.data.passages import Passage
 from minift.errors import InputError
@@ -81,7 +82,7 @@ def make_gpt2(folder, template=None):
 
 
 def assert_as_transformers(folder, texts=TEXTS):
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), tokenizer.load(folder)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), read_tokenizer_of(folder)
     assert [t.ids for t in ours.encode(texts)] == theirs(texts)["input_ids"]
     pairs = texts[::-1]
     assert [t.ids for t in ours.encode(texts, pairs)] == theirs(texts, pairs)["input_ids"]
@@ -158,7 +159,7 @@ def test_tokens_beside_tokenizer_json(bert, tmp_path, family, form):
 def test_an_id_that_the_vocabulary_does_not_leave(bert):
     write(bert, tokenizer_config={"added_tokens_decoder": {"90": SPECIAL | {"content": "<x>"}}})
     with pytest.raises(InputError, match="gives '<x>' the id 90; the vocabulary leaves 24"):
-        tokenizer.load(bert)
+        tokenizer.read_tokenizer(bert)
 
 
 @pytest.mark.parametrize("cls", ["BertJapaneseTokenizer", "HerbertTokenizer", "XLMTokenizer"])
@@ -167,12 +168,12 @@ def test_a_class_of_other_rules_is_named(bert, tmp_path, cls):
     (bert / "tokenizer.json").unlink()
     write(bert, tokenizer_config={"tokenizer_class": cls})
     with pytest.raises(InputError, match=f"tokenizer_class is {cls}"):
-        tokenizer.load(bert)
+        tokenizer.read_tokenizer(bert)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     write(tmp_path, vocab={"<|endoftext|>": 0, "a": 1})
     (bert / "vocab.txt").unlink()
     with pytest.raises(InputError, match=f"tokenizer_class is {cls}"):
-        tokenizer.load(tmp_path)
+        tokenizer.read_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_that_ends_in_empty_lines(bert):
@@ -216,7 +217,7 @@ def test_dropout_of_merges_is_off(tmp_path):
     content["model"]["vocab"]["ab"] = 258
     content["model"]["merges"] = [["a", "b"]]
     write(tmp_path, tokenizer=content)
-    ours = tokenizer.load(tmp_path)
+    ours = tokenizer.read_tokenizer(tmp_path)
     assert len({tuple(ours.encode(["ab" * 20])[0].ids) for _ in range(10)}) == 1
 
 
@@ -327,7 +328,7 @@ def test_no_end_at_all(tmp_path):
     content["added_tokens"] = []
     write(tmp_path, tokenizer=content)
     with pytest.raises(InputError, match="no token that ends a completion; expected an eos_token_id"):
-        complete.end_of_text(None, tokenizer.load(tmp_path))
+        complete.end_of_text(None, tokenizer.read_tokenizer(tmp_path))
 
 
 # files that the library fails at
@@ -376,7 +377,7 @@ def test_rules_that_fail_or_explode_are_refused(bert, change, words):
     spoiled(bert, change)
     if words:
         with pytest.raises(InputError, match=words):
-            tokenizer.load(bert)
+            tokenizer.read_tokenizer(bert)
     else:  # the model has to say what is too large
         peer(BertModel, bert, vocab_size=64)
         with pytest.raises(InputError, match="has ids up to 1000000000|token type 200; expected below 2"):
@@ -426,14 +427,14 @@ def test_deeply_nested_files(bert, name, content):
     (bert / "tokenizer.json").unlink()
     (bert / name).write_text(content)
     with pytest.raises(InputError, match="nested more than 100 levels deep"):
-        tokenizer.load(bert)
+        tokenizer.read_tokenizer(bert)
 
 
 @pytest.mark.parametrize("value", ["yes", 1, [], {}])
 def test_a_switch_that_is_none(bert, value):
     write(bert, tokenizer_config={"do_lower_case": value})
     with pytest.raises(InputError, match="do_lower_case is .*; expected true or false"):
-        tokenizer.load(bert)
+        tokenizer.read_tokenizer(bert)
 
 
 def test_training_with_an_odd_tokenizer(tmp_path):
@@ -453,4 +454,4 @@ def test_training_with_an_odd_tokenizer(tmp_path):
 def test_tokens_that_are_none(bert, name):
     write(bert, tokenizer_config={name: 3})
     with pytest.raises(InputError, match=f"tokenizer_config.json: {name} is 3; expected tokens"):
-        tokenizer.load(bert)
+        tokenizer.read_tokenizer(bert)

@@ -166,7 +166,7 @@ def test_truncation_side(bert, place):
         configure(bert, place, truncation=cut)
     else:
         configure(bert, place, truncation_side="left")
-    ours, theirs = tokenizer.load(bert), transformers.AutoTokenizer.from_pretrained(bert)
+    ours, theirs = tokenizer.read_tokenizer(bert), transformers.AutoTokenizer.from_pretrained(bert)
     text, pair = "the film was good and not dull", "a plot of bad acting is poor"
     for n in range(3, 16):
         limit = dict(truncation=True, max_length=n, return_token_type_ids=True)
@@ -176,13 +176,13 @@ def test_truncation_side(bert, place):
             assert (found.ids, found.types) == (want["input_ids"][0], want["token_type_ids"][0])
     configure(bert, "tokenizer_config.json", truncation_side="middle")
     with pytest.raises(minift.InputError, match="truncation_side is middle; expected left or right"):
-        tokenizer.load(bert)
+        tokenizer.read_tokenizer(bert)
 
 
 def test_empty_lines_inside_a_vocabulary(bert):
     """WorksApplications/SudachiTra 64; pytorch/text 1840; huggingface/transformers 1078: ids shift by one."""
     (bert / "vocab.txt").write_text("\n".join([*VOCABULARY[:8], "", "", *VOCABULARY[8:]]) + "\n")
-    ours, theirs = tokenizer.load(bert), transformers.AutoTokenizer.from_pretrained(bert)
+    ours, theirs = tokenizer.read_tokenizer(bert), transformers.AutoTokenizer.from_pretrained(bert)
     assert [t.ids for t in ours.encode(["the film was good"])] == theirs(["the film was good"])["input_ids"]
     assert ours.id("good") == VOCABULARY.index("good") + 2
 
@@ -205,7 +205,7 @@ def test_an_end_that_the_data_wrote_already(tmp_path):
     """ml-explore/mlx-examples 900; axolotl-ai-cloud/axolotl 1847: learned twice."""
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
-    ours = tokenizer.load(tmp_path)
+    ours = tokenizer.read_tokenizer(tmp_path)
     (s,) = complete.encode([Passage((("a", False), ("b<|endoftext|>", True)), "")], None, ours, 9)
     assert s.ids.tolist() == [0, 1, 2]
 

@@ -17,7 +17,7 @@ from transformers import BertForSequenceClassification
 import minift
 from minift.cli import main
 from minift.data.check import check
-from minift.data.examples import read
+from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
 from minift.data.passages import read_passages
 from minift.errors import InputError

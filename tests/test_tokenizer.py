@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.data.examples import read
-from minift.data.tokenizer import Tokens, load
+from minift.data.examples import read_examples as read
+from minift.data.tokenizer import Tokens, read_tokenizer
 from minift.errors import InputError
 
 FOLDERS = {"bert": "tokenizers/bert-base-uncased", "minilm": "all-MiniLM-L6-v2", "gpt2": "tokenizers/gpt2"}
@@ -29,17 +29,17 @@ def both(request, assets):
     """(our tokenizer, transformers' own)"""
     transformers = pytest.importorskip("transformers")
     folder = assets / "weights" / FOLDERS[request.param]
-    return load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    return read_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def bert(assets):
-    return load(assets / "weights" / FOLDERS["bert"])
+    return read_tokenizer(assets / "weights" / FOLDERS["bert"])
 
 
 @pytest.fixture(scope="module")
 def gpt2(assets):
-    return load(assets / "weights" / FOLDERS["gpt2"])
+    return read_tokenizer(assets / "weights" / FOLDERS["gpt2"])
 
 
 def assert_same(both, texts, pairs=None, max_length=0):
@@ -160,14 +160,14 @@ def copy(source, target, *names):
 @pytest.mark.parametrize("kind, names", [("bert", ["vocab.txt"]), ("gpt2", ["vocab.json", "merges.txt"])])
 def test_vocabulary_files_alone_make_the_same_tokenizer(assets, tmp_path, sentences, entailment, kind, names):
     source = assets / "weights" / FOLDERS[kind]
-    whole, built = load(source), load(copy(source, tmp_path / "old", *names))
+    whole, built = read_tokenizer(source), read_tokenizer(copy(source, tmp_path / "old", *names))
     for args in ((sentences,), (HOSTILE,), entailment, (*entailment, 20)):
         assert built.encode(*args) == whole.encode(*args)
     assert (built.vocab_size, built.id("the")) == (whole.vocab_size, whole.id("the"))
     ids = whole.encode(sentences[:1])[0].ids
     assert built.decode(ids) == whole.decode(ids)
     built.save(tmp_path)  # with a tokenizer.json, which they did not have
-    assert load(tmp_path).encode(sentences) == whole.encode(sentences)
+    assert read_tokenizer(tmp_path).encode(sentences) == whole.encode(sentences)
 
 
 @pytest.mark.parametrize("options", [
@@ -180,7 +180,7 @@ def test_bert_options_are_those_of_tokenizer_config(assets, tmp_path, options):
     transformers = pytest.importorskip("transformers")
     copy(assets / "weights" / FOLDERS["bert"], tmp_path, "vocab.txt")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **options}))
-    assert_same((load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)), HOSTILE)
+    assert_same((read_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)), HOSTILE)
 
 
 def test_gpt2_prefix_space_and_added_tokens(assets, tmp_path, gpt2):
@@ -189,12 +189,12 @@ def test_gpt2_prefix_space_and_added_tokens(assets, tmp_path, gpt2):
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 50258, "<user>": 50257}))
-    ours = load(tmp_path)
+    ours = read_tokenizer(tmp_path)
     assert ours.vocab_size == 50259 and ours.encode(["hello"])[0].ids == gpt2.encode([" hello"])[0].ids
     assert_same((ours, transformers.AutoTokenizer.from_pretrained(tmp_path)), [*HOSTILE, "a<user> b <pad>"])
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 60000}')
     with pytest.raises(InputError, match="added_tokens.json gives '<pad>' the id 60000; the vocabulary leaves 50257"):
-        load(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -205,13 +205,15 @@ def test_what_is_saved_loads_in_transformers(assets, tmp_path, sentences, kind):
         names = ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
         copy(assets / "weights" / FOLDERS[kind], source, *names)
     files = {path.name: path.read_bytes() for path in source.iterdir()}
-    ours = load(source)
+    ours = read_tokenizer(source)
     shutil.rmtree(source)
     ours.encode(sentences, max_length=5)
     (tmp_path / "saved").mkdir()
     ours.save(tmp_path / "saved")
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == files
-    assert_same((load(tmp_path / "saved"), transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")), sentences)
+    assert_same(
+        (read_tokenizer(tmp_path / "saved"), transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")), sentences
+    )
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ def test_no_tokenizer_lists_what_was_looked_for(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")  # without its merges.txt
     for folder in (tmp_path, tmp_path / "gone"):
         with pytest.raises(InputError) as e:
-            load(folder)
+            read_tokenizer(folder)
         assert "expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt" in str(e.value)
         assert str(folder) in str(e.value)
 
@@ -242,7 +244,7 @@ def test_corrupt_files_are_named(tmp_path, files, named):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as e:
-        load(tmp_path)
+        read_tokenizer(tmp_path)
     assert named in str(e.value) and str(tmp_path) in str(e.value)
 
 

@@ -11,8 +11,10 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from ..config import parse_json
-from ..data import tokenizer as tokenizers
+from ..data.tokenizer import FILES as TOKENIZER_FILES
+from ..data.tokenizer import Tokenizer, read_tokenizer
 from ..errors import InputError, short_repr
+from ..models import family_named
 from ..tables import FAMILIES
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
@@ -108,7 +110,7 @@ def download(repo: str, who: str = "") -> Path:
         )
     if config is None:
         raise InputError(f"{who}{repo}: no such folder, and no config.json of it on the hub")
-    for name in (*tokenizers.FILES, "generation_config.json"):
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         fetch(name)
     weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
     if weights and weights.suffix == ".json":
@@ -159,3 +161,15 @@ def read_settings(folder: Path) -> dict:
     if not own:
         del settings["minift"]
     return settings
+
+
+def read_tokenizer_of(source: str | Path) -> Tokenizer:
+    """The tokenizer in a folder or of a hub id, whose model need not be there. Raises InputError."""
+    folder = resolve(source)
+    path = folder / "config.json"
+    settings = parse_json(path.read_bytes(), path) if path.is_file() else {}
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    rules = None
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        rules = family_named(model_type).TOKENIZER
+    return read_tokenizer(folder, rules)

@@ -123,10 +123,10 @@ def settings_with_run(folder: Path, given: Path) -> dict:
 
 def load_tokenizer(model: Model, given: Path, folder: Path) -> Tokenizer | None:
     """The tokenizer of the adapter or, where that has none, of its base; made to fit the model, or refused."""
-    found = next((place for place in (given, folder) if tokenizers.is_there(place)), None)
+    found = next((place for place in (given, folder) if tokenizers.has_tokenizer(place)), None)
     if found is None:
         return None
-    tokenizer = tokenizers.load(found)
+    tokenizer = tokenizers.read_tokenizer(found, model.family.TOKENIZER)
     check_tokenizer(tokenizer, model, found)
     declare_end(model, tokenizer, folder)
     return tokenizer

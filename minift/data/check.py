@@ -3,16 +3,15 @@
 Training stops at the fifth fault; this tells every one, as file:line, what was found and what was expected, and then
 warns of what is legal but seldom meant: duplicates, validation examples among the training ones, texts to be cut.
 
+What a file of one kind should hold stands beside this file: check_texts.py for labelled texts, check_dialogues.py for
+prompts, chats and running text. Each makes `Checks`, by which a task says what its files are.
+
 Memory does not grow with the file but for 32 bytes an example (three 8-byte hashes and its line). A line of LONGEST
 bytes or more is told by its length and never held whole, as in training.
 Two different examples share a hash, and so are called duplicates, with probability n^2 / 2^65: 3 in a million for ten
 million examples.
-
-The formats are those of OpenAI's fine-tuning API (https://platform.openai.com/docs/guides/fine-tuning); what is refused
-follows its cookbook's validator for chat and the `validators` of openai-python 0.x for prompt/completion.
 """
 
-import difflib
 import hashlib
 import textwrap
 from array import array
@@ -27,29 +26,17 @@ import numpy as np
 
 from ..config import LONGEST
 from ..errors import printable, short_repr
-from .columns import parse_columns
-from .examples import check_kind, make_example, rows, text_fault
 from .labels import look_alikes
-from .lines import json_objects, kind_of_file
-from .passages import ROLES, chat_parts, other_form, pieces, weight_fault, weight_of
 from .tokenizer import Tokenizer
 
 FEWEST = 10  # examples; services refuse fewer
-BATCH, CHARACTERS = 256, 1 << 20  # examples, and characters, tokenised at once
+BATCH = 256  # examples tokenised at once
+CHARACTERS = 1 << 20  # the same in characters
 SHOWN = 20  # classes in the report
+PLAIN_TEXT = "plain text"  # the format that has no examples, only pieces: divided and not cut
 
-FORMS = {"chat": ("messages",), "prompt/completion": ("prompt", "completion")}
-CHAT_KEYS = {"tools": list, "functions": list, "parallel_tool_calls": bool}  # optional ones, beside "messages"
-MESSAGE_KEYS = {  # optional ones, beside "role" and "content"; the value of "weight" is judged apart
-    "name": str,
-    "weight": object,
-    "tool_calls": list,
-    "tool_call_id": str,
-    "function_call": dict,
-    "refusal": str,
-}
-MIXED = "no system message, where other examples have one"
-ENDS = "<|endoftext|>"
+
+# ---- what is found ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +44,9 @@ class Item:
     """An example without faults."""
 
     line: int  # in a folder: the number of the file
-    parts: list[tuple[str, bool]]  # texts tokenised apart, and whether they are learned, as in data.Passage
-    prompt: str  # classify: the text, and its pair
-    completion: str  # classify: the label; chat: the last message that is learned
-
-
-# ---- what is found ---------------------------------------------------------------------------------------------------
+    parts: list[tuple[str, bool]]  # texts tokenised apart, and whether they are learned, as in passages.Passage
+    prompt: str  # of labelled texts: the text, and its pair
+    completion: str  # of labelled texts: the label; of a chat: the last message that is learned
 
 
 class Stopped(Exception):
@@ -76,7 +60,8 @@ class Findings:
         self.say = say
         self.faults: Counter[str] = Counter()  # by kind
         self.notes: dict[str, tuple[int, list[int]]] = {}  # warning -> how often, its first lines
-        self.form = ""
+        self.mixed: set[str] = set()  # warnings that are none where they hold of every example
+        self.form = ""  # of the file, named by whoever reads it before the first example
         self.where = ""  # of the last fault: what stands there is no example
 
     def add(self, where: str, message: str, kind: str = "other") -> None:
@@ -95,199 +80,19 @@ class Findings:
         before, lines = self.notes.get(what, (0, []))
         self.notes[what] = before + count, [*lines, line][:3]
 
+    def warn_if_mixed(self, what: str, line: int) -> None:
+        """Something that is worth a warning unless every example is so."""
+        self.mixed.add(what)
+        self.warn(what, line)
+
     def warnings(self, examples: int) -> Iterator[str]:
-        """What to print. That no example at all has a system message is no warning."""
-        if self.notes.get(MIXED, (0,))[0] == examples:
-            self.notes.pop(MIXED, None)
+        """What to print of a file with so many examples."""
         for what, (count, lines) in self.notes.items():
+            if what in self.mixed and count == examples:
+                continue
+            word = "line" if count == 1 else "lines"
             more = ", ..." if count > len(lines) else ""
-            yield f"{what}: {count:,} (line{'s' * (count > 1)} {', '.join(map(str, lines))}{more})"
-
-
-# ---- one example -----------------------------------------------------------------------------------------------------
-
-
-def _check_keys(where: str, prefix: str, row: dict, needed: tuple, optional: dict, found: Findings) -> None:
-    """Unrecognised and missing keys, and the types of the optional ones, where null stands for none."""
-    known, meant = [*needed, *optional], []
-    for key in (key for key in row if key not in known):
-        near = difflib.get_close_matches(key.lower()[:40], [k for k in known if k not in row], 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
-        found.add(where, f"{prefix}unrecognised key, found {short_repr(key)}; {hint}", "unrecognised key")
-        meant += near  # told once: not missing as well
-    for key in (key for key in needed if key not in row and key not in meant):
-        found.add(where, f"{prefix}no key {key!r}; found {short_repr(list(row))}", "missing key")
-    for key, kind in optional.items():
-        if row.get(key) is not None and not isinstance(row[key], kind):
-            _wrong_type(where, prefix + key, row[key], kind.__name__, found)
-
-
-def _wrong_type(where: str, name: str, value: object, expected: str, found: Findings) -> None:
-    found.add(where, f"{name} is {short_repr(value)} ({type(value).__name__}); expected {expected}", "wrong type")
-
-
-def _check_text(where: str, name: str, value: object, found: Findings) -> None:
-    if fault := text_fault("text", value):
-        found.add(where, f"{name} {fault[1]}", fault[0])
-    elif "\0" in value:
-        message = f"{name} has a NUL at character {value.index(chr(0))}; expected text without"
-        found.add(where, message, "NUL character")
-
-
-def _judge_pair(where: str, line: int, row: dict, found: Findings) -> Item | None:
-    """A prompt and its completion. The prompt may be empty: a text to be learned as it stands."""
-    _check_keys(where, "", row, FORMS["prompt/completion"], {}, found)
-    if row.get("prompt", "") != "":
-        _check_text(where, "prompt", row["prompt"], found)
-    if "completion" in row:
-        _check_text(where, "completion", row["completion"], found)
-    if found.where == where:
-        return None
-    prompt, completion = row["prompt"], row["completion"]
-    if ENDS in prompt + completion:
-        found.warn(f"{ENDS} in a text, which is read as that token", line)
-    if prompt.endswith(" "):  # and a space that the model has to say after it would be the second
-        found.warn("prompt ends in a space, which belongs before the first word of the completion", line)
-    if not completion[0].isspace():  # byte-level BPE joins a space to the word after it
-        found.warn("completion does not start with whitespace", line)
-    return Item(line, [(prompt, False), (completion, True)], prompt, completion)
-
-
-def _judge_chat(where: str, line: int, row: dict, found: Findings) -> Item | None:
-    """A list of messages, of which those of the assistant are trained unless their weight is 0."""
-    _check_keys(where, "", row, FORMS["chat"], CHAT_KEYS, found)
-    messages = row.get("messages", [])
-    if not isinstance(messages, list):
-        _wrong_type(where, "messages", messages, "a list of objects", found)
-    elif messages:
-        for i, message in enumerate(messages, 1):
-            _check_message(where, i, message, found)
-        _check_trained(where, messages, found)
-    elif "messages" in row:
-        found.add(where, "messages is []; expected at least one message", "no messages")
-    if found.where == where:
-        return None
-    _warn_of_roles(line, messages, found)
-    parts = chat_parts(where, row, True, found)  # the template is that of training
-    return Item(line, parts, "".join(text for text, _ in parts[:-1]), parts[-1][0])
-
-
-def _check_message(where: str, i: int, message: object, found: Findings) -> None:
-    if not isinstance(message, dict):
-        return _wrong_type(where, f"message {i}", message, "an object with role and content", found)
-    prefix, role = f"message {i}: ", message.get("role")
-    calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
-    silent = calls and message.get("content") is None
-    needed = ("role",) if "content" not in message and silent else ("role", "content")
-    _check_keys(where, prefix, message, needed, MESSAGE_KEYS, found)
-    if "role" in message and role not in ROLES:
-        found.add(where, f"{prefix}role is {short_repr(role)}; expected one of {', '.join(ROLES)}", "unrecognised role")
-    if silent:
-        text = "calls a tool and says nothing; expected content, for only text can be trained"
-        found.add(where, prefix + text, "tool call without text")
-    elif "content" in message:
-        _check_text(where, prefix + "content", message["content"], found)
-    if fault := weight_fault(message):
-        found.add(where, prefix + fault[1], fault[0])
-
-
-def _check_trained(where: str, messages: list, found: Findings) -> None:
-    """Whether anything is learned from this example."""
-    spoken = [m for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
-    if not spoken:
-        roles = [m.get("role") for m in messages if isinstance(m, dict)]
-        text = f"found the roles {short_repr(roles)}; expected at least one message of the assistant"
-        found.add(where, text, "no assistant message")
-    elif all(weight_of(m) == 0 for m in spoken):
-        text = "found weight 0 on every message of the assistant; expected at least one to train"
-        found.add(where, text, "nothing trained")
-
-
-def _warn_of_roles(line: int, messages: list[dict], found: Findings) -> None:
-    roles = [message["role"] for message in messages]
-    if "user" not in roles:
-        found.warn("no message of the user", line)
-    if not {"system", "developer"} & set(roles):
-        found.warn(MIXED, line)
-    if any(ENDS in message["content"] for message in messages):
-        found.warn(f"{ENDS} in a text, which is read as that token", line)
-    if messages[-1]["role"] != "assistant" or not weight_of(messages[-1]):
-        found.warn("messages after the last answer that is learned, which are left out", line)
-    if any(message.get("tool_calls") or message.get("function_call") for message in messages):
-        found.warn("tool calls, which are left out: only text is trained", line)
-
-
-# ---- files -> examples -----------------------------------------------------------------------------------------------
-
-
-def _form(row: dict) -> str:
-    """Which of FORMS an object is by its keys, if need be by keys spelt nearly so; "" for none."""
-    exact = [form for form, keys in FORMS.items() if any(key in row for key in keys)]
-    if exact or other_form(row):
-        return exact[0] if exact else ""
-    words = [key.lower()[:40] for key in list(row)[:20]]
-    near = (form for form, keys in FORMS.items() if any(difflib.get_close_matches(word, keys, 1) for word in words))
-    return next(near, "")
-
-
-def _pairs_or_chats(path: Path, found: Findings, most: int) -> Iterator[Item]:
-    """The first example without faults sets the format of the file; a change is told at the line where it begins."""
-    judges, last = {"chat": _judge_chat, "prompt/completion": _judge_pair}, ""
-    for where, row in json_objects(path, found, most):
-        line, form = int(where.rpartition(":")[2]), _form(row)
-        if not form:
-            text = f"unknown format, found {short_repr(list(row))}; expected either prompt and completion, or messages"
-            found.add(where, text + other_form(row), "unknown format")
-            continue
-        if found.form not in ("", form) and last == found.form:
-            text = f"found the format {form}; expected {found.form}, as in the lines before"
-            found.add(where, text, "mixed formats")
-        last = form
-        if item := judges[form](where, line, row, found):
-            found.form = found.form or form
-            yield item
-
-
-def _plain_text(path: Path, found: Findings, most: int) -> Iterator[Item]:
-    """Pieces of whole lines, the same as training cuts."""
-    found.form = "plain text"
-    for number, text in pieces(path, found, most):
-        yield Item(number, [(text, False)], "", "")
-
-
-def _labelled(path: Path, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
-    """What data.read() reads for classification."""
-    wanted, found.form = parse_columns(columns, need_label=True, header=header), "classes"
-    for number, (where, fields) in enumerate(rows(path, wanted, found, most), 1):
-        example = make_example(where, fields, wanted, found)
-        if example and found.where != where:  # a line that is not UTF-8 is told and then read all the same
-            line = number if path.is_dir() else int(where.rpartition(":")[2])
-            texts = [example.text] if example.pair is None else [example.text, example.pair]
-            yield Item(line, [(text, False) for text in texts], "\n".join(texts), str(example.label))
-
-
-def _items(path: Path, task: str, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
-    """The examples without faults, by task and kind of file."""
-    if task == "classify":
-        items = _labelled(path, columns, header, found, most)
-    else:
-        check_kind(path, task)
-        items = (_plain_text if kind_of_file(path) == ".txt" else _pairs_or_chats)(path, found, most)
-    with suppress(Stopped):
-        yield from items
-
-
-def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Lists of at most BATCH items, ended early by the one that brings them to CHARACTERS."""
-    batch, size = [], 0
-    for item in items:
-        batch.append(item)
-        size += sum(len(text) for text, _ in item.parts)
-        if len(batch) == BATCH or size >= CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield f"{what}: {count:,} ({word} {', '.join(map(str, lines))}{more})"
 
 
 # ---- duplicates and leaks --------------------------------------------------------------------------------------------
@@ -295,6 +100,9 @@ def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+NO_TEXT = _hash("")
 
 
 def _longs() -> array:
@@ -311,16 +119,26 @@ class Seen:
     completions: array = field(default_factory=_longs)
 
     def add(self, item: Item) -> None:
+        """One more example."""
         self.lines.append(item.line)
         self.examples.append(_hash(repr((item.parts, item.completion))))
         self.prompts.append(_hash(item.prompt))
         self.completions.append(_hash(item.completion))
 
 
-def _twins(hashes: array, others: array | None = None) -> tuple[int, int, int]:
-    """How many hashes stood there before, and the indices of the first such pair.
+@dataclass(frozen=True)
+class Matches:
+    """How many examples of a file are like an earlier one, or like one of another file; the indices of the first."""
 
-    others: counts only what has the same hash as the one before it and differs here.
+    count: int
+    first: int = 0  # the earlier one, or the one of this file
+    second: int = 0  # the later one, or the one of the other file
+
+
+def repeated(hashes: array, others: array | None = None) -> Matches:
+    """The examples whose hash stood there before.
+
+    others: counts only those that differ here from the one before them with the same hash.
     """
     values = np.array(hashes, np.uint64)
     order = values.argsort(kind="stable")  # equal ones stay in the order of the file
@@ -329,41 +147,32 @@ def _twins(hashes: array, others: array | None = None) -> tuple[int, int, int]:
         marks = np.array(others, np.uint64)[order]
         again &= marks[1:] != marks[:-1]
     if not again.any():
-        return 0, 0, 0
+        return Matches(0)
     pairs = np.flatnonzero(again)
     first = pairs[order[pairs + 1].argmin()]
-    return len(pairs), int(order[first]), int(order[first + 1])
+    return Matches(len(pairs), int(order[first]), int(order[first + 1]))
 
 
-def _shared(hashes: array, others: array) -> tuple[int, int, int]:
-    """How many of the hashes are among the others, and the indices of the first such pair. That of "" never is."""
-    values, others = np.array(hashes, np.uint64), np.array(others, np.uint64)
-    both = np.flatnonzero(np.isin(values, others) & (values != _hash("")))
-    return (len(both), int(both[0]), int((others == values[both[0]]).argmax())) if len(both) else (0, 0, 0)
+def shared(hashes: array, others: array) -> Matches:
+    """The examples whose hash is among the others. That of "" never counts."""
+    values = np.array(hashes, np.uint64)
+    theirs = np.array(others, np.uint64)
+    both = np.flatnonzero(np.isin(values, theirs) & (values != NO_TEXT))
+    if not len(both):
+        return Matches(0)
+    return Matches(len(both), int(both[0]), int((theirs == values[both[0]]).argmax()))
 
 
-def _repeats(seen: Seen, task: str, unit: str) -> Iterator[str]:
-    """Warnings about examples that are alike."""
-    count, a, b = _twins(seen.examples)
-    if count:
-        yield f"exact duplicates: {count:,} (first: {unit} {seen.lines[b]} repeats {unit} {seen.lines[a]})"
-    if task == "classify":
-        count, a, b = _twins(seen.prompts, seen.completions)
-        if count:
-            yield f"same text, different labels: {count:,} (first: {unit}s {seen.lines[a]} and {seen.lines[b]})"
-    elif len(seen.lines) > 1 and len(set(seen.completions)) == 1:
-        yield "completions are all the same"
-
-
-def _leaks(seen: Seen, valid: Seen, task: str, unit: str) -> Iterator[str]:
-    """Warnings about what the training and the validation file share."""
-    word = "texts" if task == "classify" else "prompts"
-    shared = {"examples": (seen.examples, valid.examples), word: (seen.prompts, valid.prompts)}
-    for what, (mine, others) in shared.items():
-        count, a, b = _shared(mine, others)
-        if count:
-            place = f"{unit} {seen.lines[a]}, there {unit} {valid.lines[b]}"
-            yield f"{what} that are also in the validation file: {count:,} (first: {place})"
+def _leaks(seen: Seen, valid: Seen, prompts: str, unit: str) -> Iterator[str]:
+    """Warnings about what the training and the validation file share; `prompts` is what prompts are called."""
+    matches = {
+        "examples": shared(seen.examples, valid.examples),
+        prompts: shared(seen.prompts, valid.prompts),
+    }
+    for what, found in matches.items():
+        if found.count:
+            place = f"{unit} {seen.lines[found.first]}, there {unit} {valid.lines[found.second]}"
+            yield f"{what} that are also in the validation file: {found.count:,} (first: {place})"
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -389,12 +198,15 @@ class Lengths:
         """An example: the length of each part and whether it is trained."""
         total = sum(n for n, _ in parts)
         most = self.max_length or total
-        trained, left = _trained(parts, total), _trained(parts, most)
+        trained = _trained(parts, total)
+        left = _trained(parts, most)
         self.examples[total] += 1
         self.trained[trained] += 1
-        self.cut += total > most
-        self.cut_tokens += max(0, total - most)
-        self.lost += trained > 0 == left
+        if total > most:
+            self.cut += 1
+            self.cut_tokens += total - most
+        if trained and not left:
+            self.lost += 1
         self.tokens += min(total, most)
         self.targets += left
 
@@ -403,7 +215,8 @@ def _trained(parts: list[tuple[int, bool]], most: int) -> int:
     """Trained tokens among the first `most`. The very first is none: nothing stands before it to predict it from."""
     end = count = 0
     for n, is_trained in parts:
-        count += is_trained * max(0, min(end + n, most) - max(end, 1))
+        if is_trained:
+            count += max(0, min(end + n, most) - max(end, 1))
         end += n
     return count
 
@@ -422,88 +235,103 @@ def summary(histogram: Counter[int]) -> tuple[float, float, float, float, float]
     return quantile(0), quantile(0.5), float(values @ counts / ends[-1]), quantile(0.95), quantile(1)
 
 
-def _count(batch: list[Item], task: str, tokenizer: Tokenizer, lengths: Lengths) -> None:
-    if task == "classify":  # the pair in one sequence, with the special tokens
-        texts = [item.parts[0][0] for item in batch]
-        pairs = [item.parts[1][0] if len(item.parts) > 1 else None for item in batch]
-        for tokens in tokenizer.encode(texts, pairs):
-            lengths.add([(len(tokens.ids), False)])
-        return
-    tokens = iter(tokenizer.encode([text for item in batch for text, _ in item.parts]))
-    for item in batch:  # an end-of-text token follows each part that is learned
-        lengths.add([(len(next(tokens).ids) + learned, learned) for _, learned in item.parts])
-
-
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Report:
-    """What check() found; str() of it is a table of at most 80 columns."""
+    """What check_file() found; str() of it is a table of at most 80 columns."""
 
     name: str
     form: str  # chat, prompt/completion, plain text, classes
     examples: int  # without faults; a plain text: its pieces
     faults: Counter[str]  # by kind, those of the validation file too
     warnings: list[str]
-    labels: Counter[str]  # classify: examples of each class
+    labels: Counter[str]  # examples of each class, where there are classes
     lengths: Lengths | None  # with a tokenizer
     epochs: int
 
     @property
     def ok(self) -> bool:
+        """Whether there are no faults."""
         return not self.faults
 
     def __str__(self) -> str:
-        head = textwrap.wrap(f"{printable(self.name)} ({self.form or 'format unknown'})", 80, subsequent_indent="  ")
-        unit = "pieces" if self.form == "plain text" else "examples"
-        rows = [*head, f"{unit:<12}{self.examples:>12,}  without faults"]
-        rows += [*_listing("faults", self.faults), *_classes(self.labels), *self._tokens()]
-        rows += [f"{'warnings':<12}{len(self.warnings):>12,}"]
+        title = f"{printable(self.name)} ({self.form or 'format unknown'})"
+        unit = "pieces" if self.form == PLAIN_TEXT else "examples"
+        rows = textwrap.wrap(title, 80, subsequent_indent="  ")
+        rows.append(f"{unit:<12}{self.examples:>12,}  without faults")
+        rows.append(f"{'faults':<12}{self.faults.total():>12,}")
+        rows += [f"  {kind:<30}{n:>10,}" for kind, n in self.faults.most_common()]
+        rows += self._classes()
+        rows += self._tokens()
+        rows.append(f"{'warnings':<12}{len(self.warnings):>12,}")
         for warning in self.warnings:
             rows += textwrap.wrap(warning, 80, initial_indent="  - ", subsequent_indent="    ")
         return "\n".join(rows)
 
-    def _tokens(self) -> list[str]:
-        if not self.lengths or not self.lengths.examples:
+    def _classes(self) -> list[str]:
+        if not self.labels:
             return []
-        names, left = ("min", "median", "mean", "p95", "max"), self.lengths
-        rows = [f"{'tokens':<12}{''.join(f'{name:>12}' for name in names)}"]
-        whole = "  a piece" if self.form == "plain text" else "  an example"
-        for what, histogram in {whole: left.examples, "  trained": left.trained}.items():
-            if histogram.keys() != {0}:  # classify and plain text
-                rows.append(f"{what:<12}{''.join(f'{n:>12,.10g}' for n in map(_tenths, summary(histogram)))}")
-        if left.max_length:
-            rows.append(f"cut at {left.max_length:,}: {left.cut:,} of the examples, by {left.cut_tokens:,} tokens")
-        rows.append(f"{left.tokens:,} tokens a pass, {left.tokens * self.epochs:,} in {self.epochs} epochs")
-        if left.targets:
-            rows.append(f"{left.targets:,} trained a pass, {left.targets * self.epochs:,} in {self.epochs} epochs")
+        total = self.labels.total()
+        rows = [f"{'classes':<12}{len(self.labels):>12,}"]
+        for name, n in self.labels.most_common(SHOWN):
+            rows.append(f"  {short_repr(name):<60}{n:>10,}{n / total:>8.1%}")
+        if len(self.labels) > SHOWN:
+            rows.append(f"  ... and {len(self.labels) - SHOWN:,} more")
+        return rows
+
+    def _tokens(self) -> list[str]:
+        lengths = self.lengths
+        if not lengths or not lengths.examples:
+            return []
+        whole = "  a piece" if self.form == PLAIN_TEXT else "  an example"
+        rows = [_row("tokens", ["min", "median", "mean", "p95", "max"]), _statistics(whole, lengths.examples)]
+        if lengths.trained.keys() != {0}:  # as with classes, and with plain text
+            rows.append(_statistics("  trained", lengths.trained))
+        if lengths.max_length:
+            examples = f"{lengths.cut:,} of the examples, by {lengths.cut_tokens:,} tokens"
+            rows.append(f"cut at {lengths.max_length:,}: {examples}")
+        rows.append(f"{lengths.tokens:,} tokens a pass, {lengths.tokens * self.epochs:,} in {self.epochs} epochs")
+        if lengths.targets:
+            trained = lengths.targets * self.epochs
+            rows.append(f"{lengths.targets:,} trained a pass, {trained:,} in {self.epochs} epochs")
         return rows
 
 
-def _tenths(value: float) -> float:
-    return round(value, 1)
+def _statistics(name: str, histogram: Counter[int]) -> str:
+    return _row(name, [f"{round(value, 1):,.10g}" for value in summary(histogram)])
 
 
-def _listing(title: str, counts: Counter[str]) -> list[str]:
-    return [f"{title:<12}{counts.total():>12,}", *(f"  {kind:<30}{n:>10,}" for kind, n in counts.most_common())]
-
-
-def _classes(labels: Counter[str]) -> list[str]:
-    if not labels:
-        return []
-    shown = [(short_repr(name), n) for name, n in labels.most_common(SHOWN)]
-    rows = [f"  {name:<60}{n:>10,}{n / labels.total():>8.1%}" for name, n in shown]
-    more = [f"  ... and {len(labels) - SHOWN:,} more"] if len(labels) > SHOWN else []
-    return [f"{'classes':<12}{len(labels):>12,}", *rows, *more]
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<12}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
 
 
-def check(
+@dataclass(frozen=True)
+class Checks:
+    """What a task says of its files.
+
+    read: (path, --columns, --header, findings, most bytes of a line) -> the examples without faults. It names the
+    format in findings.form before the first. Raises InputError for a file that isn't there or is of an unknown kind.
+    count: (examples, tokenizer, lengths) -> None, adds the tokens of each to the lengths.
+    repeats: (seen, "line" or "file") -> warnings about prompts and completions that are alike.
+    prompts: what prompts are called in a warning. classes: whether the completions are classes, of which there should
+    be two or more.
+    """
+
+    read: Callable[[Path, str, str, Findings, int], Iterator[Item]]
+    count: Callable[[list[Item], Tokenizer, Lengths], None]
+    repeats: Callable[[Seen, str], Iterator[str]]
+    prompts: str
+    classes: bool
+
+
+def check_file(
     path: str | Path,
-    task: str = "complete",
+    checks: Checks,
     *,
     valid: str | Path = "",
     columns: str = "",
@@ -516,67 +344,120 @@ def check(
 ) -> Report:
     """Judge a training file. Every fault is told through `say` as it is met; the report counts them.
 
-    task: complete (JSONL of prompt/completion or of chat messages, or plain text) or classify (what train reads).
+    checks: what the file should hold, as the task says it.
     valid: a validation file, judged too, and searched for what is also in the training file.
-    columns, header, max_line: the options of that name; the first two are for classify.
+    columns, header, max_line: the options of that name; the first two are for labelled texts.
     tokenizer: with one, tokens are counted; max_length: what is longer will be cut, 0: nothing is.
-    Raises InputError for a file that isn't there or is of an unknown kind, ValueError for an unknown task.
+    Raises InputError for a file that isn't there or is of an unknown kind.
     """
-    if task not in ("complete", "classify"):
-        raise ValueError(f"--task is {task!r}; expected complete or classify")
-    path, found, seen, labels, count = Path(path), Findings(say), Seen(), Counter(), 0
-    text = task == "complete" and kind_of_file(path) == ".txt"
-    lengths = Lengths(0 if text else max_length) if tokenizer else None  # a plain text is divided, and not cut
-    empty = True
-    for batch in _batches(_items(path, task, columns, header, found, max_line)):
-        count += len(batch)
-        empty = empty and not any(text.strip() for item in batch for text, _ in item.parts)
-        for item in () if text else batch:
-            seen.add(item)
-        labels.update(item.completion for item in batch if task == "classify")
-        if lengths:
-            _count(batch, task, tokenizer, lengths)
-    _check_whole(printable(str(path)), empty, labels, lengths, text, found)
-    warnings = [*found.warnings(count)] if text else [*_warnings(found, seen, lengths, task, _unit(path))]
-    if valid:
-        theirs = _seen(Path(valid), task, columns, header, found, max_line)
-        warnings += [] if text else _leaks(seen, theirs, task, _unit(path))
-    return Report(path.name, found.form, count, found.faults, warnings, labels, lengths, epochs)
 
+    def read(path: Path, found: Findings) -> Iterator[Item]:
+        with suppress(Stopped):
+            yield from checks.read(path, columns, header, found, max_line)
 
-def _check_whole(
-    name: str, empty: bool, labels: Counter[str], lengths: Lengths | None, text: bool, found: Findings
-) -> None:
-    """Faults that no line has alone: nothing to learn from, one class, two classes that look alike."""
-    if empty and not found.faults:
+    path = Path(path)
+    name = printable(str(path))
+    unit = "file" if path.is_dir() else "line"
+    found = Findings(say)
+    totals = _add_up(read(path, found), found, checks, tokenizer, max_length)
+    lengths = totals.lengths
+    if totals.empty and not found.faults:
         found.add(name, "found no text; expected at least one example", "no examples")
-    elif lengths and lengths.examples and not labels and not (lengths.tokens - 1 if text else lengths.targets):
+    elif lengths and lengths.examples and not checks.classes:
+        _check_learned(name, lengths, found)
+    if checks.classes:
+        _check_classes(name, totals.labels, found)
+    warnings = list(found.warnings(totals.count))
+    if found.form != PLAIN_TEXT:
+        warnings += _warnings(totals.seen, lengths, checks, unit)
+    if valid:
+        theirs = _seen(read, Path(valid), found)
+        if found.form != PLAIN_TEXT:
+            warnings += _leaks(totals.seen, theirs, checks.prompts, unit)
+    return Report(path.name, found.form, totals.count, found.faults, warnings, totals.labels, lengths, epochs)
+
+
+@dataclass
+class Totals:
+    """What a file adds up to, read once."""
+
+    lengths: Lengths | None
+    seen: Seen = field(default_factory=Seen)
+    labels: Counter[str] = field(default_factory=Counter)
+    count: int = 0
+    empty: bool = True  # no example has any text
+
+
+def _add_up(
+    items: Iterator[Item], found: Findings, checks: Checks, tokenizer: Tokenizer | None, max_length: int
+) -> Totals:
+    totals = Totals(Lengths(max_length) if tokenizer else None)
+    for batch in _batches(items):
+        totals.count += len(batch)
+        totals.empty = totals.empty and not any(text.strip() for item in batch for text, _ in item.parts)
+        if tokenizer:
+            if found.form == PLAIN_TEXT:  # it is divided, and not cut
+                totals.lengths.max_length = 0
+            checks.count(batch, tokenizer, totals.lengths)
+        if found.form == PLAIN_TEXT:  # pieces that are alike mean nothing
+            continue
+        for item in batch:
+            totals.seen.add(item)
+        if checks.classes:
+            totals.labels.update(item.completion for item in batch)
+    return totals
+
+
+def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Lists of at most BATCH items, ended early by the one that brings them to CHARACTERS."""
+    batch = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += sum(len(text) for text, _ in item.parts)
+        if len(batch) == BATCH or size >= CHARACTERS:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
+def _check_learned(name: str, lengths: Lengths, found: Findings) -> None:
+    """Whether anything is learned; of a plain text, every token but the first is."""
+    learned = lengths.tokens - 1 if found.form == PLAIN_TEXT else lengths.targets
+    if not learned:
         where = f" at {lengths.max_length:,} tokens" if lengths.max_length else ""
         found.add(name, f"nothing to learn from{where}; expected at least one token that is learned", "nothing trained")
+
+
+def _check_classes(name: str, labels: Counter[str], found: Findings) -> None:
+    """One class, or two classes that look alike."""
     if len(labels) == 1:
         found.add(name, f"found one class, {short_repr(*labels)}; expected two or more", "one class")
     for first, second in look_alikes(labels):
         found.add(name, f"found the labels {first!r} and {second!r}; expected one spelling", "labels that look alike")
 
 
-def _seen(path: Path, task: str, columns: str, header: str, found: Findings, most: int) -> Seen:
+def _warnings(seen: Seen, lengths: Lengths | None, checks: Checks, unit: str) -> Iterator[str]:
+    """Warnings about the examples as a whole."""
+    count = len(seen.lines)
+    if count < FEWEST:
+        yield f"few examples: {count}; services want at least {FEWEST}"
+    twins = repeated(seen.examples)
+    if twins.count:
+        first = f"{unit} {seen.lines[twins.second]} repeats {unit} {seen.lines[twins.first]}"
+        yield f"exact duplicates: {twins.count:,} (first: {first})"
+    yield from checks.repeats(seen, unit)
+    if lengths and lengths.lost:
+        yield f"nothing trained is left at {lengths.max_length:,} tokens: {lengths.lost:,} examples"
+
+
+def _seen(read: Callable[[Path, Findings], Iterator[Item]], path: Path, found: Findings) -> Seen:
     """The examples of the validation file; its faults count, its warnings do not."""
-    other, seen = Findings(found.say), Seen()
-    for item in _items(path, task, columns, header, other, most):
+    other = Findings(found.say)
+    seen = Seen()
+    for item in read(path, other):
         seen.add(item)
     found.faults += other.faults
     return seen
-
-
-def _unit(path: Path) -> str:
-    return "file" if path.is_dir() else "line"
-
-
-def _warnings(found: Findings, seen: Seen, lengths: Lengths | None, task: str, unit: str) -> Iterator[str]:
-    count = len(seen.lines)
-    yield from found.warnings(count)
-    if count < FEWEST:
-        yield f"few examples: {count}; services want at least {FEWEST}"
-    yield from _repeats(seen, task, unit)
-    if lengths and lengths.lost:
-        yield f"nothing trained is left at {lengths.max_length:,} tokens: {lengths.lost:,} examples"

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
 from .columns import Columns, Doubt, find_layout, is_excels_line, parse_columns
-from .lines import Faults, csv_rows, json_objects, kind_of_file, kind_of_place, read_lines, tsv_rows, without_line_end
+from .lines import Faults, csv_rows, json_objects, kind_of_file, read_lines, require_file, tsv_rows, without_line_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,32 +112,15 @@ def _folder(path: Path, faults: Faults, most: int) -> Iterator:
 
 
 READERS = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _table, ".tsv": _table}
-TEXTS = (".jsonl", ".json", ".txt")  # what a language model learns
+KINDS = f"{', '.join(READERS)}, each also with .gz, or a folder with one sub-folder per class"
 
 
-def check_kind(path: Path, task: str) -> None:
-    """Raises InputError unless `path` is a regular file of a kind that the task reads, or for classify a folder."""
-    folder = task == "classify"
-    kinds = READERS if folder else TEXTS
-    shown = printable(str(path))
-    if not path.exists():
-        raise InputError(f"{shown}: no such file or folder")
-    if path.is_dir() and folder:
-        return
-    if not path.is_file():
-        advice = "" if path.is_dir() else " (what a pipe or a device gives has to be written to a file first)"
-        raise InputError(f"{shown}: is {kind_of_place(path)}; expected a regular file{advice}")
-    if kind_of_file(path) not in kinds:
-        expected = ".jsonl, .json or .txt, each also with .gz"
-        if folder:
-            expected = f"{', '.join(READERS)}, each also with .gz, or a folder with one sub-folder per class"
-        raise InputError(f"{shown}: unknown kind of file {kind_of_file(path)!r}; expected {expected}")
-
-
-def rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
+def labelled_rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
     """(where, {role: value}) of every example in a file or a folder. Raises InputError."""
-    check_kind(path, "classify")
-    return _folder(path, faults, most) if path.is_dir() else READERS[kind_of_file(path)](path, wanted, faults, most)
+    require_file(path, READERS, KINDS, folder=True)
+    if path.is_dir():
+        return _folder(path, faults, most)
+    return READERS[kind_of_file(path)](path, wanted, faults, most)
 
 
 class Stream:
@@ -170,7 +153,7 @@ class Stream:
         raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
 
 
-def stream(
+def stream_examples(
     path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
 ) -> Stream:
     """The examples of a file, or of a folder laid out as folder/class/*.txt (`columns` has no meaning there).
@@ -180,20 +163,22 @@ def stream(
     header: whether a table's first row is a header: auto, yes or no. max_line: most bytes of a line, 0: any.
     Raises InputError: file, line, what was found, what was expected.
     """
-    path, wanted = Path(path), parse_columns(columns, need_label, header)
-    check_kind(path, "classify")
+    path = Path(path)
+    wanted = parse_columns(columns, need_label, header)
+    require_file(path, READERS, KINDS, folder=True)
 
     def read_once(faults: Faults) -> Iterator[Example | None]:
-        return (make_example(where, fields, wanted, faults) for where, fields in rows(path, wanted, faults, max_line))
+        rows = labelled_rows(path, wanted, faults, max_line)
+        return (make_example(where, fields, wanted, faults) for where, fields in rows)
 
     return Stream(path, read_once, "found no rows; expected at least one example")
 
 
-def read(
+def read_examples(
     path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
 ) -> list[Example]:
-    """stream(), all at once."""
-    return list(stream(path, columns, need_label, header, max_line))
+    """stream_examples(), all at once."""
+    return list(stream_examples(path, columns, need_label, header, max_line))
 
 
 def split(examples: list, fraction: float, seed: int) -> tuple[list, list]:

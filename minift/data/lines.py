@@ -15,7 +15,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
 from typing import NoReturn
@@ -275,3 +275,20 @@ def tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[
 def kind_of_file(path: Path) -> str:
     """.csv for reviews.csv and reviews.CSV.gz"""
     return PurePath(path.name.lower().removesuffix(".gz")).suffix
+
+
+def require_file(path: Path, kinds: Iterable[str], expected: str, folder: bool = False) -> None:
+    """Raises InputError unless `path` is a regular file of one of these kinds, or a folder where one may stand.
+
+    expected: the kinds in words.
+    """
+    shown = printable(str(path))
+    if not path.exists():
+        raise InputError(f"{shown}: no such file or folder")
+    if path.is_dir() and folder:
+        return
+    if not path.is_file():
+        advice = "" if path.is_dir() else " (what a pipe or a device gives has to be written to a file first)"
+        raise InputError(f"{shown}: is {kind_of_place(path)}; expected a regular file{advice}")
+    if kind_of_file(path) not in kinds:
+        raise InputError(f"{shown}: unknown kind of file {kind_of_file(path)!r}; expected {expected}")

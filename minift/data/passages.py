@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
-from .examples import Stream, check_kind, text_fault
-from .lines import Faults, json_objects, kind_of_file, read_lines
+from .examples import Stream, text_fault
+from .lines import Faults, json_objects, kind_of_file, read_lines, require_file
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PIECE = 1 << 14  # characters of a plain text that make one passage
@@ -39,7 +39,7 @@ def stream_passages(
     if columns or header != "auto":
         option = "--columns" if columns else "--header"
         raise InputError(f"{option} has no meaning here; the keys are prompt and completion, or messages")
-    check_kind(path, "complete")
+    require_passages(path)
     plain = kind_of_file(path) == ".txt"
     if plain and not need_label:
         raise InputError(f"{printable(str(path))}: is running text; expected prompts, in a .jsonl")
@@ -48,6 +48,11 @@ def stream_passages(
         return _plain(path, faults, max_line) if plain else _dialogues(path, need_label, faults, max_line)
 
     return Stream(path, read_once, "found nothing to read; expected at least one example")
+
+
+def require_passages(path: Path) -> None:
+    """Raises InputError unless `path` is a regular file that a language model learns from, by its name."""
+    require_file(path, (".jsonl", ".json", ".txt"), ".jsonl, .json or .txt, each also with .gz")
 
 
 def read_passages(

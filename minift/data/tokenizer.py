@@ -1,8 +1,9 @@
-"""A tokenizer from whatever a checkpoint has: tokenizer.json, BERT's vocab.txt, or GPT-2's vocab.json and merges.txt.
+"""Text to token ids: WordPiece (BERT) and byte-level BPE (GPT-2, RoBERTa).
 
-Where tokenizer.json and tokenizer_config.json disagree, the second holds, as in transformers: a BertTokenizer
-lowercases, strips accents and splits as the settings say (or their defaults), a GPT2Tokenizer adds a space as they say.
-Of any other tokenizer_class, tokenizer.json holds.
+A tokenizer is made of whatever a checkpoint has: tokenizer.json, vocab.txt, or vocab.json and merges.txt. Its `Rules`
+say the rest. They are chosen as transformers 5 does: by the tokenizer_class that the settings name, else they are those
+of the model's family. Where tokenizer.json disagrees with them or with tokenizer_config.json, it gives way. Of a class
+that nobody knows here, tokenizer.json is taken as it is.
 
 Truncation is done here and not by the library. The library keeps what it cuts off: for a pair of long texts, every
 combination of their pieces (3.7 GB for two texts of 2,000 tokens cut to 16); and its truncation is a state of the
@@ -10,9 +11,10 @@ tokenizer, which one call would leave to the next.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tokenizers
 from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
@@ -31,14 +33,11 @@ FILES = (
 )
 BATCH = 1000  # texts handed over at once: the library's encodings take about 100 bytes per token while they live
 GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by Unicode's own
-
-# tokenizer_class without "Tokenizer" and "Fast", of which transformers makes BERT's tokenizer, or GPT-2's
-BERT = ("Bert", "DistilBert", "Electra", "MobileBert", "LayoutLM", "Lxmert", "ConvBert", "SqueezeBert")
-GPT2 = ("GPT2",)
 LARGEST = 10**7  # ids of tokens are below this
 ENDS = ("<|endoftext|>", "[SEP]")  # what ends a text where no eos_token is declared
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRAS = ("additional_special_tokens", "extra_special_tokens")
+SWITCHES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space", "trim_offsets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,8 @@ class Tokenizer:
         self.before = probe.ids[: parts.index(0)]
         self.types = max(probe.type_ids, default=0) + 1
         self.vocab_size = max(*backend.get_vocab().values(), *probe.ids, -1, -1) + 1
-        found = [backend.token_to_id(token) for token in ends if token]
-        self.end = next((i for i in found if i is not None), None)
+        end_ids = [backend.token_to_id(token) for token in ends if token]
+        self.end = next((i for i in end_ids if i is not None), None)
 
     def encode(
         self,
@@ -89,19 +88,21 @@ class Tokenizer:
         Raises InputError if the special tokens alone are more, or if a text is not valid Unicode.
         """
         pairs = pairs or [None] * len(texts)
-        inputs = [text if pair is None else (text, pair) for text, pair in zip(texts, pairs, strict=True)]
-        least = self.backend.num_special_tokens_to_add(any(pair is not None for pair in pairs))
+        has_pair = any(pair is not None for pair in pairs)
+        least = self.backend.num_special_tokens_to_add(has_pair)
         if max_length < 0 or 0 < max_length < least:
             raise InputError(f"--max-length {max_length}: expected at least {least}, the special tokens alone")
+        inputs = []
         for i, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
             _check_unicode(i, text + (pair or ""))
+            inputs.append(text if pair is None else (text, pair))
         tokens = []
         for start in range(0, len(inputs), BATCH):
             try:
-                found = self.backend.encode_batch(inputs[start : start + BATCH], add_special_tokens=special)
+                encodings = self.backend.encode_batch(inputs[start : start + BATCH], add_special_tokens=special)
             except Exception as error:  # the library raises no narrower one
                 raise InputError(f"texts {start} to {start + BATCH}: the tokenizer fails ({error})") from error
-            tokens += [_cut(e, max_length, self.side) for e in found]
+            tokens += [_cut(encoding, max_length, self.side) for encoding in encodings]
         return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -134,155 +135,67 @@ def _cut(encoding: Encoding, max_length: int, side: str = "right") -> Tokens:
 
     side: "left" drops them at the beginnings.
     """
-    ids, types = encoding.ids, encoding.type_ids
+    ids = encoding.ids
+    types = encoding.type_ids
     if not max_length or len(ids) <= max_length:
         return Tokens(ids, types, truncated=False)
     parts = encoding.sequence_ids  # 0 for the text, 1 for its pair, None for special tokens
     left = list(_longest_first(parts.count(0), parts.count(1), max_length - parts.count(None)))
-    kept = []
+    places = range(len(parts))
     if side == "left":
-        parts = parts[::-1]
-    for at, part in enumerate(parts):
+        places = reversed(places)
+    kept = []
+    for at in places:
+        part = parts[at]
         if part is None:
             kept.append(at)
         elif left[part]:
             kept.append(at)
             left[part] -= 1
-    if side == "left":
-        kept = [len(parts) - 1 - at for at in reversed(kept)]
+    kept.sort()
     return Tokens([ids[at] for at in kept], [types[at] for at in kept], truncated=True)
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """Lengths after cutting, as the library's strategy "longest_first" (tokenizers, src/utils/truncation.rs)."""
     short = min(first, second, room // 2)
-    return (short, min(second, room - short)) if first <= second else (min(first, room - short), short)
+    if first <= second:
+        return short, min(second, room - short)
+    return min(first, room - short), short
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+Token = tuple[str, int]  # a special token and its id
+Join = Callable[[Token, Token, dict], object]  # (sep, cls, settings) -> one of tokenizers.processors
 
 
-def is_there(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's files."""
-    return any(all((folder / name).is_file() for name in names) for names in BUILDERS)
+@dataclass(frozen=True)
+class WordPiece:
+    """The rules of a tokenizer that splits words into the pieces of a vocab.txt.
 
+    classes: the tokenizer_class values they stand for, without "Tokenizer" and "Fast".
+    tokens: the special tokens, by the setting that may name others. join: what is put around a text, and a pair.
+    """
 
-def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder. All is read now, so the folder may go. Raises InputError."""
-    folder = Path(folder)
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    names = next((names for names in BUILDERS if files.keys() >= set(names)), None)
-    if names is None:
-        raise InputError(f"{folder}: no tokenizer; expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt")
-    try:
-        settings = _settings(files)
-        kind = _kind(settings, folder, names)
-        backend = BUILDERS[names](files, settings)
-        _follow_settings(backend, settings, kind)
-        _add_tokens(backend, files, settings)
-        _check_rules(backend)
-        if "tokenizer.json" not in files:
-            files["tokenizer.json"] = backend.to_str(pretty=True).encode()
-        side = settings.get("truncation_side") or (backend.truncation or {}).get("direction", "right")
-        if side not in ("left", "right"):
-            raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
-        ends = [_content(settings.get(key)) for key in ("eos_token", "sep_token")]
-        return Tokenizer(backend, files, (ends[0], *ENDS, ends[1]), side)
-    except InputError as error:
-        raise InputError(f"{folder}: no tokenizer can be made of {' and '.join(names)} ({error})") from error
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library raises no narrower one, and its panics are no Exception
-        raise InputError(f"{folder}: no tokenizer can be made of {' and '.join(names)} ({error})") from error
+    classes: tuple[str, ...]
+    tokens: dict[str, str]
+    join: Join
+    files: ClassVar[tuple[str, ...]] = ("vocab.txt",)
 
+    def build(self, files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
+        """From vocab.txt: one token per line, the id is the number of the line."""
+        lines = files["vocab.txt"].decode().rstrip("\r\n").split("\n")  # splitlines() would split at U+2028, a token
+        vocab = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
+        special = _special_tokens(self, settings)
+        if lacking := [special[key] for key in ("unk_token", "cls_token", "sep_token") if special[key] not in vocab]:
+            raise InputError(f"vocab.txt lacks {', '.join(lacking)}")
+        return tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
 
-def _json(files: dict[str, bytes], name: str) -> dict:
-    """The object in a JSON file; a file that is not there is an empty one."""
-    found = parse_json(files.get(name, b"{}"), name)
-    if not isinstance(found, dict):
-        raise InputError(f"{name} does not hold a JSON object")
-    return found
-
-
-def _settings(files: dict[str, bytes]) -> dict:
-    """tokenizer_config.json, with what special_tokens_map.json adds where it names no added tokens itself."""
-    settings = _json(files, "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:
-        settings |= _json(files, "special_tokens_map.json")
-    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"):
-        if not isinstance(settings.get(name, False), (bool, type(None))):
-            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected true or false")
-    for name, kinds in (("added_tokens_decoder", dict), *((name, list | dict) for name in EXTRAS)):
-        if settings.get(name) is not None and not isinstance(settings[name], kinds):
-            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected tokens")
-    return settings
-
-
-def _kind(settings: dict, folder: Path, names: tuple[str, ...]) -> str:
-    """What transformers would make of the files: "bert" or "gpt2"; or "", where tokenizer.json is taken as it is."""
-    path = folder / "config.json"
-    model = parse_json(path.read_bytes(), path) if path.is_file() else {}
-    model = model if isinstance(model, dict) else {}
-    declared = settings.get("tokenizer_class") or model.get("tokenizer_class")
-    if declared is None:
-        default = {"vocab.txt": "bert", "vocab.json": "gpt2"}.get(names[0], model.get("model_type"))
-        return default if default in ("bert", "gpt2") else ""
-    name = str(declared).removesuffix("Fast").removesuffix("Tokenizer")
-    kind = next((kind for kind, known in (("bert", BERT), ("gpt2", GPT2)) if name in known), "")
-    if name == "BertJapanese":
-        raise InputError("tokenizer_class is BertJapaneseTokenizer, which splits words by MeCab; that is not supported")
-    expected = {"vocab.txt": "bert", "vocab.json": "gpt2"}.get(names[0], kind)
-    if kind != expected:
-        raise InputError(f"tokenizer_class is {declared}, whose rules are not known here; expected a tokenizer.json")
-    return kind
-
-
-def _whole(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-
-
-def _wordpiece(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
-    """BERT's, from vocab.txt: one token per line, the id is the number of the line."""
-    lines = files["vocab.txt"].decode().rstrip("\r\n").split("\n")  # splitlines() would split at U+2028, a token
-    vocab = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
-    special = {key: _content(settings.get(key)) or default for key, default in BERT_TOKENS.items()}
-    if lacking := [special[key] for key in ("unk_token", "cls_token", "sep_token") if special[key] not in vocab]:
-        raise InputError(f"vocab.txt lacks {', '.join(lacking)}")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
-    backend.add_special_tokens([token for token in special.values() if token in vocab])
-    return backend
-
-
-def _byte_bpe(files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
-    """GPT-2's, from vocab.json and merges.txt. No special tokens are put around a text."""
-    vocab = _json(files, "vocab.json")
-    largest = max((i for i in vocab.values() if isinstance(i, int)), default=0)
-    if largest >= LARGEST:  # the library counts all that are missing below
-        raise InputError(f"vocab.json has the id {largest}; expected below {LARGEST:,}")
-    lines = files["merges.txt"].decode().split("\n")
-    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.add_special_tokens([token for token in ("<|endoftext|>",) if token in vocab])
-    if settings.get("add_bos_token") or settings.get("add_eos_token"):
-        backend.post_processor = _ends(backend, settings)
-    return backend
-
-
-BERT_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-
-
-def _follow_settings(backend: tokenizers.Tokenizer, settings: dict, kind: str) -> None:
-    """Makes the tokenizer what its class makes of the settings, whatever tokenizer.json said (transformers 5)."""
-    if isinstance(backend.model, models.BPE):
-        backend.model.dropout = None  # else a text would have other tokens each time
-    if kind == "bert" and isinstance(backend.model, models.WordPiece):
+    def follow(self, backend: tokenizers.Tokenizer, settings: dict) -> None:
+        """Makes `backend` what the class makes of the settings, whatever tokenizer.json said."""
+        if not isinstance(backend.model, models.WordPiece):
+            return
         backend.normalizer = normalizers.BertNormalizer(
             clean_text=True,
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
@@ -291,60 +204,264 @@ def _follow_settings(backend: tokenizers.Tokenizer, settings: dict, kind: str) -
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(prefix="##")
-        cls, sep = (_content(settings.get(key)) or BERT_TOKENS[key] for key in ("cls_token", "sep_token"))
-        if lacking := [token for token in (cls, sep) if backend.token_to_id(token) is None]:
-            raise InputError(f"the vocabulary lacks {', '.join(lacking)}")
-        backend.post_processor = processors.BertProcessing(
-            (sep, backend.token_to_id(sep)), (cls, backend.token_to_id(cls))
-        )
-    if kind == "gpt2" and isinstance(backend.model, models.BPE):
+        backend.post_processor = _joined(self, backend, settings)
+
+
+@dataclass(frozen=True)
+class ByteBPE:
+    """The rules of a tokenizer that merges bytes by a vocab.json and a merges.txt.
+
+    classes, tokens, join: as WordPiece has them. Without `join` nothing is put around a text, unless the settings ask
+    for it by add_bos_token and add_eos_token, or tokenizer.json has it.
+    """
+
+    classes: tuple[str, ...]
+    tokens: dict[str, str]
+    join: Join | None = None
+    files: ClassVar[tuple[str, ...]] = ("vocab.json", "merges.txt")
+
+    def build(self, files: dict[str, bytes], settings: dict) -> tokenizers.Tokenizer:
+        """From vocab.json and merges.txt."""
+        vocab = _json(files, "vocab.json")
+        largest = max((i for i in vocab.values() if isinstance(i, int)), default=0)
+        if largest >= LARGEST:  # the library counts all that are missing below
+            raise InputError(f"vocab.json has the id {largest}; expected below {LARGEST:,}")
+        lines = files["merges.txt"].decode().split("\n")
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        if settings.get("add_bos_token") or settings.get("add_eos_token"):
+            backend.post_processor = _ends(backend, _special_tokens(self, settings), settings)
+        return backend
+
+    def follow(self, backend: tokenizers.Tokenizer, settings: dict) -> None:
+        """Makes `backend` what the class makes of the settings, whatever tokenizer.json said."""
+        if not isinstance(backend.model, models.BPE):
+            return
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
         backend.decoder = decoders.ByteLevel()
+        if self.join:
+            backend.post_processor = _joined(self, backend, settings)
 
 
-def _ends(backend: tokenizers.Tokenizer, settings: dict) -> processors.TemplateProcessing:
+Rules = WordPiece | ByteBPE
+
+
+def join_bert(sep: Token, cls: Token, settings: dict) -> processors.BertProcessing:
+    """[CLS] a [SEP], [CLS] a [SEP] b [SEP]; b and what follows it are of type 1."""
+    return processors.BertProcessing(sep, cls)
+
+
+def join_roberta(sep: Token, cls: Token, settings: dict) -> processors.RobertaProcessing:
+    """<s> a </s>, <s> a </s></s> b </s>; all are of type 0."""
+    trim_offsets = settings.get("trim_offsets", True)
+    return processors.RobertaProcessing(sep, cls, trim_offsets, bool(settings.get("add_prefix_space")))
+
+
+BERT = WordPiece(
+    classes=("Bert", "DistilBert", "Electra", "MobileBert", "LayoutLM", "Lxmert", "ConvBert", "SqueezeBert"),
+    tokens={
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    },
+    join=join_bert,
+)
+GPT2 = ByteBPE(
+    classes=("GPT2",),
+    tokens={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+)
+ROBERTA = ByteBPE(
+    classes=("Roberta", "Longformer", "Bart", "LED"),
+    tokens={
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "mask_token": "<mask>",
+    },
+    join=join_roberta,
+)
+KNOWN = (BERT, GPT2, ROBERTA)
+
+
+def _special_tokens(rules: Rules | None, settings: dict) -> dict[str, str]:
+    """Each special token by the name of its setting: what the settings say, else what the rules say."""
+    tokens = dict(rules.tokens) if rules else {}
+    for key in NAMED:
+        if token := _content(settings.get(key)):
+            tokens[key] = token
+    return tokens
+
+
+def _joined(rules: Rules, backend: tokenizers.Tokenizer, settings: dict) -> object:
+    """The post-processor of rules that put special tokens around a text."""
+    special = _special_tokens(rules, settings)
+    ids = {special[key]: backend.token_to_id(special[key]) for key in ("cls_token", "sep_token")}
+    if lacking := [token for token, id in ids.items() if id is None]:
+        raise InputError(f"the vocabulary lacks {', '.join(lacking)}")
+    sep = special["sep_token"]
+    cls = special["cls_token"]
+    return rules.join((sep, ids[sep]), (cls, ids[cls]), settings)
+
+
+def _ends(backend: tokenizers.Tokenizer, special: dict[str, str], settings: dict) -> processors.TemplateProcessing:
     """What add_bos_token and add_eos_token put around a text, where there is no tokenizer.json to say so."""
-    bos, eos = (
-        _content(settings.get(f"{end}_token")) or "<|endoftext|>" if settings.get(f"add_{end}_token") else None
-        for end in ("bos", "eos")
-    )
-    ids = {token: backend.token_to_id(token) for token in (bos, eos) if token}
-    if None in ids.values():
-        raise InputError(f"add_bos_token or add_eos_token is true, but the vocabulary lacks {bos or eos}")
-    before, after = f"{bos}:0 " if bos else "", f" {eos}:0" if eos else ""
-    return processors.TemplateProcessing(
-        single=f"{before}$A:0{after}",
-        pair=f"{before}$A:0{after} {before.replace(':0', ':1')}$B:1{after.replace(':0', ':1')}".replace("  ", " "),
-        special_tokens=list(ids.items()),
-    )
+    bos = [special["bos_token"]] if settings.get("add_bos_token") else []
+    eos = [special["eos_token"]] if settings.get("add_eos_token") else []
+    ids = {token: backend.token_to_id(token) for token in bos + eos}
+    for token, id in ids.items():
+        if id is None:
+            raise InputError(f"add_bos_token or add_eos_token is true, but the vocabulary lacks {token}")
+    first = [*(f"{token}:0" for token in bos), "$A:0", *(f"{token}:0" for token in eos)]
+    second = [*(f"{token}:1" for token in bos), "$B:1", *(f"{token}:1" for token in eos)]
+    return processors.TemplateProcessing(single=first, pair=first + second, special_tokens=list(ids.items()))
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, files: dict[str, bytes], settings: dict) -> None:
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+WHOLE = ("tokenizer.json",)
+SOURCES = (WHOLE, WordPiece.files, ByteBPE.files)  # the first of these that a folder has is read
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any(all((folder / name).is_file() for name in names) for names in SOURCES)
+
+
+def read_tokenizer(folder: str | Path, rules: Rules | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. All is read now, so the folder may go. Raises InputError.
+
+    rules: what the model's family declares; they hold where the folder names no tokenizer_class.
+    """
+    folder = Path(folder)
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    names = next((names for names in SOURCES if files.keys() >= set(names)), None)
+    if names is None:
+        raise InputError(f"{folder}: no tokenizer; expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt")
+    try:
+        settings = _settings(files)
+        rules = _choose_rules(settings, folder / "config.json", names, rules)
+        return _make_tokenizer(files, names, settings, rules)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises no narrower one, and its panics are no Exception
+        raise InputError(f"{folder}: no tokenizer can be made of {' and '.join(names)} ({error})") from error
+
+
+def _json(files: dict[str, bytes], name: str) -> dict:
+    """The object in a JSON file; a file that is not there is an empty one."""
+    value = parse_json(files.get(name, b"{}"), name)
+    if not isinstance(value, dict):
+        raise InputError(f"{name} does not hold a JSON object")
+    return value
+
+
+def _settings(files: dict[str, bytes]) -> dict:
+    """tokenizer_config.json, with what special_tokens_map.json adds where it names no added tokens itself."""
+    settings = _json(files, "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _json(files, "special_tokens_map.json")
+    for name in SWITCHES:
+        if not isinstance(settings.get(name), bool | None):
+            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected true or false")
+    kinds = {"added_tokens_decoder": dict} | dict.fromkeys(EXTRAS, list | dict)
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name), kind | None):
+            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected tokens")
+    return settings
+
+
+def _choose_rules(settings: dict, config: Path, names: tuple[str, ...], own: Rules | None) -> Rules | None:
+    """The rules for files of these names; None where tokenizer.json is taken as it is.
+
+    own: what holds where no tokenizer_class is named, in tokenizer_config.json or else in config.json.
+    """
+    model = parse_json(config.read_bytes(), config) if config.is_file() else {}
+    declared = settings.get("tokenizer_class")
+    if declared is None and isinstance(model, dict):
+        declared = model.get("tokenizer_class")
+    known = (own, *KNOWN) if own else KNOWN
+    if declared is None:
+        return own if names == WHOLE else next(rules for rules in known if rules.files == names)
+    name = str(declared).removesuffix("Fast").removesuffix("Tokenizer")
+    if name == "BertJapanese":
+        raise InputError("tokenizer_class is BertJapaneseTokenizer, which splits words by MeCab; that is not supported")
+    rules = next((rules for rules in known if name in rules.classes), None)
+    if names != WHOLE and (rules is None or rules.files != names):
+        raise InputError(f"tokenizer_class is {declared}, whose rules are not known here; expected a tokenizer.json")
+    return rules
+
+
+def _make_tokenizer(files: dict[str, bytes], names: tuple[str, ...], settings: dict, rules: Rules | None) -> Tokenizer:
+    if names == WHOLE:
+        backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    else:
+        backend = rules.build(files, settings)
+    if isinstance(backend.model, models.BPE):
+        backend.model.dropout = None  # else a text would have other tokens each time
+    if rules:
+        rules.follow(backend, settings)
+    special = _special_tokens(rules, settings)
+    _add_tokens(backend, files, settings, special)
+    _check_rules(backend)
+    if names != WHOLE:
+        files["tokenizer.json"] = backend.to_str(pretty=True).encode()
+    side = settings.get("truncation_side") or (backend.truncation or {}).get("direction", "right")
+    if side not in ("left", "right"):
+        raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
+    return Tokenizer(backend, files, (special.get("eos_token"), *ENDS, special.get("sep_token")), side)
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, files: dict[str, bytes], settings: dict, special: dict[str, str]
+) -> None:
     """Adds the tokens that stand beside the vocabulary: in three places, of three ages.
 
-    added_tokens_decoder of tokenizer_config.json; else added_tokens.json; and additional_special_tokens.
+    added_tokens_decoder of tokenizer_config.json; else added_tokens.json; and additional_special_tokens. special: those
+    with a name, which are in the vocabulary and are to be found in a text.
     """
     declared = settings.get("added_tokens_decoder")
+    place = "tokenizer_config.json"
     if declared is None:
         declared = {i: token for token, i in _json(files, "added_tokens.json").items()}
         place = "added_tokens.json"
-    else:
-        place = "tokenizer_config.json"
     by_id = {int(i): token for i, token in declared.items()}
     for i, token in sorted(by_id.items()):
-        token = AddedToken(**token) if isinstance(token, dict) else AddedToken(token)
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if isinstance(token, dict):
+            token = AddedToken(**token)
+        else:
+            token = AddedToken(token, normalized=True, special=token in special.values())
+        if token.special:
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])
         left = backend.token_to_id(token.content)
         if left != i:
             raise InputError(f"{place} gives {token.content!r} the id {i}; the vocabulary leaves {left}")
-    lists = [settings.get(key) or () for key in EXTRAS]
-    extras = [token for some in lists for token in (some.values() if isinstance(some, dict) else some)]
-    named = [_content(settings.get(key)) for key in NAMED]
-    known = {token for token in named if token and backend.token_to_id(token) is not None}
-    new = [AddedToken(_content(token), special=True, normalized=False) for token in extras]
+    new = []
+    for key in EXTRAS:
+        extras = settings.get(key) or []
+        if isinstance(extras, dict):
+            extras = extras.values()
+        new += [AddedToken(_content(token), special=True, normalized=False) for token in extras]
+    for key, token in special.items():
+        if backend.token_to_id(token) is not None:
+            new.append(_named_token(token, settings.get(key)))
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
-    new += [AddedToken(token, special=True) for token in known]
     backend.add_special_tokens([token for token in new if token.content not in there])
+
+
+def _named_token(token: str, declared: object) -> AddedToken:
+    """A special token with what its setting says of the spaces beside it: RoBERTa's <mask> takes those before it."""
+    if not isinstance(declared, dict):
+        return AddedToken(token, special=True)
+    flags = {key: bool(declared.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token, special=True, **flags)
 
 
 def _content(token: object) -> str | None:
@@ -397,6 +514,3 @@ def _templates(rules: dict) -> list[dict]:
     if rules.get("type") == "Sequence":
         return [template for rule in rules["processors"] for template in _templates(rule)]
     return [rules] if rules.get("type") == "TemplateProcessing" else []
-
-
-BUILDERS = {("tokenizer.json",): _whole, ("vocab.txt",): _wordpiece, ("vocab.json", "merges.txt"): _byte_bpe}

@@ -24,6 +24,7 @@ A family is a file here and a line in tables.FAMILIES, under config.json's model
     OTHER_HEADS    a regular expression: tensors of heads for other tasks
     ROLES          what the hub calls the layers that make "query", "key", "value" and lead "down" from the MLP, from
                    which adapters choose their default targets
+    TOKENIZER      the rules of its tokenizer (data/tokenizer.py), where a checkpoint names no tokenizer_class
     SHARDED        modules whose weights are gathered together where they are split over processes
     init_scale(config, name) -> standard deviation of a freshly drawn weight
 

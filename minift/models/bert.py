@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import attention
@@ -186,6 +187,7 @@ HEADS = {"sequence": ClassifyHead}
 SHARDED = (Layer,)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "BertModel"  # of a body without a head
 ASKED = "first"  # the token of a sequence that classification asks about
+TOKENIZER = tokenizer.BERT  # how its tokenizer splits a text, and joins two
 
 # our name -> the hub's, replaced from top to bottom
 RENAME = (

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import attention
@@ -219,6 +220,7 @@ HEADS = {"vocabulary": LMHead, "sequence": ClassifyHead}
 SHARDED = (Attention, MLP)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "GPT2Model"  # of a body without a head
 ASKED = "last"  # the token of a sequence that classification asks about
+TOKENIZER = tokenizer.GPT2  # how its tokenizer splits a text, and joins two
 
 RENAME = (("body.", "transformer."),)  # our name -> the hub's
 PREFIX = "transformer."

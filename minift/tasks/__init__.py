@@ -4,7 +4,8 @@ A task is a file here and a line in tables.TASKS. N tokens, M rows asked about, 
 
     read(path, columns, need_label, header, max_line) -> its examples in a list; stream(...) -> the same, read anew each
         time they are asked for. They raise InputError: file, line, what was found, what was expected
-    CHECK             what `minift check` looks at (data/check.py), or None where it has no check
+    from_rows(rows, labelled) -> the same from a list in Python; labelled: whether what is right has to be there
+    CHECKS            what `minift check` looks at (data/check.py)
     label_names(examples, given) -> the classes of a training set, `given` being --labels; None: the task has none
     judge(examples, model, tokenizer, labelled) -> what `encoded` needs of each example beside it (its label's number),
         in one pass that keeps nothing; raises InputError for examples that this model cannot be asked

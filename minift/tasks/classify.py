@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, Sequence
-from ..data.examples import Example
-from ..data.examples import read as read
-from ..data.examples import stream as stream
+from ..data.check_texts import CHECKS as CHECKS
+from ..data.examples import Example, examples_from, read_examples, stream_examples
 from ..data.labels import label_ids
 from ..data.labels import label_names as label_names
 from ..data.tokenizer import Tokenizer
@@ -30,6 +29,14 @@ PEFT_HEADS = ("classifier", "score")
 COUNTED = "accuracy"
 
 CHUNK = 1000  # texts tokenised at once
+
+read = read_examples
+stream = stream_examples
+
+
+def from_rows(rows: list, labelled: bool = True) -> list[Example]:
+    """The examples in a list: "a text", ("a text", "its pair"), or {"text": ..., "label": ...}."""
+    return examples_from(rows, need_label=labelled)
 
 
 # the head, and what checkpoints say of it

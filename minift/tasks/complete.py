@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, Sequence
-from ..data.passages import Passage, read_passages, stream_passages
+from ..data.check_dialogues import CHECKS as CHECKS
+from ..data.passages import Passage, passages_from, read_passages, stream_passages
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..models import Model
@@ -35,6 +36,11 @@ CHUNK = 1000  # passages tokenised at once
 read = read_passages
 stream = stream_passages
 predictions = None  # `minift generate` completes
+
+
+def from_rows(rows: list, labelled: bool = True) -> list[Passage]:
+    """The passages in a list: {"prompt": ..., "completion": ...} or {"messages": [...]}."""
+    return passages_from(rows, need_label=labelled)
 
 
 # the head, and what checkpoints say of it
