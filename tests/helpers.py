@@ -8,6 +8,8 @@ import transformers
 
 from minift import load
 from minift.data.batch import Sequence
+from minift.data.check import Report, check_file
+from minift.tasks import TASKS
 
 BERT = dict(
     vocab_size=99,
@@ -98,3 +100,8 @@ def reviews(path: Path, n: int, seed: int = 0) -> Path:
         lines.append(f"{' '.join(words)}\t{'praise' if i % 2 else 'blame'}\n")
     path.write_text("".join(lines))
     return path
+
+
+def check(path: Path, task: str = "complete", **options) -> Report:
+    """check_file() as `minift check --task` calls it."""
+    return check_file(path, TASKS[task].CHECKS, **options)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import check
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minift.config import LONGEST, CheckConfig
 from minift.data import passages, tokenizer
-from minift.data.check import LONGEST, Lengths, check, summary
+from minift.data.check import Lengths, summary
 from minift.errors import InputError
 from minift.tasks import complete
 
@@ -239,8 +241,8 @@ def test_wrong_calls(tmp_path):
         check(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="unknown kind of file '.xlsx'; expected .jsonl, .json or .txt"):
         check(write(tmp_path / "d.xlsx"))
-    with pytest.raises(ValueError, match="--task is 'tag'; expected complete or classify"):
-        check(write(tmp_path / "d.jsonl"), "tag")
+    with pytest.raises(ValueError, match="--task is 'tag'; expected classify or complete"):
+        CheckConfig(data="d.jsonl", task="tag").check()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -248,11 +250,13 @@ def test_wrong_calls(tmp_path):
 # VmHWM and not getrusage: ru_maxrss of a new process begins at the size of the one that started it.
 MEASURE = """
 import re, sys
-from minift.data.check import check
+from minift.data import check_dialogues, check_texts
+from minift.data.check import check_file
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-check(sys.argv[1], sys.argv[3], say=lambda text: None)
+checks = {"classify": check_texts.CHECKS, "complete": check_dialogues.CHECKS}[sys.argv[3]]
+check_file(sys.argv[1], checks, say=lambda text: None)
 before = peak()
-check(sys.argv[2], sys.argv[3], say=lambda text: None)
+check_file(sys.argv[2], checks, say=lambda text: None)
 print(peak() - before)
 """
 

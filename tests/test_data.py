@@ -12,12 +12,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers import check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.config import LONGEST, TrainConfig
 from minift.data import lines
-from minift.data.check import check
 from minift.data.examples import Example, sample, split
 from minift.data.examples import read_examples as read
 from minift.data.labels import label_ids, label_names

@@ -6,12 +6,11 @@ Alone: pytest tests/test_headers.py
 import json
 
 import pytest
-from helpers import reviews, small_bert
+from helpers import check, reviews, small_bert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minift.cli import main
-from minift.data.check import check
 from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
 from minift.errors import InputError

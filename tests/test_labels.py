@@ -9,13 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import peer, reviews, small_bert
+from helpers import check, peer, reviews, small_bert
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
 
 import minift
 from minift.checkpoints import saving
 from minift.cli import main
-from minift.data.check import check
 from minift.data.examples import read_examples as read
 from minift.data.labels import label_names, look_alikes
 from minift.errors import InputError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import peer
+from helpers import check, peer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Tokenizer
 
@@ -19,7 +19,6 @@ from minift.cli import main
 from minift.config import GenerateConfig
 from minift.data import examples, passages
 from minift.data.batch import pack
-from minift.data.check import check
 from minift.data.passages import Passage, read_passages
 from minift.errors import InputError
 from minift.tasks import classify, complete

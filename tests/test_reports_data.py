@@ -11,12 +11,11 @@ import json
 
 import pytest
 import torch
-from helpers import peer, reviews, small_bert
+from helpers import check, peer, reviews, small_bert
 from transformers import BertForSequenceClassification
 
 import minift
 from minift.cli import main
-from minift.data.check import check
 from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
 from minift.data.passages import read_passages

@@ -52,11 +52,18 @@ def text_fault(role: str, value: object) -> tuple[str, str] | None:
 
 def _jsonl(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
     for where, row in json_objects(path, faults, most):
-        if missing := wanted.missing(row):
-            message = f"no field {', '.join(missing)}; found {short_repr(list(row))}, expected {wanted}"
-            faults.add(where, message, "missing key")
-        else:
-            yield where, {role: row[key] for role, key in wanted.names.items() if key in row}
+        fields = _fields(where, row, wanted, faults)
+        if fields is not None:
+            yield where, fields
+
+
+def _fields(where: str, row: dict, wanted: Columns, faults: Faults) -> dict | None:
+    """{role: value} of an object, or None with its fault noted."""
+    if missing := wanted.missing(row):
+        message = f"no field {', '.join(missing)}; found {short_repr(list(row))}, expected {wanted}"
+        faults.add(where, message, "missing key")
+        return None
+    return {role: row[key] for role, key in wanted.names.items() if key in row}
 
 
 def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
@@ -179,6 +186,45 @@ def read_examples(
 ) -> list[Example]:
     """stream_examples(), all at once."""
     return list(stream_examples(path, columns, need_label, header, max_line))
+
+
+def make_all(rows: Iterable, make: Callable[[str, object, Faults], object | None]) -> list:
+    """What `make` makes of each of a list's values, called "example 1" and so on. Raises InputError as for a file.
+
+    make: (where, value, faults) -> what it is, or None with its faults noted.
+    """
+    if isinstance(rows, str | bytes | dict):  # these can be gone through too, by letters and keys
+        raise InputError(f"found {short_repr(rows)} ({type(rows).__name__}); expected a list of examples")
+    faults = Faults()
+    made = [make(f"example {number}", row, faults) for number, row in enumerate(rows, 1)]
+    faults.check()
+    if not made:
+        raise InputError("found an empty list; expected at least one example")
+    return made
+
+
+def examples_from(rows: Iterable, columns: str = "", need_label: bool = True) -> list[Example]:
+    """The examples in a list instead of a file: "a text", ("a text", "its pair"), or a dictionary as a line of JSONL.
+
+    columns, need_label: as stream_examples() has them. Raises InputError: which example, what was found and expected.
+    """
+    wanted = parse_columns(columns, need_label)
+    text_key = wanted.names["text"]
+    pair_key = wanted.names.get("pair", "pair")
+
+    def make(where: str, row: object, faults: Faults) -> Example | None:
+        if isinstance(row, str):
+            row = {text_key: row}
+        elif isinstance(row, tuple | list) and len(row) == 2:
+            row = {text_key: row[0], pair_key: row[1]}
+        if not isinstance(row, dict):
+            message = f"found {short_repr(row)} ({type(row).__name__}); expected a text, a pair of texts, or {wanted}"
+            faults.add(where, message, "not an object")
+            return None
+        fields = _fields(where, row, wanted, faults)
+        return None if fields is None else make_example(where, fields, wanted, faults)
+
+    return make_all(rows, make)
 
 
 def split(examples: list, fraction: float, seed: int) -> tuple[list, list]:

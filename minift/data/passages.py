@@ -1,13 +1,13 @@
 """Files -> passages for a language model: prompts with completions, chats, and running text."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
-from .examples import Stream, text_fault
+from .examples import Stream, make_all, text_fault
 from .lines import Faults, json_objects, kind_of_file, read_lines, require_file
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -95,11 +95,37 @@ def _plain(path: Path, faults: Faults, most: int) -> Iterator[Passage]:
 
 def _dialogues(path: Path, need_label: bool, faults: Faults, most: int) -> Iterator[Passage]:
     for where, row in json_objects(path, faults, most):
-        before = len(faults.lines)
-        read_parts = chat_parts if "messages" in row else _prompt
-        parts = read_parts(where, row, need_label, faults)
-        if len(faults.lines) == before:
-            yield Passage(tuple(parts), where)
+        passage = _dialogue(where, row, need_label, faults)
+        if passage:
+            yield passage
+
+
+def _dialogue(where: str, row: dict, need_label: bool, faults: Faults) -> Passage | None:
+    """A prompt or a chat, or None with its faults noted."""
+    before = len(faults.lines)
+    read_parts = chat_parts if "messages" in row else _prompt
+    parts = read_parts(where, row, need_label, faults)
+    return Passage(tuple(parts), where) if len(faults.lines) == before else None
+
+
+def passages_from(rows: Iterable, need_label: bool = True) -> list[Passage]:
+    """The passages in a list instead of a file: dictionaries as the lines of a JSONL have them.
+
+    need_label: as in stream_passages(); where it is False a prompt may also be a string. Raises InputError: which
+    example, what was found, what was expected.
+    """
+    expected = "prompt and completion, or messages" if need_label else "a prompt or messages"
+
+    def make(where: str, row: object, faults: Faults) -> Passage | None:
+        if isinstance(row, str) and not need_label:
+            row = {"prompt": row}
+        if not isinstance(row, dict):
+            message = f"found {short_repr(row)} ({type(row).__name__}); expected a dictionary with {expected}"
+            faults.add(where, message, "not an object")
+            return None
+        return _dialogue(where, row, need_label, faults)
+
+    return make_all(rows, make)
 
 
 OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and how it is converted
