@@ -18,7 +18,8 @@ from .data.tokenizer import Tokenizer
 from .engine import memory
 from .engine.distributed import ALONE, World, join
 from .engine.graph import Graphs
-from .engine.optim import AdamW, make_optimizer
+from .engine.optim import make_optimizer
+from .engine.optimizers import Optimizer, choose_settings, find
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError, printable
 from .layers import Embedding, Linear
@@ -37,7 +38,7 @@ class Job:
 
     model: Model
     config: TrainConfig
-    optimizer: AdamW
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless activations are float16
     world: World = ALONE
     base: dict = field(default_factory=dict)  # resume.fingerprint_base of the model as it was loaded
@@ -110,6 +111,7 @@ def prepare_run(
     config.check()
     check_out(config)
     check_loggers(config.log)
+    settings = choose_settings(config.optimizer, {name: getattr(config, name) for name in ("beta1", "beta2", "eps")})
     device, dtype, world = choose_engine(config)
     max_length = check_length(model, config.max_length)
     encode = TASKS[config.task].encode
@@ -132,8 +134,9 @@ def prepare_run(
         keep_frozen(model, dtype)
     model.body.dtype, model.body.recompute = dtype, config.recompute
     world.shard(model, model.family.SHARDED)
-    config = dataclasses.replace(config, lr=config.lr or default_lr(model), tokens=tokens)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus)
+    lr = config.lr or default_lr(model) * find(config.optimizer).LR
+    config = dataclasses.replace(config, lr=lr, tokens=tokens)
+    optimizer = make_optimizer(model, lr, config.weight_decay, config.lora_plus, config.optimizer, **settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Job(model, config, optimizer, scaler, world, base), sequences, valid
 
@@ -150,6 +153,8 @@ def choose_engine(config: TrainConfig) -> tuple[torch.device, torch.dtype, World
     except ValueError as e:  # --kernels native, and there is no way
         raise InputError(str(e)) from e
     say(f"kernels: {kernels}")
+    if config.graph and not find(config.optimizer).RECORDABLE:
+        raise InputError(f"--graph is True with --optimizer {config.optimizer}, whose updates cannot be recorded")
     if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
         found = f"{str(dtype)[6:]} on {device.type} with {processes}"
         raise InputError(f"--graph is True, with {found}; expected bfloat16 on cuda with 1 process")
@@ -216,7 +221,7 @@ def keep_frozen(model: Model, dtype: torch.dtype) -> None:
 
 
 def default_lr(model: Model) -> float:
-    """The learning rate where none is given: the more of a model is trained, the smaller."""
+    """AdamW's learning rate where none is given: the more of a model is trained, the smaller."""
     if model.adapter:
         return 5e-4
     return 5e-5 if all(p.requires_grad for p in model.parameters()) else 1e-3
