@@ -220,15 +220,19 @@ def check_equal(run, whole) -> None:
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
+@pytest.mark.slow
 @each
 def test_a_run_learns(folder, tmp_path, name):
+    """120 steps of all examples, without dropout: SGD leaves the plateau of so small a model late."""
     data = str(reviews(tmp_path / "train.tsv", 256))
-    model, tokenizer = minift.load(folder / "model", task="classify", labels=["blame", "praise"])
+    model, tokenizer = minift.load(folder / "model", task="classify", labels=["blame", "praise"], dropout=0.0)
     lr = 40 * 5e-5 * optimizers.find(name).LR
     config = minift.TrainConfig(
-        data=data, valid="0.2", out=str(tmp_path / "run"), epochs=8, batch=16, lr=lr, optimizer=name
+        data=data, valid="0.2", out=str(tmp_path / "run"), epochs=30, batch=64, lr=lr, optimizer=name
     )
     assert minift.train(model, tokenizer, config).metrics["accuracy"] > 0.95
+    losses = curve(tmp_path / "run")
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
 
 
 @each
@@ -360,7 +364,7 @@ def change(path, **values) -> None:
 @each
 @pytest.mark.parametrize("what", ["gone", "renamed", "another shape", "another dtype"])
 def test_a_state_that_does_not_fit_is_refused(half, name, what, capsys):
-    """In a checkpoint without checksums, as an older minift wrote them."""
+    """In a checkpoint without checksums. A parameter without any state is one that never had a gradient."""
     run = half(name)
     path = run / "checkpoints/step-9" / checkpoint.MOMENTS
     (path.parent / "minift.json").unlink()
@@ -368,6 +372,9 @@ def test_a_state_that_does_not_fit_is_refused(half, name, what, capsys):
     for key in {key.rpartition("/")[2]: key for key in tensors}.values():  # one of each name
         changed = dict(tensors)
         tensor = changed.pop(key)
+        parameter = key.rpartition("/")[0]
+        if what == "gone" and not any(other.startswith(f"{parameter}/") for other in changed):
+            continue
         if what == "renamed":
             changed[f"{key}_2"] = tensor
         elif what == "another shape":
