@@ -8,6 +8,7 @@ at once.
 # a file each in engine/optimizers/, whose __init__.py says what such a file has
 OPTIMIZERS = {
     "adamw": "Adam with decoupled weight decay",
+    "sgd": "momentum beta1, decay as part of the gradient (default --lr: 100 times AdamW's)",
 }
 
 # a function each in engine/schedules.py
