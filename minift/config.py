@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InputError
-from .tables import METHODS, TASKS, method_named
+from .tables import METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
@@ -41,6 +41,11 @@ OTHER_NAMES = {
     "--warmup-ratio": "--warmup",
     "--lr-scheduler-type": "--schedule",
     "--max-grad-norm": "--clip",
+    "--optim": "--optimizer",
+    "--adam-beta1": "--beta1",
+    "--adam-beta2": "--beta2",
+    "--adam-epsilon": "--eps",
+    "--momentum": "--beta1",
     "--gradient-checkpointing": "--recompute",
     "--lora-r": "--rank",
     "--lora-alpha": "--alpha",
@@ -50,6 +55,9 @@ OTHER_NAMES = {
     "--fp16": "--precision fp16",
     "--bf16": "--precision bf16",
     "--load-in-4bit": "--base nf4",
+    "adam": "adamw",
+    "adamw-torch": "adamw",
+    "adamw-torch-fused": "adamw",
     "classification": "classify",
     "text-classification": "classify",
     "sequence-classification": "classify",
@@ -97,6 +105,12 @@ def is_number(text: str) -> bool:
 def option(default, help: str, choices: tuple = (), at_least=None):
     """A dataclass field that is also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+def choice(default: str, help: str, table: dict[str, str]):
+    """An option that takes a name from a table of tables.py; its help lists them."""
+    listed = "; ".join(f"{name}: {what}" for name, what in table.items())
+    return option(default, f"{help}; {listed}", choices=tuple(table))
 
 
 HEADER = {
@@ -177,12 +191,19 @@ class TrainConfig(Config):
     max_length: int = option(
         0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
     )
+    optimizer: str = choice("adamw", "how gradients update weights", OPTIMIZERS)
+    beta1: float = option(-1.0, "decay rate of the gradients' running mean, 0 to 1; -1: the optimizer's own")
+    beta2: float = option(-1.0, "a second decay rate, where the optimizer has one; -1: the optimizer's own")
+    eps: float = option(-1.0, "keeps the optimizer from dividing by 0, where it divides; -1: the optimizer's own")
     lr: float = option(
-        0.0, "learning rate at its peak; 0: 5e-5 where all is trained, 5e-4 for adapters, 1e-3 for a part", at_least=0
+        0.0,
+        "learning rate at its peak; 0: 5e-5 where all is trained, 5e-4 for adapters, 1e-3 for a part, "
+        "times what --optimizer says",
+        at_least=0,
     )
     warmup: float = option(0.0, "steps of linear warm-up, or below 1 the fraction of all steps", at_least=0)
-    schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
-    weight_decay: float = option(0.0, "AdamW's decay; not for biases and layer norms", at_least=0)
+    schedule: str = choice("linear", "learning rate after the warm-up", SCHEDULES)
+    weight_decay: float = option(0.0, "the optimizer's decay; not for biases and layer norms", at_least=0)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     dropout: float = option(
         -1.0, "one rate for every dropout of the model; -1: the rates of its config.json", at_least=-1
@@ -242,8 +263,11 @@ class TrainConfig(Config):
             raise ValueError("--shard is True with --precision fp16; expected fp32 or bf16")
         if not self.label_smoothing < 1:
             raise ValueError(f"--label-smoothing is {self.label_smoothing!r}; expected at least 0 and below 1")
-        if self.dropout != -1 and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout is {self.dropout!r}; expected -1, or at least 0 and below 1")
+        for flag, value in (("--dropout", self.dropout), ("--beta1", self.beta1), ("--beta2", self.beta2)):
+            if value != -1 and not 0 <= value < 1:
+                raise ValueError(f"{flag} is {value!r}; expected -1, or at least 0 and below 1")
+        if self.eps != -1 and self.eps < 0:
+            raise ValueError(f"--eps is {self.eps!r}; expected -1, or at least 0")
 
 
 @dataclass

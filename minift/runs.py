@@ -21,7 +21,7 @@ from .errors import InputError
 from .evaluation import measure
 from .measure.track import check_loggers, say
 from .models import Model, check_length
-from .setup import Job, choose_engine, default_tokens, make_job, require_task
+from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings, require_task
 from .tasks import task_named
 
 
@@ -77,6 +77,7 @@ def prepare_run(
     config.check()
     check_out(config)
     check_loggers(config.log)
+    optimizer_settings(config)
     engine = choose_engine(config)
     max_length = check_length(model, config.max_length)
     task = task_named(config.task)

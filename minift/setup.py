@@ -16,7 +16,8 @@ from .data.tokenizer import Tokenizer
 from .engine import memory
 from .engine.distributed import ALONE, World, join
 from .engine.graph import Graphs
-from .engine.optim import AdamW, make_optimizer
+from .engine.optim import make_optimizer
+from .engine.optimizers import Optimizer, choose_settings, find
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
@@ -37,7 +38,7 @@ class Job:
     task: ModuleType  # the file of what it learns
     config: TrainConfig
     parameters: list[nn.Parameter]  # those that learn
-    optimizer: AdamW
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless activations are float16
     world: World = ALONE
     base: dict = field(default_factory=dict)  # resume.fingerprint_base of the model as it was loaded
@@ -136,10 +137,11 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
     engine.world.shard(model, model.family.SHARDED)
     config = replace(
         config,
-        lr=config.lr or default_lr(model),
+        lr=config.lr or default_lr(model) * find(config.optimizer).LR,
         tokens=config.tokens or default_tokens(model, engine.device),
     )
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus)
+    settings = optimizer_settings(config)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus, config.optimizer, **settings)
     return Job(
         model=model,
         task=task_named(model.task),
@@ -150,6 +152,12 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
         world=engine.world,
         base=base,
     )
+
+
+def optimizer_settings(config: TrainConfig) -> dict[str, float]:
+    """--beta1, --beta2 and --eps as the optimizer takes them. Raises InputError for one that it does not have."""
+    given = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+    return choose_settings(config.optimizer, given)
 
 
 def choose_engine(config: TrainConfig) -> Engine:
@@ -164,6 +172,8 @@ def choose_engine(config: TrainConfig) -> Engine:
     except ValueError as e:  # --kernels native, and there is no way
         raise InputError(str(e)) from e
     say(f"kernels: {kernels}")
+    if config.graph and not find(config.optimizer).RECORDABLE:
+        raise InputError(f"--graph is True with --optimizer {config.optimizer}, whose updates cannot be recorded")
     if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
         found = f"{str(dtype)[6:]} on {device.type} with {processes}"
         raise InputError(f"--graph is True, with {found}; expected bfloat16 on cuda with 1 process")
@@ -181,7 +191,7 @@ def keep_frozen(model: Model, dtype: torch.dtype) -> None:
 
 
 def default_lr(model: Model) -> float:
-    """The learning rate where none is given: the more of a model is trained, the smaller."""
+    """AdamW's learning rate where none is given: the more of a model is trained, the smaller."""
     if model.adapter:
         return 5e-4
     everything = all(p.requires_grad for p in model.parameters())

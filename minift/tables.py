@@ -45,6 +45,20 @@ METHODS = {
 }
 
 
+# a file each in engine/optimizers/, whose __init__.py says what such a file has
+OPTIMIZERS = {
+    "adamw": "Adam with decoupled weight decay",
+    "sgd": "momentum beta1, decay as part of the gradient (default --lr: 100 times AdamW's)",
+}
+
+# a function each in engine/schedules.py
+SCHEDULES = {
+    "linear": "down to 0 in a straight line",
+    "cosine": "down to 0 along half a cosine",
+    "constant": "stays at its peak",
+}
+
+
 def method_named(name: str) -> Method | None:
     """The method that `--method` calls `name`, or None where there is none of this name."""
     if name in METHODS and not name.endswith("-K"):

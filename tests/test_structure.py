@@ -142,11 +142,32 @@ def test_the_command_works_from_another_folder(tmp_path):
     assert done.returncode == 0 and "train" in done.stdout
 
 
+def chosen_by_name() -> set[str]:
+    """The names in all tables of tables.py, as files and functions are called."""
+    from minift import tables
+
+    found = [table for table in vars(tables).values() if isinstance(table, dict) and "__name__" not in table]
+    return {name.replace("-", "_") for table in found for name in table}
+
+
 def test_the_readme_lists_every_file():
+    """Those that tables.py has a line for are listed there."""
     readme = (ROOT / "README.md").read_text()
     for path in files():
-        name = path.relative_to(PACKAGE).name
-        assert name.startswith("__") or name in readme, f"{name} is not in the README's tree"
+        listed = path.name in readme or path.stem in chosen_by_name()
+        assert path.name.startswith("__") or listed, f"{path.name} is not in the README's tree"
+
+
+def test_every_choice_has_its_file_or_function():
+    from minift import tables
+    from minift.engine import optimizers, schedules
+
+    there = {path.stem for path in (PACKAGE / "engine/optimizers").glob("*.py")} - {"__init__"}
+    assert there == {name.replace("-", "_") for name in tables.OPTIMIZERS}
+    for name in tables.OPTIMIZERS:
+        assert optimizers.find(name).__doc__, name
+    for name in tables.SCHEDULES:
+        assert callable(getattr(schedules, name.replace("-", "_"))), name
 
 
 def test_no_path_of_a_machine_in_the_sources():

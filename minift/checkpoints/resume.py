@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import files
 from ..data.batch import Sequence
 from ..engine.distributed import like, whole
-from ..engine.optim import AdamW
+from ..engine.optimizers import Optimizer
 from ..errors import InputError
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -36,7 +36,7 @@ LATER = {"valid": str, "base": dict, "options": dict}  # of a state; not in one 
 BASE = {"config": dict, "labels": list, "frozen": str}  # what fingerprint_base finds
 
 
-def save(out: Path, model: nn.Module, optimizer: AdamW, state: dict, keep: int, write: bool) -> None:
+def save(out: Path, model: nn.Module, optimizer: Optimizer, state: dict, keep: int, write: bool) -> None:
     """Writes the checkpoint of step state["step"] and removes all but the newest `keep`. Raises OSError (disk full).
 
     write: whether this process does; of a sharded model, all have to give their parts.
@@ -64,7 +64,7 @@ def save(out: Path, model: nn.Module, optimizer: AdamW, state: dict, keep: int, 
         files.remove_files(out / "checkpoints" / f"step-{old}", FILES)
 
 
-def load(folder: Path, model: nn.Module, optimizer: AdamW, check: Callable[[dict], None]) -> dict:
+def load(folder: Path, model: nn.Module, optimizer: Optimizer, check: Callable[[dict], None]) -> dict:
     """Puts a checkpoint into model and optimizer; returns its state.
 
     check: raises InputError where the state is not of this run; called before model and optimizer are touched.
@@ -77,12 +77,13 @@ def load(folder: Path, model: nn.Module, optimizer: AdamW, check: Callable[[dict
     names = dict(trained(model))
     with offering_earlier(folder):
         check_tensors(folder / WEIGHTS, weights, {name: (p.shape, p.dtype) for name, p in names.items()})
-        check_tensors(folder / MOMENTS, moments, expected_moments(names, moments))
+        check_tensors(folder / MOMENTS, moments, expected_moments(names, moments, optimizer))
     for name, p in names.items():
         with torch.no_grad():
             p.copy_(like(weights[name], p))
         mine = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
-        optimizer.state[p] = {k: like(v, p) for k, v in mine.items()}
+        if mine:
+            optimizer.state[p] = {k: like(v, p) for k, v in mine.items()}
     return state
 
 
@@ -132,7 +133,7 @@ def check_state(path: Path, state: object) -> None:
 def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Raises InputError unless a file's tensors have just these names, shapes and dtypes, and finite numbers."""
     if different := sorted(found.keys() ^ expected.keys()):
-        raise InputError(f"{path}: not a checkpoint of this model; different: {', '.join(different[:5])}")
+        raise InputError(f"{path}: not a checkpoint of this model and optimizer; different: {', '.join(different[:5])}")
     for name, tensor in found.items():
         shape, dtype = expected[name]
         if (tensor.shape, tensor.dtype) != (shape, dtype):
@@ -141,16 +142,10 @@ def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, tupl
             raise InputError(f"{path}: {name} has numbers that are not finite")
 
 
-def expected_moments(names: dict[str, nn.Parameter], found: dict[str, Tensor]) -> dict:
+def expected_moments(names: dict[str, nn.Parameter], found: dict[str, Tensor], optimizer: Optimizer) -> dict:
     """Name -> (shape, dtype) of the optimizer's tensors. A parameter that never had a gradient has none."""
-    expected = {}
     updated = {key.rpartition("/")[0] for key in found} & names.keys() or names.keys()
-    for name in updated:
-        p = names[name]
-        expected[f"{name}/step"] = torch.Size(), torch.float32
-        expected[f"{name}/exp_avg"] = p.shape, p.dtype
-        expected[f"{name}/exp_avg_sq"] = p.shape, p.dtype
-    return expected
+    return {f"{name}/{k}": tensor for name in updated for k, tensor in optimizer.expected_state(names[name]).items()}
 
 
 def is_finite(tensor: Tensor) -> bool:

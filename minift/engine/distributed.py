@@ -117,6 +117,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded; it shares its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor` (the whole) on the device of `other`, sharded as that is if it has its shape."""
     if hasattr(other, "device_mesh") and tensor.shape == other.shape:

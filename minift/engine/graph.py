@@ -7,11 +7,11 @@ addresses and sizes, so
 - batches are filled up to few sizes (`fill_up`): tokens with one sequence that nobody asks about, sequences with empty
   ones, rows with some whose target is -1. Nothing that anybody asks about changes;
 - what differs from step to step lies in tensors: the batch, the word of dropout, the number of targets, the learning
-  rate, the numbers of the optimizer;
+  rate, the state of the optimizer;
 - nothing is read back before the end of the step. An update from a loss that is not finite is left out on the device.
 
-Two graphs make a step: forward and backward of a micro-batch, then clipping and AdamW. All share one pool of memory.
-N tokens, M rows, S sequences.
+Two graphs make a step: forward and backward of a micro-batch, then clipping and the update. All share one pool of
+memory. N tokens, M rows, S sequences.
 """
 
 import signal
