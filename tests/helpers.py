@@ -1,11 +1,9 @@
 """What several tests share: command lines run in this process, small random models of transformers written as hub
-folders, sequences and data files for them, and what is asked of a refusal."""
+folders, sequences and data for them, training runs beside transformers'."""
 
 import contextlib
-import gzip
 import io
 import json
-import resource
 import shlex
 import shutil
 import subprocess
@@ -14,10 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from folders import write
 from tokenizers.pre_tokenizers import ByteLevel
 
 import minift
@@ -99,97 +96,6 @@ def metrics(out: Path) -> list[dict]:
 def losses(out: Path) -> list[float]:
     """The training loss of each step of a run."""
     return [step["train/loss"] for step in metrics(out)]
-
-
-# ---- files
-
-
-def put(path: Path, content: str | bytes) -> Path:
-    """A file of this content, compressed if its name ends in .gz."""
-    raw = content if isinstance(content, bytes) else content.encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
-
-
-def jsonl(*rows) -> str:
-    """One line of JSON for each row."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write(path: Path, *rows) -> Path:
-    """A file with one line for each row: a string as it is, a tuple with tabs between its cells, all else as JSON."""
-    lines = []
-    for row in rows:
-        if isinstance(row, tuple):
-            row = "\t".join(map(str, row))
-        lines.append(row if isinstance(row, str) else json.dumps(row))
-    return put(path, "".join(line + "\n" for line in lines))
-
-
-def names_in(folder: Path) -> list[str]:
-    """The names of what is in a folder, sorted."""
-    return sorted(path.name for path in folder.iterdir())
-
-
-def configure(path: Path, **changes) -> None:
-    """Sets fields of a JSON file (a folder stands for its config.json); a value of ... takes the field out."""
-    if path.is_dir():
-        path = path / "config.json"
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    settings = {key: value for key, value in (settings | changes).items() if value is not ...}
-    path.write_text(json.dumps(settings))
-
-
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder's model.safetensors."""
-    return load_file(folder / "model.safetensors")
-
-
-def rewrite(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Puts other tensors into a folder's model.safetensors."""
-    whole = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    save_file(whole, folder / "model.safetensors", {"format": "pt"})
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    """A file system of this size at a new folder; the test skips where none may be mounted."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("no permission to mount a small tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-@contextlib.contextmanager
-def no_file_beyond(size: int):
-    """No file may grow beyond this many bytes, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-# ---- refusals
-
-
-def refused(call, argument, *words, **options) -> str:
-    """The message of the InputError that call(argument, **options) must raise; all the words are in it."""
-    with pytest.raises(minift.InputError) as caught:
-        call(argument, **options)
-    message = str(caught.value)
-    for word in words:
-        assert str(word) in message, message
-    return message
-
-
-def refuse(folder: Path | str, *words, task: str | None = "classify", **options) -> None:
-    """Loading a folder is refused, with all the words in the one message."""
-    refused(minift.load, folder, *words, task=task, **options)
 
 
 # ---- models
@@ -292,14 +198,14 @@ def small_bert(folder: Path, **changes) -> Path:
     return folder
 
 
-END, END_OF_TEXT = 256, "<|endoftext|>"  # of small_gpt2
+EOS, ENDS = 256, "<|endoftext|>"  # of small_gpt2
 
 
 def small_gpt2(folder: Path, cls: type = transformers.GPT2LMHeadModel, more: tuple = (), merges: tuple = (), **changes):
     """A random GPT-2 whose tokens are single bytes, end-of-text, and `more`, which are made by `merges`."""
-    options = dict(vocab_size=257, n_positions=100, bos_token_id=END, eos_token_id=END) | changes
+    options = dict(vocab_size=257, n_positions=100, bos_token_id=EOS, eos_token_id=EOS) | changes
     model = peer(cls, folder, **options)
-    tokens = [*sorted(ByteLevel.alphabet()), END_OF_TEXT, *more]
+    tokens = [*sorted(ByteLevel.alphabet()), ENDS, *more]
     write(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     write(folder / "merges.txt", "#version: 0.2", *merges)
     return model
@@ -324,6 +230,13 @@ def reviews(path: Path, n: int, seed: int = 0) -> Path:
         words.insert(rng.integers(len(words) + 1), rng.choice(judgement))
         rows.append((" ".join(words), label))
     return write(path, *rows)
+
+
+def nf4(**more) -> transformers.BitsAndBytesConfig:
+    """Four bits as ours are, for transformers' models: the heads and the pooler stay in float."""
+    skipped = ["classifier", "bert.pooler.dense", "lm_head"]
+    kinds = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return transformers.BitsAndBytesConfig(**kinds, llm_int8_skip_modules=skipped, **more)
 
 
 # ---- training

@@ -16,20 +16,8 @@ import time
 
 import pytest
 import transformers
-from helpers import (
-    command,
-    fails,
-    losses,
-    metrics,
-    names_in,
-    peer,
-    python,
-    real_gpt2,
-    reviews,
-    small_bert,
-    works,
-    write,
-)
+from folders import names_in, write
+from helpers import command, fails, losses, metrics, peer, python, real_gpt2, reviews, small_bert, works
 
 TRAIN = "train --model {run}/model --data {run}/train.tsv"
 EVAL = "eval --model {run}/runs/a --data {run}/test.tsv --json"

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 import transformers
-from helpers import losses, put, real_gpt2, refused, train, trainer_log, works, write
+from folders import put, refused, write
+from helpers import losses, real_gpt2, train, trainer_log, works
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel

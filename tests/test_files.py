@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import Said, cli, names_in, put, refused, reviews, small_bert, small_disk, small_gpt2, write
+from folders import names_in, put, refused, small_disk, write
+from helpers import Said, cli, reviews, small_bert, small_gpt2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

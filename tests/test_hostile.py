@@ -16,7 +16,8 @@ import time
 import pytest
 import torch
 import transformers
-from helpers import VOCABULARY, configure, peer, small_gpt2, write
+from folders import configure, write
+from helpers import VOCABULARY, peer, small_gpt2
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
@@ -117,9 +118,10 @@ def change_tokenizer(folder, rng):
     if not path.exists():
         return (change_bytes if rng.random() < 0.7 else change_json)(folder, rng, "vocab.json")
     parts = ["normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model", "decoder", "vocabulary"]
-    part, content = rng.choice(parts), json.loads(path.read_text())
+    part, replacement = rng.choice(parts), odd_replacement(rng)
+    content = json.loads(path.read_text())
     if part == "normalizer":
-        content[part] = odd_normalizer(rng)
+        content[part] = {"type": "Sequence", "normalizers": [replacement] * rng.choice([1, 2, 40])}
     elif part == "vocabulary":
         for _ in range(rng.randint(1, 30)):
             content["model"]["vocab"].pop(rng.choice([*content["model"]["vocab"], "[UNK]"]), None)
@@ -134,11 +136,10 @@ def change_tokenizer(folder, rng):
     write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def odd_normalizer(rng):
-    """One that makes texts longer, once or many times, or loops."""
+def odd_replacement(rng):
+    """A step of a normaliser that makes texts longer, or loops."""
     pattern = rng.choice([{"String": "a"}, {"Regex": "."}, {"Regex": ""}])
-    replace = {"type": "Replace", "pattern": pattern, "content": "a" * rng.choice([0, 1, 2, 3, 1000])}
-    return {"type": "Sequence", "normalizers": [replace] * rng.choice([1, 2, 40])}
+    return {"type": "Replace", "pattern": pattern, "content": "a" * rng.choice([0, 1, 2, 3, 1000])}
 
 
 def odd_templates(rng):

@@ -13,22 +13,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from helpers import (
-    configure,
-    logits,
-    names_in,
-    no_file_beyond,
-    peer,
-    put,
-    python,
-    random_ids,
-    refuse,
-    refused,
-    rewrite,
-    sequence,
-    weights_in,
-    write,
-)
+from folders import configure, names_in, no_file_beyond, put, refuse, refused, rewrite, weights_in, write
+from helpers import logits, peer, python, random_ids, sequence
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertForPreTraining,

@@ -9,20 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import (
-    configure,
-    fails,
-    logits,
-    peer,
-    peer_logits,
-    refuse,
-    rewrite,
-    sequence,
-    small_bert,
-    weights_in,
-    works,
-    write,
-)
+from folders import configure, refuse, rewrite, weights_in, write
+from helpers import fails, logits, peer, peer_logits, sequence, small_bert, works
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 

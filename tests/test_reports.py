@@ -9,20 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import (
-    IDS,
-    VOCABULARY,
-    configure,
-    logits,
-    peer,
-    peer_logits,
-    refuse,
-    refused,
-    rewrite,
-    sequence,
-    weights_in,
-    write,
-)
+from folders import configure, refuse, refused, rewrite, weights_in, write
+from helpers import IDS, VOCABULARY, logits, peer, peer_logits, sequence
 from safetensors.torch import load_file, save_file, save_model
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 

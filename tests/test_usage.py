@@ -14,7 +14,8 @@ import time
 
 import pytest
 import torch
-from helpers import Said, arguments, cli, command, fails, put, reviews, small_bert, works
+from folders import put
+from helpers import Said, arguments, cli, command, fails, reviews, small_bert, works
 from safetensors.torch import load_file
 
 from minift.cli import COMMANDS
@@ -238,8 +239,9 @@ def test_a_run_begun_anew_is_another_at_wandb(tmp_path):
 # ---- any option, any value
 
 HOSTILE = [
-    *"nan inf -inf -1 0 1 1e999 1e-999 0x10 1_0".split(), str(2**31), str(2**63), "9" * 40, "", " ", "\\", "'", "x" * 3000,
-    *"( [ * = a= =1 a=b , ,, a,b ü \x1b[31m ../.. / . None true last- last-99 layer.( a=[2 (=3 epoch".split(),
+    "", " ", *"nan inf -inf -1 0 1 1e999 1e-999 0x10 1_0".split(), str(2**31), str(2**63), "9" * 40,
+    *r"( [ * \ = a= =1 a=b , ,, a,b ' ü".split(), "\x1b[31m", "x" * 3000,
+    *"../.. / . None true last- last-99 layer.( a=[2 (=3 epoch".split(),
 ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ MINIFT_ASSETS=../shared python -m pytest tests/parity/test_trainer.py
 import pytest
 import torch
 import transformers
-from helpers import losses, metrics, train, trainer_log, write
+from folders import write
+from helpers import losses, metrics, train, trainer_log
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
 
 import minift
