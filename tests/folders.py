@@ -1,4 +1,4 @@
-"""Files and folders that tests write, change and read back, disks that are full, and what is asked of a refusal."""
+"""Files and folders that tests write, change and read back, disks that are full, and what is said of faults."""
 
 import contextlib
 import gzip
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minift
+from minift.data.check import check
 
 # ---- files and folders
 
@@ -63,6 +64,13 @@ def rewrite(folder: Path, state: dict[str, torch.Tensor]) -> None:
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, one number of which is none."""
+    copy = tensor.clone()
+    copy.view(-1)[0] = torch.nan
+    return copy
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str):
     """A file system of this size at a new folder; the test skips where none may be mounted."""
@@ -86,7 +94,7 @@ def no_file_beyond(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-# ---- refusals
+# ---- faults
 
 
 def refused(call, argument, *words, **options) -> str:
@@ -102,3 +110,10 @@ def refused(call, argument, *words, **options) -> str:
 def refuse(folder: Path | str, *words, task: str | None = "classify", **options) -> None:
     """Loading a folder is refused, with all the words in the one message."""
     refused(minift.load, folder, *words, task=task, **options)
+
+
+def checked(path: Path, *arguments, **options):
+    """(the report of `minift check` on a file, the faults that it told)."""
+    told = []
+    report = check(path, *arguments, say=told.append, **options)
+    return report, told

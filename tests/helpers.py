@@ -101,13 +101,9 @@ def losses(out: Path) -> list[float]:
 # ---- models
 
 BERT = dict(
-    vocab_size=99,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=37,
+    vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
     max_position_embeddings=40,
-)
+)  # fmt: skip
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=0, eos_token_id=0)
 
 
@@ -230,6 +226,15 @@ def reviews(path: Path, n: int, seed: int = 0) -> Path:
         words.insert(rng.integers(len(words) + 1), rng.choice(judgement))
         rows.append((" ".join(words), label))
     return write(path, *rows)
+
+
+def model_and_data(folder: Path, train: int, valid: int = 0) -> Path:
+    """A folder with a small BERT in model/, and reviews in train.tsv and, where some are wanted, in valid.tsv."""
+    small_bert(folder / "model")
+    reviews(folder / "train.tsv", train)
+    if valid:
+        reviews(folder / "valid.tsv", valid, seed=1)
+    return folder
 
 
 def nf4(**more) -> transformers.BitsAndBytesConfig:

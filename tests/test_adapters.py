@@ -9,7 +9,19 @@ import pytest
 import torch
 import transformers
 from folders import rewrite, weights_in
-from helpers import fails, losses, metrics, peer, random_ids, reviews, sequence, small_bert, train, works
+from helpers import (
+    fails,
+    losses,
+    metrics,
+    model_and_data,
+    peer,
+    random_ids,
+    reviews,
+    sequence,
+    small_bert,
+    train,
+    works,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +39,7 @@ from minift.ops.dropout import Noise
 
 @pytest.fixture
 def folder(tmp_path):
-    return small_bert(tmp_path / "model")
+    return model_and_data(tmp_path, 40) / "model"
 
 
 TRAIN = "train --model {model} --data {f}/train.tsv --out {out} --epochs 2"
@@ -35,9 +47,6 @@ TRAIN = "train --model {model} --data {f}/train.tsv --out {out} --epochs 2"
 
 def options(folder, out) -> dict:
     """The places of a short run on 40 reviews."""
-    data = folder.parent / "train.tsv"
-    if not data.exists():
-        reviews(data, 40)
     return dict(model=folder, f=folder.parent, out=out)
 
 
@@ -314,10 +323,9 @@ def stop_after(out, step) -> None:
 
 
 def test_a_run_from_python_can_be_repeated_by_its_config(folder, tmp_path):
-    data = reviews(tmp_path / "train.tsv", 40)
     model, tokenizer = minift.load(folder, task="classify", labels=["blame", "praise"], base="nf4")
     minift.add_lora(model, rank=3, alpha=6, targets="query,key", rank_pattern={"key": 2}, rslora=True)
-    train(model, tokenizer, data, tmp_path / "a", epochs=1)
+    train(model, tokenizer, tmp_path / "train.tsv", tmp_path / "a", epochs=1)
     works("train --config {f}/a/config.json --out {f}/b", f=tmp_path)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 

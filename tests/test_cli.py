@@ -17,7 +17,7 @@ import time
 import pytest
 import transformers
 from folders import names_in, write
-from helpers import command, fails, losses, metrics, peer, python, real_gpt2, reviews, small_bert, works
+from helpers import command, fails, losses, metrics, model_and_data, peer, python, real_gpt2, reviews, works
 
 TRAIN = "train --model {run}/model --data {run}/train.tsv"
 EVAL = "eval --model {run}/runs/a --data {run}/test.tsv --json"
@@ -26,9 +26,7 @@ EVAL = "eval --model {run}/runs/a --data {run}/test.tsv --json"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder with model/, train.tsv, test.tsv, and runs/a trained from them."""
-    folder = tmp_path_factory.mktemp("cli")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 256)
+    folder = model_and_data(tmp_path_factory.mktemp("cli"), 256)
     reviews(folder / "test.tsv", 101, seed=1)
     works(f"{TRAIN} --valid 0.2 --out {{run}}/runs/a --epochs 8 --batch 16 --lr 2e-3 --max-length 16", run=folder)
     return folder

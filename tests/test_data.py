@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from folders import jsonl, put, refused
+from folders import checked, jsonl, put, refused
 from helpers import python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +28,11 @@ from minift.errors import InputError
 def table(path):
     """(text, pair, label) of each example."""
     return [(e.text, e.pair, e.label) for e in read(path)]
+
+
+def reader_of(name):
+    """What reads a file of this name, and for which task."""
+    return (read_passages, "complete") if name.endswith(".txt") else (read, "classify")
 
 
 def labelled(*labels):
@@ -300,12 +305,11 @@ LINES = '{"text": "a b", "label": "c"}\n'
 def test_utf_16_is_told_with_the_command_that_converts_it(tmp_path, name, encoding, advice, text):
     """With a byte order mark, as Excel's "Unicode text" is saved, and without. It was called latin-1, or trained."""
     path = put(tmp_path / name, text.encode(encoding))
-    call = read_passages if name == "d.txt" else read
+    call, task = reader_of(name)
     converts = f"(`iconv -f {advice} -t utf-8` converts it)"
     refused(call, path, f"{name}:1: is {advice.upper()}; expected UTF-8 {converts}")
-    told = []
-    task = "complete" if name == "d.txt" else "classify"
-    assert check(path, task, say=told.append).faults == {"not UTF-8": 1} and len(told) == 1
+    report, told = checked(path, task)
+    assert report.faults == {"not UTF-8": 1} and len(told) == 1
     raw = subprocess.run(["iconv", "-f", advice, "-t", "utf-8"], input=text.encode(encoding), capture_output=True)
     assert raw.returncode == 0 and raw.stdout.decode().removeprefix("\ufeff") == text
 
@@ -367,13 +371,12 @@ def test_a_line_of_more_than_4_mib(tmp_path, name):
     text = "ab " * 1_500_000
     rows = {"jsonl": jsonl({"text": text, "label": "x"}), "csv": f"{text},x\n", "tsv": f"{text}\tx\n", "txt": text}
     path = put(tmp_path / name, rows[name.split(".")[1]])
-    call = read_passages if name == "d.txt" else read
+    call, task = reader_of(name)
     size = f"{len(rows[name.split('.')[1]]):,}"
     refused(call, path, f"{name}:1: found a line of {size} bytes; expected fewer than {LONGEST:,} (--max-line)")
     assert len(call(path, max_line=0)) == len(call(path, max_line=1 << 23)) == 1
-    told = []
-    task = "complete" if name == "d.txt" else "classify"
-    assert check(path, task, say=told.append).faults["line too long"] == 1 and "(--max-line)" in told[0]
+    report, told = checked(path, task)
+    assert report.faults["line too long"] == 1 and "(--max-line)" in told[0]
 
 
 def test_a_record_and_a_text_of_more_than_4_mib(tmp_path):
@@ -412,8 +415,7 @@ def test_names_and_texts_are_shown_without_what_a_terminal_acts_on(tmp_path):
     message = refused(read, path, r"a\x1b[31m\nb.jsonl:1: no field text")
     assert all(line.isprintable() for line in message.split("\n"))
     refused(read, tmp_path / "c\x1b.csv", r"c\x1b.csv: no such file")
-    told = []
-    check(path, "classify", say=told.append)
+    _, told = checked(path, "classify")
     assert told and all(line.isprintable() for line in told)
 
 
@@ -428,8 +430,7 @@ def test_class_folders_whose_names_are_no_utf_8(tmp_path):
         with open(folder + b"/" + name, "w") as file:
             file.write("text")
     message = refused(read, tmp_path / "d", r"d/caf\udce9/one.txt: label has the lone surrogate '\udce9'")
-    told = []
-    report = check(tmp_path / "d", "classify", say=told.append)
+    report, told = checked(tmp_path / "d", "classify")
     assert report.faults == {"lone surrogate": 2, "no examples": 1} or report.faults == {"lone surrogate": 2}
     assert all(text.encode() for text in (message, str(report), *told))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from folders import names_in, put, refused, small_disk, write
-from helpers import Said, cli, reviews, small_bert, small_gpt2
+from helpers import Said, cli, model_and_data, small_gpt2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -156,9 +156,7 @@ DATA = {TRAIN: "train.tsv", PREDICT: "train.tsv", GENERATE: "prompts.jsonl"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """model/, run/ (a LoRA run of it), gpt2/, train.tsv, prompts.jsonl. Kernels are loaded before files are watched."""
-    folder = tmp_path_factory.mktemp("made")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 16)
+    folder = model_and_data(tmp_path_factory.mktemp("made"), 16)
     write(folder / "prompts.jsonl", {"prompt": "the film"}, {"prompt": "a plot"})
     small_gpt2(folder / "gpt2")
     assert run(TRAIN, folder, folder / "run").code == 0

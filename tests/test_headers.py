@@ -4,12 +4,11 @@ Alone: pytest tests/test_headers.py
 """
 
 import pytest
-from folders import put, refused, write
+from folders import checked, put, refused, write
 from helpers import fails, reviews, small_bert, works
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.data.check import check
 from minift.data.examples import read
 from minift.data.labels import label_names
 
@@ -96,8 +95,8 @@ def test_what_may_be_a_header_is_asked_about(tmp_path, header, rows):
     refuses(path, f"d.csv:1: found {shown}, which may be a header or an example", "--header yes", "--header no")
     assert len(read(path, header="yes")) == len(rows)
     assert len(read(path, header="no")) == len(rows) + 1
-    told = []
-    assert check(path, "classify", say=told.append).faults == {"header or example": 1} and len(told) == 1
+    report, told = checked(path, "classify")
+    assert report.faults == {"header or example": 1} and len(told) == 1
 
 
 GENUINE = [

@@ -16,14 +16,7 @@ import transformers
 from folders import configure, names_in, no_file_beyond, put, refuse, refused, rewrite, weights_in, write
 from helpers import logits, peer, python, random_ids, sequence
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertForPreTraining,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-)
+from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
 from minift.checkpoints import hub, weights
@@ -102,7 +95,7 @@ def test_other_dtypes_become_float32(bert, dtype):
 
 def test_a_pretraining_checkpoint(tmp_path):
     """As bert-base-uncased is on the hub: pooler taken, pretraining heads named and left, label head fresh."""
-    theirs = peer(BertForPreTraining, tmp_path)
+    theirs = peer(transformers.BertForPreTraining, tmp_path)
     model, _ = minift.load(tmp_path, task="classify", labels=["no", "yes", "maybe"])
     assert model.report.fresh == ["classifier.weight", "classifier.bias"]
     assert "cls.seq_relationship.weight" in model.report.unused and model.labels == ["no", "yes", "maybe"]
@@ -118,7 +111,10 @@ def test_another_number_of_labels(bert):
 
 def test_a_fresh_head_is_the_peers(tmp_path):
     """The same seed draws the head that transformers draws after set_seed."""
-    for cls, full in ((BertModel, BertForSequenceClassification), (GPT2Model, GPT2ForSequenceClassification)):
+    for cls, full in (
+        (BertModel, BertForSequenceClassification),
+        (transformers.GPT2Model, transformers.GPT2ForSequenceClassification),
+    ):
         folder = tmp_path / cls.__name__
         peer(cls, folder)
         transformers.set_seed(7)
@@ -146,9 +142,9 @@ def test_a_tied_head_that_is_in_the_file_too(gpt2):
 @pytest.mark.parametrize("cls, task", [
     (BertForSequenceClassification, "classify"),
     (GPT2LMHeadModel, "complete"),
-    (GPT2ForSequenceClassification, "classify"),
+    (transformers.GPT2ForSequenceClassification, "classify"),
     (BertModel, None),
-    (GPT2Model, None),
+    (transformers.GPT2Model, None),
 ])  # fmt: skip
 def test_transformers_loads_what_we_save(cls, task, tmp_path):
     theirs = peer(cls, tmp_path / "theirs")

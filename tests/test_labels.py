@@ -9,13 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from folders import put, refuse, refused, write
+from folders import checked, put, refuse, refused, write
 from helpers import peer, reviews, small_bert, works
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
 
 import minift
 from minift.checkpoints import saving
-from minift.data.check import check
 from minift.data.examples import read
 from minift.data.labels import label_names, look_alikes
 
@@ -169,8 +168,7 @@ def test_two_labels_that_look_alike_are_refused(tmp_path):
     path = write(tmp_path / "d.tsv", ("a b", "pos"), ("c d", "neg"), ("e f", "pos "), ("g h", "pos"))
     refused(label_names, read(path), "d.tsv:3: found the label 'pos ', and at d.tsv:1 'pos'; expected one ")
     assert label_names(read(path), '"pos",neg') == ["pos", "neg"]
-    told = []
-    report = check(path, "classify", say=told.append)
+    report, told = checked(path, "classify")
     assert report.faults == {"labels that look alike": 1}
     assert told == [f"{path}: found the labels 'pos' and 'pos '; expected one spelling"]
 
@@ -198,9 +196,8 @@ def test_columns_with_commas_are_quoted_too(tmp_path):
 
 def test_labels_are_shown_without_what_a_terminal_acts_on(tmp_path):
     path = write(tmp_path / "d.tsv", ("a b", "\x1b[31mred"), ("c d", "\x1b[31mred"))
-    told = [refused(label_names, read(path))]
-    check(path, "classify", say=told.append)
-    for text in told:
+    _, told = checked(path, "classify")
+    for text in (refused(label_names, read(path)), *told):
         assert text.isprintable() and "[31mred" in text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import jsonl, put, refused, write
+from folders import checked, jsonl, put, refused, write
 from helpers import ENDS, EOS, fails, python, small_gpt2, works
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Tokenizer
 
@@ -131,8 +131,8 @@ def test_what_follows_the_last_answer_is_told(tmp_path):
 def test_train_and_check_agree_on_weights(tmp_path, message, words):
     path = write(tmp_path / "d.jsonl", chat(Q1, A1), chat(Q1, message, A2))
     refused(read_passages, path, f"d.jsonl:2: message 2: {words}")
-    told = []
-    assert not check(path, say=told.append).ok and told == [f"d.jsonl:2: message 2: {words}"]
+    report, told = checked(path)
+    assert not report.ok and told == [f"d.jsonl:2: message 2: {words}"]
 
 
 def test_null_stands_for_no_weight(tmp_path):
@@ -153,9 +153,9 @@ ALPACA = {"instruction": "Add.", "input": "2 2", "output": "4"}
 def test_other_forms_are_named_with_what_to_do(tmp_path, row, name, expected):
     """And what to do does it."""
     path = write(tmp_path / "d.jsonl", row)
-    told = [refused(read_passages, path)]
-    assert check(path, say=told.append).faults == {"unknown format": 1}
-    for text in told:
+    report, told = checked(path)
+    assert report.faults == {"unknown format": 1}
+    for text in (refused(read_passages, path), *told):
         assert "d.jsonl:1: " in text and name in text and "did you mean" not in text
         command = text.partition("`jq -c '")[2].partition("'`")[0]
         try:
@@ -243,8 +243,8 @@ def test_end_of_text_in_a_completion_is_that_token_and_check_tells(tmp_path, tok
 ])  # fmt: skip
 def test_check_says_that_there_is_nothing_to_learn_from(tmp_path, tokenizer, name, content, length, words):
     """As train does; check called such a file without faults."""
-    path, told = put(tmp_path / name, content), []
-    report = check(path, tokenizer=tokenizer, max_length=length, say=told.append)
+    path = put(tmp_path / name, content)
+    report, told = checked(path, tokenizer=tokenizer, max_length=length)
     assert report.faults == {"nothing trained": 1} and words in told[0]
     with pytest.raises(InputError, match="nothing to learn from"):
         complete.encode(read_passages(path), None, tokenizer, length or 100)

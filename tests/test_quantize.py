@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 import transformers
+from folders import configure, rewrite, weights_in, with_nan
 from helpers import nf4, peer, peer_logits, python, random_ids, sequence
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minift
 from minift.data.batch import pack
@@ -195,48 +196,42 @@ def packed(tmp_path):
 W = "bert.encoder.layer.1.attention.self.query.weight"
 
 
-@pytest.mark.parametrize("fault, words", [
-    ("no absmax", rf"{W} is in 4 bits, but without absmax"),
-    ("no state", rf"{W} .*4 bits|{W}.*expected"),
-    ("short codes", rf"{W} is \(9, 1\) in the file; expected"),
-    ("another code", rf"{W} has a quant_map other than that of NF4"),
-    ("fp4", rf"{W} has quant_type 'fp4' in its quant_state; expected 'nf4'"),
-    ("block", rf"{W} has blocksize 128 in its quant_state; expected 64"),
-    ("nonsense", rf"{W} has a quant_state that cannot be read"),
-    ("nan", rf"{W} has a nested_absmax with numbers that are not finite"),
-    ("config", r"in 4 bits, which config.json says nothing of"),
-    ("int8", r"quantization_config is .*; expected bitsandbytes' nf4"),
+def state(tensors, **changes) -> dict[str, torch.Tensor]:
+    """The quant_state of W with other values."""
+    found = json.loads(bytes(tensors[S].tolist())) | changes
+    return {S: torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)}
+
+
+def without(tensors, name) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+S, CODE, SCALES = f"{W}.{STATE}", f"{W}.quant_map", f"{W}.nested_absmax"
+TENSORS = {  # what becomes of the tensors, and what is said of it
+    "no absmax": (lambda t: without(t, f"{W}.absmax"), r" is in 4 bits, but without absmax"),
+    "no state": (lambda t: without(t, S), rf" .*4 bits|{W}.*expected"),
+    "short codes": (lambda t: t | {W: t[W][:9].clone()}, r" is \(9, 1\) in the file; expected"),
+    "another code": (lambda t: t | {CODE: t[CODE] * 0.5}, r" has a quant_map other than that of NF4"),
+    "fp4": (lambda t: t | state(t, quant_type="fp4"), r" has quant_type 'fp4' in its quant_state; expected 'nf4'"),
+    "block": (lambda t: t | state(t, blocksize=128), r" has blocksize 128 in its quant_state; expected 64"),
+    "nonsense": (lambda t: t | {S: t[S][:7].clone()}, r" has a quant_state that cannot be read"),
+    "nan": (lambda t: t | {SCALES: with_nan(t[SCALES])}, r" has a nested_absmax with numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSORS)
+def test_ill_formed_files_are_refused(packed, fault):
+    change, words = TENSORS[fault]
+    rewrite(packed, change(weights_in(packed)))
+    with pytest.raises(InputError, match=W + words):
+        minift.load(packed, task="classify")
+
+
+@pytest.mark.parametrize("config, words", [
+    (..., "in 4 bits, which config.json says nothing of"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantization_config is .*; expected bitsandbytes' nf4"),
 ])  # fmt: skip
-def test_ill_formed_files_are_refused(packed, fault, words):
-    path = packed / "model.safetensors"
-    tensors = load_file(path)
-    settings = json.loads((packed / "config.json").read_text())
-
-    def state(**changes):
-        found = json.loads(bytes(tensors[f"{W}.{STATE}"].tolist())) | changes
-        tensors[f"{W}.{STATE}"] = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
-
-    if fault == "no absmax":
-        del tensors[f"{W}.absmax"]
-    elif fault == "no state":
-        del tensors[f"{W}.{STATE}"]
-    elif fault == "short codes":
-        tensors[W] = tensors[W][:9].clone()
-    elif fault == "another code":
-        tensors[f"{W}.quant_map"] = tensors[f"{W}.quant_map"] * 0.5
-    elif fault == "fp4":
-        state(quant_type="fp4")
-    elif fault == "block":
-        state(blocksize=128)
-    elif fault == "nonsense":
-        tensors[f"{W}.{STATE}"] = tensors[f"{W}.{STATE}"][:7].clone()
-    elif fault == "nan":
-        tensors[f"{W}.nested_absmax"][0] = torch.nan
-    elif fault == "config":
-        del settings["quantization_config"]
-    elif fault == "int8":
-        settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    save_file(tensors, path, {"format": "pt"})
-    (packed / "config.json").write_text(json.dumps(settings))
+def test_a_config_of_other_bits_is_refused(packed, config, words):
+    configure(packed, quantization_config=config)
     with pytest.raises(InputError, match=words):
         minift.load(packed, task="classify")

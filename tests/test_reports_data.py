@@ -8,7 +8,7 @@ Alone: pytest tests/test_reports_data.py
 
 import pytest
 import torch
-from folders import jsonl, put, refused
+from folders import checked, jsonl, put, refused
 from helpers import fails, peer, reviews, small_bert, works
 from transformers import BertForSequenceClassification
 
@@ -22,8 +22,8 @@ from minift.data.passages import read_passages
 def both_refuse(path, task, *pieces):
     """Training and check, in the same words."""
     refused({"classify": read, "complete": read_passages}[task], path, *pieces)
-    told = []
-    assert not check(path, task, say=told.append).ok
+    report, told = checked(path, task)
+    assert not report.ok
     for piece in pieces:
         assert piece in "\n".join(told), told
 

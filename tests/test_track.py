@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import command, fails, losses, reviews, small_bert, works
+from helpers import command, fails, losses, model_and_data, works
 
 import minift
 from minift.measure import track
@@ -19,9 +19,7 @@ TRAIN = "train --model {f}/model --data {f}/train.tsv --valid 0.2 --out {f}/run 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with model/ and train.tsv."""
-    small_bert(tmp_path / "model")
-    reviews(tmp_path / "train.tsv", 40)
-    return tmp_path
+    return model_and_data(tmp_path, 40)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 from folders import put
-from helpers import Said, arguments, cli, command, fails, reviews, small_bert, works
+from helpers import Said, arguments, cli, command, fails, model_and_data, works
 from safetensors.torch import load_file
 
 from minift.cli import COMMANDS
@@ -29,9 +29,8 @@ TRAIN = "train --model {f}/model --data {f}/train.tsv --out {out} --steps 1 --ke
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """model/ with labels that are not ASCII, train.tsv, and run/, trained on it."""
-    folder = tmp_path_factory.mktemp("usage")
-    small_bert(folder / "model")
-    text = reviews(folder / "train.tsv", 16).read_text()
+    folder = model_and_data(tmp_path_factory.mktemp("usage"), 16)
+    text = (folder / "train.tsv").read_text()
     put(folder / "train.tsv", text.replace("praise", "schön").replace("blame", "häßlich"))
     works(TRAIN, f=folder, out=folder / "run")
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import configure, rewrite, weights_in
-from helpers import cli, fails, metrics, reviews, small_bert, works
+from helpers import cli, fails, metrics, model_and_data, works
 from safetensors.torch import load_file, save_file
 
 from minift.checkpoints import resume as checkpoint
@@ -29,9 +29,7 @@ RESUME = "train --resume --out {run}"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """model/, train.tsv; for each method a run of four steps, and the same as it was after two; another seed's."""
-    folder = tmp_path_factory.mktemp("changed")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 32)
+    folder = model_and_data(tmp_path_factory.mktemp("changed"), 32)
     for name, method, seed in [*((method, method, 42) for method in METHODS), ("other", "lora", 43)]:
         works(TRAIN, f=folder, out=folder / name, method=method, seed=seed)
         shutil.copytree(folder / name, folder / f"{name}-half")

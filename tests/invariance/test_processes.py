@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from folders import put, weights_in
-from helpers import Said, arguments, losses, metrics, random_ids, real_gpt2, reviews, sequence, small_bert, works
+from helpers import (
+    Said,
+    arguments,
+    losses,
+    metrics,
+    model_and_data,
+    random_ids,
+    real_gpt2,
+    sequence,
+    works,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -34,10 +44,7 @@ TRAIN = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with model/, train.tsv, valid.tsv, and one/, the run of one process."""
-    folder = tmp_path_factory.mktemp("processes")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 60)
-    reviews(folder / "valid.tsv", 21, seed=1)
+    folder = model_and_data(tmp_path_factory.mktemp("processes"), 60, valid=21)
     works(TRAIN, f=folder, out=folder / "one")
     return folder
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from folders import configure, names_in, no_file_beyond, small_disk, weights_in
-from helpers import arguments, fails, metrics, reviews, small_bert, works
+from helpers import arguments, fails, metrics, model_and_data, reviews, works
 
 import minift
 from minift.checkpoints import resume as checkpoint
@@ -51,10 +51,7 @@ TRAIN = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """model/, train.tsv, valid.tsv, and the run that nothing disturbed in whole/."""
-    folder = tmp_path_factory.mktemp("resume")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 40)
-    reviews(folder / "valid.tsv", 20, seed=1)
+    folder = model_and_data(tmp_path_factory.mktemp("resume"), 40, valid=20)
     works(TRAIN, f=folder, out=folder / "whole")
     return folder
 

@@ -5,7 +5,7 @@ python -m pytest tests/invariance/test_split.py
 
 import pytest
 import torch
-from helpers import losses, reviews, small_bert, train
+from helpers import losses, model_and_data, train
 
 import minift
 from minift import setup, training
@@ -31,9 +31,7 @@ def run(folder, tokens):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 100)
+    folder = model_and_data(tmp_path_factory.mktemp("split"), 100)
     return folder, *run(folder, 0)
 
 
@@ -60,8 +58,7 @@ def test_a_rerun_is_equal_to_the_bit(whole, tmp_path):
 ])  # fmt: skip
 def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, base, tokens):
     """60 reviews a step are more than 512 tokens; the largest micro-batch that the model is given."""
-    small_bert(tmp_path / "model")
-    reviews(tmp_path / "train.tsv", 60)
+    model_and_data(tmp_path, 60)
     sizes = []
     monkeypatch.setattr(setup, "BASE", base)
     monkeypatch.setattr(training, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))

@@ -8,13 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import peer, random_ids, sequence
-from transformers import (
-    BertForSequenceClassification,
-    BertModel,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-)
+from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
 from minift.checkpoints import loading, weights
@@ -120,7 +114,7 @@ def test_gpt2_language_model(changes, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, dict(n_embd=21, n_head=3, n_layer=1)], ids=["base", "head size 7, one layer"])
 def test_gpt2_classification(changes, tmp_path):
-    theirs = peer(GPT2ForSequenceClassification, tmp_path, num_labels=3, pad_token_id=0, **changes)
+    theirs = peer(transformers.GPT2ForSequenceClassification, tmp_path, num_labels=3, pad_token_id=0, **changes)
     model, _ = minift.load(tmp_path, task="classify")
     ids = random_ids(LENGTHS)
     labels = [i % 3 for i in range(len(ids))]
@@ -137,7 +131,7 @@ def test_gpt2_classification(changes, tmp_path):
     check_gradients(model, theirs)
 
 
-@pytest.mark.parametrize("cls", [BertModel, GPT2Model])
+@pytest.mark.parametrize("cls", [BertModel, transformers.GPT2Model])
 def test_bodies_without_a_head(cls, tmp_path):
     theirs = peer(cls, tmp_path)
     model, _ = minift.load(tmp_path)
