@@ -124,15 +124,13 @@ def peer(cls: type, folder: Path, seed: int = 0, scale: float = 0.2, **changes):
 
 def sequence(number: int, ids, rows=None, targets=None, types=None) -> Sequence:
     """A Sequence of plain lists; without rows, every token is asked about."""
-    rows = np.arange(len(ids)) if rows is None else np.array(rows)
-    targets = np.zeros(len(rows)) if targets is None else np.array(targets)
-    return Sequence(
-        number,
-        np.array(ids, np.int32),
-        None if types is None else np.array(types, np.int8),
-        rows.astype(np.int32),
-        targets.astype(np.int64),
-    )
+    if rows is None:
+        rows = range(len(ids))
+    if targets is None:
+        targets = [0] * len(rows)
+    if types is not None:
+        types = np.array(types, np.int8)
+    return Sequence(number, np.array(ids, np.int32), types, np.array(rows, np.int32), np.array(targets, np.int64))
 
 
 def random_ids(lengths: list[int], vocabulary: int = 99, seed: int = 0) -> list[list[int]]:
@@ -159,12 +157,12 @@ def peer_logits(model, ids: list[list[int]] = IDS) -> torch.Tensor:
     return torch.cat([x if x.dim() == 2 else x[None] for x in out])
 
 
-def small_model(family: str, folder: Path, **changes):
+def small_model(family: str, folder: Path, width: int = 32):
     """A random model and its task."""
     if family == "bert":
-        peer(transformers.BertForSequenceClassification, folder, num_labels=3, **changes)
+        peer(transformers.BertForSequenceClassification, folder, num_labels=3, hidden_size=width)
         return minift.load(folder, task="classify")[0], "classify"
-    peer(transformers.GPT2LMHeadModel, folder, **changes)
+    peer(transformers.GPT2LMHeadModel, folder, n_embd=width)
     return minift.load(folder, task="complete")[0], "complete"
 
 

@@ -42,6 +42,7 @@ def folder(tmp_path):
     return model_and_data(tmp_path, 40) / "model"
 
 
+BATCH = pack([sequence(i, ids, rows=[0]) for i, ids in enumerate(random_ids([9, 5], 50))])
 TRAIN = "train --model {model} --data {f}/train.tsv --out {out} --epochs 2"
 
 
@@ -98,9 +99,8 @@ def test_a_fresh_pooler_is_trained_and_saved(tmp_path):
 
 def test_nothing_matched_lists_what_there_is(folder):
     model, _ = minift.load(folder, task="classify")
-    with pytest.raises(
-        InputError, match=r"no layer has such a name; there are:\n(.*\n)*  bert.encoder.layer.N.attention"
-    ):
+    words = r"no layer has such a name; there are:\n(.*\n)*  bert.encoder.layer.N.attention"
+    with pytest.raises(InputError, match=words):
         minift.add_lora(model, targets="c_attn")
 
 
@@ -129,8 +129,6 @@ def test_twice_is_refused(folder):
 @pytest.mark.parametrize("method", VARIANTS)
 def test_a_variant_begins_where_the_model_was(folder, method):
     """Before training nothing has changed; but for LoftQ, whose base is packed: nearer than plain NF4 is."""
-    ids = random_ids([9, 5], 50)
-    batch = pack([sequence(i, x, rows=[0]) for i, x in enumerate(ids)])
     plain, _ = minift.load(folder, task="classify")
     model, _ = minift.load(folder, task="classify")
     packed, _ = minift.load(folder, task="classify", base="nf4")
@@ -144,7 +142,7 @@ def test_a_variant_begins_where_the_model_was(folder, method):
                 before = (names[hub].matrix(torch.float32) - weights[hub]).norm()
                 assert (lora.matrix(torch.float32) - weights[hub]).norm() < 0.9 * before, hub
     else:
-        assert torch.allclose(model.logits(batch), plain.logits(batch), atol=1e-5)
+        assert torch.allclose(model.logits(BATCH), plain.logits(BATCH), atol=1e-5)
 
 
 def test_pissa_and_loftq_need_the_original_weights(folder):
@@ -183,10 +181,8 @@ def saved_values(model, batch, noise) -> int:
     def note(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in owned and t.is_floating_point():
-            found[storage.data_ptr()] = (
-                storage.nbytes() // t.element_size(),
-                t,
-            )  # the tensor keeps its address its own
+            # the tensor keeps its address its own
+            found[storage.data_ptr()] = storage.nbytes() // t.element_size(), t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
@@ -202,11 +198,9 @@ def test_saved_activations_of_lora(cls, base, tmp_path):
     bert = "Bert" in cls.__name__
     counts = []
     for n in (2, 8):
-        sizes = (
-            {"num_hidden_layers": n, "hidden_size": width, "intermediate_size": 4 * width}
-            if bert
-            else {"n_layer": n, "n_embd": width}
-        )
+        sizes = {"n_layer": n, "n_embd": width}
+        if bert:
+            sizes = {"num_hidden_layers": n, "hidden_size": width, "intermediate_size": 4 * width}
         peer(cls, tmp_path / str(n), **sizes)
         model, _ = minift.load(tmp_path / str(n), task="classify" if bert else "complete", base=base)
         minift.add_lora(model)
@@ -239,11 +233,10 @@ def test_merging(folder, method, base, into, tmp_path):
         assert 0.01 < min(cost.layers.values()) < max(cost.layers.values()) < 0.5 and cost.logits > 1e-4
     assert any(isinstance(m, NF4Linear) for m in merged.modules()) == (into == "nf4")
     minift.save(merged, None, out)
-    batch = pack([sequence(i, x, rows=[0]) for i, x in enumerate(random_ids([9, 5], 50))])
     again, _ = minift.load(out, task="classify", fresh_head=False)
-    assert torch.allclose(again.logits(batch), merged.logits(batch), atol=1e-6)
+    assert torch.allclose(again.logits(BATCH), merged.logits(BATCH), atol=1e-6)
     if exact:
-        assert torch.allclose(again.logits(batch), model.logits(batch), atol=1e-5)
+        assert torch.allclose(again.logits(BATCH), model.logits(BATCH), atol=1e-5)
 
 
 def test_merging_leaves_a_plain_model(folder):

@@ -64,6 +64,20 @@ def check_gradients(model, theirs):
         assert (ours - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1e-2), name
 
 
+def check_classifier(model, batch, theirs, theirs_batch: dict):
+    """Logits, loss, number of hits and gradients are the peer's."""
+    labels = theirs_batch["labels"]
+    want = theirs(**theirs_batch)
+    with torch.no_grad():
+        assert (model.logits(batch) - want.logits).abs().max() <= 1e-5
+    loss, correct = classify.loss(model, batch, Noise())
+    assert loss.item() / len(labels) == pytest.approx(want.loss.item(), abs=1e-6)
+    assert correct == (want.logits.argmax(-1) == labels).sum()
+    want.loss.backward()
+    (loss / len(labels)).backward()
+    check_gradients(model, theirs)
+
+
 @pytest.mark.parametrize("changes", BERTS.values(), ids=BERTS.keys())
 def test_bert_classification(changes, tmp_path):
     theirs = peer(BertForSequenceClassification, tmp_path, num_labels=3, **changes)
@@ -71,22 +85,9 @@ def test_bert_classification(changes, tmp_path):
     ids = random_ids(LENGTHS)
     types = [(np.arange(len(x)) % theirs.config.type_vocab_size).tolist() for x in ids]
     labels = [i % 3 for i in range(len(ids))]
-    batch = pack(
-        [
-            sequence(i, x, rows=[0], targets=[y], types=t)
-            for i, (x, y, t) in enumerate(zip(ids, labels, types, strict=True))
-        ]
-    )
-
-    want = theirs(**padded(ids, types), labels=torch.tensor(labels))
-    with torch.no_grad():
-        assert (model.logits(batch) - want.logits).abs().max() <= 1e-5
-    loss, correct = classify.loss(model, batch, Noise())
-    assert loss.item() / len(ids) == pytest.approx(want.loss.item(), abs=1e-6)
-    assert correct == (want.logits.argmax(-1) == torch.tensor(labels)).sum()
-    want.loss.backward()
-    (loss / len(ids)).backward()
-    check_gradients(model, theirs)
+    every = enumerate(zip(ids, labels, types, strict=True))
+    batch = pack([sequence(i, x, rows=[0], targets=[y], types=t) for i, (x, y, t) in every])
+    check_classifier(model, batch, theirs, padded(ids, types) | {"labels": torch.tensor(labels)})
 
 
 @pytest.mark.parametrize("changes", GPTS.values(), ids=GPTS.keys())
@@ -118,17 +119,9 @@ def test_gpt2_classification(changes, tmp_path):
     model, _ = minift.load(tmp_path, task="classify")
     ids = random_ids(LENGTHS)
     labels = [i % 3 for i in range(len(ids))]
-    batch = pack(
-        [sequence(i, x, rows=[len(x) - 1], targets=[y]) for i, (x, y) in enumerate(zip(ids, labels, strict=True))]
-    )
-    want = theirs(**padded(ids), labels=torch.tensor(labels))
-    with torch.no_grad():
-        assert (model.logits(batch) - want.logits).abs().max() <= 1e-5
-    loss, _ = classify.loss(model, batch, Noise())
-    assert loss.item() / len(ids) == pytest.approx(want.loss.item(), abs=1e-6)
-    want.loss.backward()
-    (loss / len(ids)).backward()
-    check_gradients(model, theirs)
+    every = enumerate(zip(ids, labels, strict=True))
+    batch = pack([sequence(i, x, rows=[len(x) - 1], targets=[y]) for i, (x, y) in every])
+    check_classifier(model, batch, theirs, padded(ids) | {"labels": torch.tensor(labels)})
 
 
 @pytest.mark.parametrize("cls", [BertModel, transformers.GPT2Model])
@@ -171,9 +164,8 @@ def test_rows_are_a_selection(cls, task, tmp_path):
     whole = pack([sequence(i, x) for i, x in enumerate(ids)])
     some = pack([sequence(i, x, rows=range(0, len(x), 3)) for i, x in enumerate(ids)])
     with torch.no_grad():
-        assert torch.allclose(
-            model(whole, Noise(1, 2, whole.keys))[some.rows], model(some, Noise(1, 2, some.keys)), atol=1e-5
-        )
+        everywhere, there = model(whole, Noise(1, 2, whole.keys)), model(some, Noise(1, 2, some.keys))
+    assert torch.allclose(everywhere[some.rows], there, atol=1e-5)
 
 
 def test_a_pretrained_size_has_the_known_counts():
