@@ -4,6 +4,7 @@ MINIFT_ASSETS=../shared python -m pytest        real data (data/) and weights (w
 """
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface-hub is imported: no test may look outside
@@ -26,3 +27,27 @@ def assets() -> Path:
 def minilm(assets) -> Path:
     """all-MiniLM-L6-v2, a real pretrained BERT."""
     return assets / "weights/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(scope="session")
+def untouched(tmp_path_factory) -> Path:
+    """bert/, a classifier of three labels, and gpt2/, a language model: small, random, to be read or copied only."""
+    import transformers  # here, for tests of the operators alone do without it
+    from helpers import peer
+
+    folder = tmp_path_factory.mktemp("untouched")
+    peer(transformers.BertForSequenceClassification, folder / "bert", num_labels=3)
+    peer(transformers.GPT2LMHeadModel, folder / "gpt2")
+    return folder
+
+
+@pytest.fixture
+def bert(untouched, tmp_path) -> Path:
+    """A copy of the BERT classifier, to be changed."""
+    return shutil.copytree(untouched / "bert", tmp_path / "bert")
+
+
+@pytest.fixture
+def gpt2(untouched, tmp_path) -> Path:
+    """A copy of the GPT-2 language model, to be changed."""
+    return shutil.copytree(untouched / "gpt2", tmp_path / "gpt2")

@@ -3,18 +3,30 @@
 python -m pytest tests/test_adapters.py
 """
 
-import json
 import shutil
 
 import pytest
 import torch
 import transformers
-from helpers import peer, random_ids, reviews, sequence, small_bert
+from folders import rewrite, weights_in
+from helpers import (
+    fails,
+    losses,
+    metrics,
+    model_and_data,
+    peer,
+    random_ids,
+    reviews,
+    sequence,
+    small_bert,
+    train,
+    works,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minift
-from minift import cli, training
+from minift import training
 from minift.adapters import adapt, saved_as
 from minift.adapters.learned import effective_rank, learned, singular_values
 from minift.adapters.lora import adapters
@@ -28,38 +40,32 @@ from minift.tables import METHODS
 
 @pytest.fixture
 def folder(tmp_path):
-    return small_bert(tmp_path / "model")
+    return model_and_data(tmp_path, 40) / "model"
 
 
-def options(folder, out, *more):
-    """A short run on 40 reviews."""
-    data = folder.parent / "train.tsv"
-    if not data.exists():
-        reviews(data, 40)
-    return ["train", "--model", str(folder), "--data", str(data), "--out", str(out), "--epochs", "2", *more]
+BATCH = pack([sequence(i, ids, rows=[0]) for i, ids in enumerate(random_ids([9, 5], 50))])
+TRAIN = "train --model {model} --data {f}/train.tsv --out {out} --epochs 2"
 
 
-def losses(out) -> list[float]:
-    return [json.loads(line)["train/loss"] for line in open(out / "metrics.jsonl")]
+def options(folder, out) -> dict:
+    """The places of a short run on 40 reviews."""
+    return dict(model=folder, f=folder.parent, out=out)
 
 
 # what is trained
 
 
-@pytest.mark.parametrize(
-    "method, trained",
-    [
-        ("lora", {"A", "B", "head"}),
-        ("dora", {"A", "B", "magnitude", "head"}),
-        ("pissa", {"A", "B", "head"}),
-        ("lora-fa", {"B", "head"}),
-        ("head", {"head"}),
-        ("bias", {"bias", "head"}),
-        ("norm", {"norm", "head"}),
-        ("last-1", {"layer 1", "head"}),
-        ("full", {"all"}),
-    ],
-)
+@pytest.mark.parametrize("method, trained", [
+    ("lora", {"A", "B", "head"}),
+    ("dora", {"A", "B", "magnitude", "head"}),
+    ("pissa", {"A", "B", "head"}),
+    ("lora-fa", {"B", "head"}),
+    ("head", {"head"}),
+    ("bias", {"bias", "head"}),
+    ("norm", {"norm", "head"}),
+    ("last-1", {"layer 1", "head"}),
+    ("full", {"all"}),
+])  # fmt: skip
 def test_what_learns(folder, method, trained):
     model, _ = minift.load(folder, task="classify")
     adapt(model, method)
@@ -83,10 +89,7 @@ def test_what_learns(folder, method, trained):
 def test_a_fresh_pooler_is_trained_and_saved(tmp_path):
     """A checkpoint without a pooler: what was drawn at random must not be lost."""
     folder = small_bert(tmp_path / "model")
-    weights = tmp_path / "model/model.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    save_file({k: v for k, v in load_file(weights).items() if "pooler" not in k}, weights, {"format": "pt"})
+    rewrite(folder, {k: v for k, v in weights_in(folder).items() if "pooler" not in k})
     model, _ = minift.load(folder, task="classify")
     minift.add_lora(model, base=str(folder))
     assert model.head.pooler.weight.requires_grad
@@ -97,22 +100,17 @@ def test_a_fresh_pooler_is_trained_and_saved(tmp_path):
 
 def test_nothing_matched_lists_what_there_is(folder):
     model, _ = minift.load(folder, task="classify")
-    with pytest.raises(
-        InputError, match=r"no layer has such a name; there are:\n(.*\n)*  bert.encoder.layer.N.attention"
-    ):
+    words = r"no layer has such a name; there are:\n(.*\n)*  bert.encoder.layer.N.attention"
+    with pytest.raises(InputError, match=words):
         minift.add_lora(model, targets="c_attn")
 
 
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ({"rank": 0}, "rank is 0; expected at least 1"),
-        ({"dropout": 1.0}, "adapter dropout is 1.0; expected at least 0 and below 1"),
-        ({"rank_pattern": {"query": 0}}, "rank is 0"),
-        ({"layers": (9,)}, "in layers 9: no layer"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("wrong, words", [
+    ({"rank": 0}, "rank is 0; expected at least 1"),
+    ({"dropout": 1.0}, "adapter dropout is 1.0; expected at least 0 and below 1"),
+    ({"rank_pattern": {"query": 0}}, "rank is 0"),
+    ({"layers": (9,)}, "in layers 9: no layer"),
+], ids=str)  # fmt: skip
 def test_wrong_values_are_refused(folder, wrong, words):
     model, _ = minift.load(folder, task="classify")
     with pytest.raises(InputError, match=words):
@@ -132,8 +130,6 @@ def test_twice_is_refused(folder):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "last-K" and saved_as(name) == "lora"])
 def test_a_variant_begins_where_the_model_was(folder, method):
     """Before training nothing has changed; but for LoftQ, whose base is packed: nearer than plain NF4 is."""
-    ids = random_ids([9, 5], 50)
-    batch = pack([sequence(i, x, rows=[0]) for i, x in enumerate(ids)])
     plain, _ = minift.load(folder, task="classify")
     model, _ = minift.load(folder, task="classify")
     packed, _ = minift.load(folder, task="classify", base="nf4")
@@ -147,7 +143,7 @@ def test_a_variant_begins_where_the_model_was(folder, method):
                 before = (names[hub].matrix(torch.float32) - weights[hub]).norm()
                 assert (lora.matrix(torch.float32) - weights[hub]).norm() < 0.9 * before, hub
     else:
-        assert torch.allclose(model.logits(batch), plain.logits(batch), atol=1e-5)
+        assert torch.allclose(model.logits(BATCH), plain.logits(BATCH), atol=1e-5)
 
 
 def test_pissa_and_loftq_need_the_original_weights(folder):
@@ -186,10 +182,8 @@ def saved_values(model, batch, noise) -> int:
     def note(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in owned and t.is_floating_point():
-            found[storage.data_ptr()] = (
-                storage.nbytes() // t.element_size(),
-                t,
-            )  # the tensor keeps its address its own
+            # the tensor keeps its address its own
+            found[storage.data_ptr()] = storage.nbytes() // t.element_size(), t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
@@ -205,11 +199,9 @@ def test_saved_activations_of_lora(cls, base, tmp_path):
     bert = "Bert" in cls.__name__
     counts = []
     for n in (2, 8):
-        sizes = (
-            {"num_hidden_layers": n, "hidden_size": width, "intermediate_size": 4 * width}
-            if bert
-            else {"n_layer": n, "n_embd": width}
-        )
+        sizes = {"n_layer": n, "n_embd": width}
+        if bert:
+            sizes = {"num_hidden_layers": n, "hidden_size": width, "intermediate_size": 4 * width}
         peer(cls, tmp_path / str(n), **sizes)
         model, _ = minift.load(tmp_path / str(n), task="classify" if bert else "complete", base=base)
         minift.add_lora(model)
@@ -242,11 +234,10 @@ def test_merging(folder, method, base, into, tmp_path):
         assert 0.01 < min(cost.layers.values()) < max(cost.layers.values()) < 0.5 and cost.logits > 1e-4
     assert any(isinstance(m, NF4Linear) for m in merged.modules()) == (into == "nf4")
     minift.save(merged, None, out)
-    batch = pack([sequence(i, x, rows=[0]) for i, x in enumerate(random_ids([9, 5], 50))])
     again, _ = minift.load(out, task="classify", fresh_head=False)
-    assert torch.allclose(again.logits(batch), merged.logits(batch), atol=1e-6)
+    assert torch.allclose(again.logits(BATCH), merged.logits(BATCH), atol=1e-6)
     if exact:
-        assert torch.allclose(again.logits(batch), model.logits(batch), atol=1e-5)
+        assert torch.allclose(again.logits(BATCH), model.logits(BATCH), atol=1e-5)
 
 
 def test_merging_leaves_a_plain_model(folder):
@@ -292,35 +283,29 @@ def test_what_was_learned(folder):
 # whole runs
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--method", "lora", "--base", "nf4"],
-        ["--method", "dora", "--targets", "all-linear"],
-        ["--method", "pissa"],
-        ["--method", "pissa", "--base", "nf4"],
-        ["--method", "loftq", "--base", "nf4"],
-        ["--method", "lora-fa", "--lora-plus", "16", "--rslora"],
-        ["--method", "bias", "--base", "nf4"],
-        ["--method", "lora", "--precision", "bf16", "--rank-pattern", "query=2"],
-    ],
-    ids=" ".join,
-)
-def test_a_run_is_evaluated_from_its_folder_and_resumed(folder, more, tmp_path, capsys):
+@pytest.mark.parametrize("more", [
+    "--method lora --base nf4",
+    "--method dora --targets all-linear",
+    "--method pissa",
+    "--method pissa --base nf4",
+    "--method loftq --base nf4",
+    "--method lora-fa --lora-plus 16 --rslora",
+    "--method bias --base nf4",
+    "--method lora --precision bf16 --rank-pattern query=2",
+])  # fmt: skip
+def test_a_run_is_evaluated_from_its_folder_and_resumed(folder, more, tmp_path):
     """eval from the run folder gives the last validation's figures; half a run and the rest give the same losses."""
-    data = str(reviews(tmp_path / "valid.tsv", 21, seed=9))
+    reviews(tmp_path / "valid.tsv", 21, seed=9)
     whole, half = tmp_path / "whole", tmp_path / "half"
-    often = ["--valid", data, "--save-every", "4", "--keep", "9", *more]
-    assert cli.main(options(folder, whole, *often)) == 0
-    told = json.loads(open(whole / "metrics.jsonl").readlines()[-1])
-    capsys.readouterr()
-    assert cli.main(["eval", "--model", str(whole / "last"), "--data", data, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    line = f"{TRAIN} --valid {{f}}/valid.tsv --save-every 4 --keep 9 {more}"
+    works(line, **options(folder, whole))
+    told = metrics(whole)[-1]
+    found = works("eval --model {out}/last --data {f}/valid.tsv --json", **options(folder, whole)).last
     assert found["loss"] == pytest.approx(told["eval/loss"], abs=2e-3 if "bf16" in more else 1e-5)
-    assert cli.main(options(folder, half, *often)) == 0
+    works(line, **options(folder, half))
     for step in (4, 0):  # after a checkpoint, and before the first
         stop_after(half, step)
-        assert cli.main(["train", "--resume", "--out", str(half)]) == 0
+        works("train --resume --out {half}", half=half)
         assert losses(half) == losses(whole)
 
 
@@ -332,11 +317,10 @@ def stop_after(out, step) -> None:
 
 
 def test_a_run_from_python_can_be_repeated_by_its_config(folder, tmp_path):
-    data = str(reviews(tmp_path / "train.tsv", 40))
     model, tokenizer = minift.load(folder, task="classify", labels=["blame", "praise"], base="nf4")
     minift.add_lora(model, rank=3, alpha=6, targets="query,key", rank_pattern={"key": 2}, rslora=True)
-    minift.train(model, tokenizer, minift.TrainConfig(data=data, out=str(tmp_path / "a"), epochs=1))
-    assert cli.main(["train", "--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
+    train(model, tokenizer, tmp_path / "train.tsv", tmp_path / "a", epochs=1)
+    works("train --config {f}/a/config.json --out {f}/b", f=tmp_path)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
@@ -349,57 +333,46 @@ def test_frozen_weights_are_kept_in_the_activations_dtype(folder, tmp_path, monk
         return loop(job, *rest)
 
     monkeypatch.setattr(training, "loop", watched)
-    assert cli.main(options(folder, tmp_path / "lora", "--method", "lora", "--precision", "bf16")) == 0
-    assert {t for n, t in kinds.items() if n.endswith(("base.weight", "key.weight", "word.weight"))} == {torch.bfloat16}
-    assert {t for n, t in kinds.items() if n.endswith((".A", ".B", "head.out.weight", "norm.weight"))} == {
-        torch.float32
-    }
-    assert cli.main(options(folder, tmp_path / "head", "--method", "head", "--precision", "bf16")) == 0
+    works(f"{TRAIN} --method lora --precision bf16", **options(folder, tmp_path / "lora"))
+    frozen, trained = ("base.weight", "key.weight", "word.weight"), (".A", ".B", "head.out.weight", "norm.weight")
+    assert {t for n, t in kinds.items() if n.endswith(frozen)} == {torch.bfloat16}
+    assert {t for n, t in kinds.items() if n.endswith(trained)} == {torch.float32}
+    works(f"{TRAIN} --method head --precision bf16", **options(folder, tmp_path / "head"))
     model, _ = minift.load(tmp_path / "head", task="classify")
     plain, _ = minift.load(folder, task="classify")
     assert torch.equal(model.body.embeddings.word.weight, plain.body.embeddings.word.weight)
 
 
 def test_training_goes_on_from_an_adapter(folder, tmp_path):
-    assert cli.main(options(folder, tmp_path / "a", "--method", "lora")) == 0
-    assert cli.main(options(tmp_path / "a", tmp_path / "b", "--method", "lora")) == 0
+    works(f"{TRAIN} --method lora", **options(folder, tmp_path / "a"))
+    works(f"{TRAIN} --method lora", **options(tmp_path / "a", tmp_path / "b"))
     assert losses(tmp_path / "b")[0] != losses(tmp_path / "a")[0]
     model, _ = minift.load(tmp_path / "b")
     assert model.adapter.base == str(folder.resolve())
-    assert cli.main(options(tmp_path / "a", tmp_path / "c", "--method", "full")) == 1
+    fails(f"{TRAIN} --method full", **options(tmp_path / "a", tmp_path / "c"))
 
 
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--method", "full", "--base", "nf4"], "weights in 4 bits do not learn"),
-        (["--method", "loftq"], "expected --base nf4"),
-        (["--method", "lore"], "--method is 'lore'"),
-        (["--method", "lora", "--layers", "a"], "--layers is 'a'"),
-        (["--method", "lora", "--rank-pattern", "query"], "--rank-pattern is 'query'"),
-    ],
-    ids=" ".join,
-)
-def test_options_that_do_not_go_together(folder, more, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(options(folder, tmp_path / "run", *more))
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+@pytest.mark.parametrize("more, words", [
+    ("--method full --base nf4", "weights in 4 bits do not learn"),
+    ("--method loftq", "expected --base nf4"),
+    ("--method lore", "--method is 'lore'"),
+    ("--method lora --layers a", "--layers is 'a'"),
+    ("--method lora --rank-pattern query", "--rank-pattern is 'query'"),
+])  # fmt: skip
+def test_options_that_do_not_go_together(folder, more, words, tmp_path):
+    fails(f"{TRAIN} {more}", words, code=2, **options(folder, tmp_path / "run"))
 
 
-def test_the_last_k_layers_are_counted(folder, tmp_path, capsys):
-    assert cli.main(options(folder, tmp_path / "run", "--method", "last-3")) == 1
-    assert "expected last-1 to last-2" in capsys.readouterr().err
+def test_the_last_k_layers_are_counted(folder, tmp_path):
+    fails(f"{TRAIN} --method last-3", "expected last-1 to last-2", **options(folder, tmp_path / "run"))
 
 
-def test_inspect_and_merge_from_the_command_line(folder, tmp_path, capsys):
-    assert cli.main(options(folder, tmp_path / "run", "--method", "lora", "--base", "nf4")) == 0
-    capsys.readouterr()
-    assert cli.main(["inspect", "--model", str(tmp_path / "run")]) == 0
-    out = capsys.readouterr().out
+def test_inspect_and_merge_from_the_command_line(folder, tmp_path):
+    works(f"{TRAIN} --method lora --base nf4", **options(folder, tmp_path / "run"))
+    out = works("inspect --model {f}/run", f=tmp_path).out
     assert "uint8" in out and "bert.encoder.layer.1.attention.self.value" in out.split("learned on top of")[1]
-    assert cli.main(["merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
-    assert "logits: relative error" in capsys.readouterr().out
+    said = works("merge --model {f}/run --out {f}/merged", f=tmp_path)
+    assert "logits: relative error" in said.out
     transformers.BertForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert cli.main(["merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 1
-    assert cli.main(["merge", "--model", str(folder), "--out", str(tmp_path / "other")]) == 1
-    assert "has no adapter" in capsys.readouterr().err
+    fails("merge --model {f}/run --out {f}/merged", f=tmp_path)
+    fails("merge --model {folder} --out {f}/other", "has no adapter", folder=folder, f=tmp_path)

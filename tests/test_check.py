@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import check
+from folders import check
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,13 +9,13 @@ import math
 import pytest
 import torch
 import transformers
-from helpers import peer
+from folders import put, refused, write
+from helpers import losses, real_gpt2, train, trainer_log, works
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel
 
 import minift
-from minift.cli import main
 from minift.data import passages
 from minift.data.passages import Passage
 from minift.tasks import complete
@@ -26,21 +26,13 @@ EOS = 50256
 @pytest.fixture(scope="module")
 def folder(assets, tmp_path_factory):
     """A small random GPT-2 with the real tokenizer."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    peer(GPT2LMHeadModel, folder, scale=0.05, vocab_size=50257, n_positions=128, bos_token_id=EOS, eos_token_id=EOS)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_bytes((assets / "weights/tokenizers/gpt2" / name).read_bytes())
-    return folder
+    ids = dict(bos_token_id=EOS, eos_token_id=EOS)
+    return real_gpt2(tmp_path_factory.mktemp("gpt2"), assets, scale=0.05, n_positions=128, **ids)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return minift.load(folder, task="complete")[1]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def learned(sequence, tokenizer):
@@ -61,10 +53,8 @@ def test_prompts_and_chats_and_text(tmp_path):
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "!", "weight": 1},
     ]
-    path = write(
-        tmp_path / "a.jsonl",
-        [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "", "completion": "x"}, {"messages": chat}],
-    )
+    rows = [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "", "completion": "x"}, {"messages": chat}]
+    path = write(tmp_path / "a.jsonl", *rows)
     first, second, third = passages.read_passages(path)
     assert first == Passage((("2+2=", False), (" 4", True)), "a.jsonl:1")
     assert second.parts == (("x", True),)
@@ -75,51 +65,36 @@ def test_prompts_and_chats_and_text(tmp_path):
         ("!", True),
     )
     text = "a line\n" * 5000 + "the end"
-    (tmp_path / "b.txt").write_text(text)
-    pieces = passages.read_passages(tmp_path / "b.txt")
+    pieces = passages.read_passages(put(tmp_path / "b.txt", text))
     assert len(pieces) > 1 and "".join(p.parts[0][0] for p in pieces) == text and all(p.plain for p in pieces)
 
 
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({"prompt": "a"}, ["no field completion"]),
-        ({"promt": "a", "completion": "b"}, ["no field prompt", "promt"]),
-        ({"prompt": "a", "completion": ""}, ["completion is ''"]),
-        ({"prompt": 3, "completion": "b"}, ["prompt is 3"]),
-        ({"prompt": "a", "completion": "\ud800"}, ["surrogate"]),
-        ({"messages": []}, ["at least one message"]),
-        ({"messages": "hi"}, ["messages is 'hi'"]),
-        ({"messages": [{"role": "user", "content": "a"}]}, ["no message to learn from"]),
-        ({"messages": [{"role": "human", "content": "a"}]}, ["message 1", "'human'", "assistant"]),
-        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, ["message 1", "role and content"]),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
-            ["message 2", "content is None"],
-        ),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 2}]},
-            ["message 2", "weight is 2"],
-        ),
-    ],
-)
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a"}, ["no field completion"]),
+    ({"promt": "a", "completion": "b"}, ["no field prompt", "promt"]),
+    ({"prompt": "a", "completion": ""}, ["completion is ''"]),
+    ({"prompt": 3, "completion": "b"}, ["prompt is 3"]),
+    ({"prompt": "a", "completion": "\ud800"}, ["surrogate"]),
+    ({"messages": []}, ["at least one message"]),
+    ({"messages": "hi"}, ["messages is 'hi'"]),
+    ({"messages": [USER]}, ["no message to learn from"]),
+    ({"messages": [USER | {"role": "human"}]}, ["message 1", "'human'", "assistant"]),
+    ({"messages": [{"role": "user"}, ANSWER]}, ["message 1", "role and content"]),
+    ({"messages": [USER, ANSWER | {"content": None}]}, ["message 2", "content is None"]),
+    ({"messages": [USER, ANSWER | {"weight": 2}]}, ["message 2", "weight is 2"]),
+])  # fmt: skip
 def test_faults_name_their_line(tmp_path, row, words):
     good = {"prompt": "a", "completion": "b"}
-    path = write(tmp_path / "a.jsonl", [good, row, good])
-    with pytest.raises(minift.InputError) as e:
-        passages.read_passages(path)
-    for word in ["a.jsonl:2", *words]:
-        assert word in str(e.value)
+    refused(passages.read_passages, write(tmp_path / "a.jsonl", good, row, good), "a.jsonl:2", *words)
 
 
 def test_other_files_are_refused(tmp_path):
-    for name in ("a.csv", "none.jsonl"):
-        with pytest.raises(minift.InputError, match=name):
-            (tmp_path / "a.csv").write_text("x")
-            passages.read_passages(tmp_path / name)
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(minift.InputError, match="nothing to read"):
-        passages.read_passages(tmp_path / "empty.txt")
+    refused(passages.read_passages, put(tmp_path / "a.csv", "x"), "a.csv")
+    refused(passages.read_passages, tmp_path / "none.jsonl", "none.jsonl")
+    refused(passages.read_passages, put(tmp_path / "empty.txt", ""), "nothing to read")
 
 
 # encoding
@@ -142,9 +117,8 @@ def test_the_boundary_never_moves(tokenizer):
     """Tokenised together, " straw" + "berry" would be other tokens: apart, the prompt's are its own."""
     (s,) = complete.encode([Passage(((" straw", False), ("berry", True)), "")], None, tokenizer, 100)
     prompt, completion = (tokenizer.encode([t])[0].ids for t in (" straw", "berry"))
-    assert s.ids.tolist() == [*prompt, *completion, EOS] and s.rows.tolist() == [
-        len(prompt) - 1 + i for i in range(len(completion) + 1)
-    ]
+    assert s.ids.tolist() == [*prompt, *completion, EOS]
+    assert s.rows.tolist() == [len(prompt) - 1 + i for i in range(len(completion) + 1)]
     assert s.ids.tolist() != tokenizer.encode([" strawberry"])[0].ids + [EOS]
 
 
@@ -182,50 +156,27 @@ def rows_of(assets, n):
         return [json.loads(next(f)) for _ in range(n)]
 
 
+def encoded(row, tokenizer) -> dict:
+    """A row as the peer's collator wants it."""
+    prompt, completion = (tokenizer.encode([row[key]])[0].ids for key in ("prompt", "completion"))
+    ids = [*prompt, *completion, EOS][:128]
+    labels = [-100] * len(prompt) + ids[len(prompt) :]
+    return {"input_ids": ids, "labels": labels[:128], "attention_mask": [1] * len(ids)}
+
+
 @pytest.mark.slow
 def test_twenty_steps_follow_the_trainer(folder, assets, tokenizer, tmp_path):
     """WebNLG prompts and completions of very unequal length, dropout 0: losses within 1e-5."""
     rows = rows_of(assets, 100)
-    off = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    theirs = GPT2LMHeadModel.from_pretrained(folder, **off)
-    examples = []
-    for row in rows:
-        prompt, completion = (tokenizer.encode([row[key]])[0].ids for key in ("prompt", "completion"))
-        ids = [*prompt, *completion, EOS][:128]
-        examples.append(
-            {
-                "input_ids": ids,
-                "labels": ([-100] * len(prompt) + ids[len(prompt) :])[:128],
-                "attention_mask": [1] * len(ids),
-            }
-        )
+    theirs = GPT2LMHeadModel.from_pretrained(folder, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     backend = transformers.GPT2Tokenizer.from_pretrained(assets / "weights/tokenizers/gpt2", pad_token="<|endoftext|>")
-    arguments = TrainingArguments(
-        output_dir=tmp_path / "peer",
-        per_device_train_batch_size=8,
-        max_steps=20,
-        learning_rate=1e-3,
-        seed=42,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = Trainer(
-        model=theirs, args=arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(backend)
-    )
-    trainer.train()
-    expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    examples, collator = [encoded(row, tokenizer) for row in rows], DataCollatorForSeq2Seq(backend)
+    expected = [entry["loss"] for entry in trainer_log(theirs, examples, collator, tmp_path, learning_rate=1e-3)]
 
     model, tok = minift.load(folder, task="complete", dropout=0.0)
-    path = write(tmp_path / "train.jsonl", rows)
-    minift.train(
-        model,
-        tok,
-        minift.TrainConfig(task="complete", data=str(path), out=str(tmp_path / "run"), steps=20, batch=8, lr=1e-3),
-    )
-    found = [json.loads(line)["train/loss"] for line in open(tmp_path / "run/metrics.jsonl")]
+    path = write(tmp_path / "train.jsonl", *rows)
+    train(model, tok, path, tmp_path / "run", task="complete", steps=20, batch=8, lr=1e-3)
+    found = losses(tmp_path / "run")
     assert found == pytest.approx(expected, abs=1e-5) and found[-1] < found[0]
 
 
@@ -233,110 +184,54 @@ def test_twenty_steps_follow_the_trainer(folder, assets, tokenizer, tmp_path):
 @pytest.mark.parametrize("tokens", [64, 512])
 def test_micro_batches_change_nothing(folder, assets, tmp_path, tokens):
     """Masked completions of very unequal length, dropout 0.1."""
-    path = write(tmp_path / "train.jsonl", rows_of(assets, 40))
-    curves = []
-    for limit in (0, tokens):
+    path = write(tmp_path / "train.jsonl", *rows_of(assets, 40))
+    for name, limit in (("whole", 0), ("split", tokens)):
         model, tok = minift.load(folder, task="complete")
-        out = tmp_path / f"run-{limit}"
-        minift.train(
-            model,
-            tok,
-            minift.TrainConfig(task="complete", data=str(path), out=str(out), steps=6, batch=8, lr=1e-3, tokens=limit),
-        )
-        curves.append([json.loads(line)["train/loss"] for line in open(out / "metrics.jsonl")])
-    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+        train(model, tok, path, tmp_path / name, task="complete", steps=6, batch=8, lr=1e-3, tokens=limit)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "split"), abs=1e-5)
+
+
+METHODS = {"full": "", "lora": "--method lora --base nf4 --targets all-linear --rank 16"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_learn_and_generate(method, folder, tmp_path, capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_learn_and_generate(method, folder, tmp_path):
     """Four facts by heart: train, eval, generate from prompts and from a file, transformers says the same.
 
     By LoRA over four bits too: all of it straight from the adapter folder, and transformers from the merged model.
     """
-    facts = {
-        "The capital of France is": " Paris.",
-        "The capital of Italy is": " Rome.",
-        "The capital of Spain is": " Madrid.",
-        "The capital of Peru is": " Lima.",
-    }
-    rows = [{"prompt": p, "completion": c} for p, c in facts.items()]
-    path = write(tmp_path / "facts.jsonl", rows)
-    run = tmp_path / "run"
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(folder),
-                "--task",
-                "complete",
-                "--data",
-                str(path),
-                "--valid",
-                str(path),
-                "--out",
-                str(run),
-                "--batch",
-                "4",
-                "--epochs",
-                "120",
-                "--lr",
-                "3e-3",
-                "--eval-every",
-                "60",
-                "--dropout",
-                "0",
-                *{"full": [], "lora": "--method lora --base nf4 --targets all-linear --rank 16".split()}[method],
-            ]
-        )
-        == 0
-    )
-    capsys.readouterr()
-    assert main(["eval", "--model", str(run), "--task", "complete", "--data", str(path), "--json"]) == 0
-    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
+    capitals = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima"}
+    rows = [{"prompt": f"The capital of {land} is", "completion": f" {city}."} for land, city in capitals.items()]
+    places = dict(model=folder, run=tmp_path / "run", facts=write(tmp_path / "facts.jsonl", *rows))
+    often = "--batch 4 --epochs 120 --lr 3e-3 --eval-every 60 --dropout 0"
+    line = "train --model {model} --task complete --data {facts} --valid {facts} --out {run}"
+    works(f"{line} {often} {METHODS[method]}", **places)
+
+    metrics = works("eval --model {run} --task complete --data {facts} --json", **places).last
     assert metrics["accuracy"] > 0.95 and metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
-    assert main(["generate", "--model", str(run), "--data", str(path)]) == 0
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
-    assert main(["generate", "--model", str(run), "--prompt", "The capital of Peru is", "--max-tokens", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["completion"] == " Lima"
-    plain = run / "best"
+    assert works("generate --model {run} --data {facts}", **places).rows == rows
+    (one,) = works("generate --model {run} --prompt 'The capital of Peru is' --max-tokens 1", **places).rows
+    assert one["completion"] == " Lima"
+
+    plain = tmp_path / "run/best"
     if method == "lora":
-        assert (run / "best/adapter_config.json").is_file()
+        assert (plain / "adapter_config.json").is_file()
         plain = tmp_path / "merged"
-        assert main(["merge", "--model", str(run), "--out", str(plain), "--data", str(path)]) == 0
+        works("merge --model {run} --out {plain} --data {facts}", plain=plain, **places)
     theirs = GPT2LMHeadModel.from_pretrained(plain).eval()
-    ids = torch.tensor([minift.load(run, task="complete")[1].encode(["The capital of Italy is"])[0].ids])
-    assert (
-        theirs.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=EOS)[0, ids.shape[1] :].tolist()[-1] == EOS
-    )
+    tokenizer = minift.load(tmp_path / "run", task="complete")[1]
+    ids = torch.tensor([tokenizer.encode(["The capital of Italy is"])[0].ids])
+    said = theirs.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=EOS)[0, ids.shape[1] :]
+    assert said.tolist()[-1] == EOS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tinyshakespeare/input.txt", "instruct/instructions.messages.jsonl"])
 def test_real_text_and_real_chats(folder, assets, tmp_path, name):
     """A few steps on each bring the loss down, and everything in the file is read."""
-    arguments = [
-        "train",
-        "--model",
-        str(folder),
-        "--task",
-        "complete",
-        "--data",
-        str(assets / "data" / name),
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "12",
-        "--batch",
-        "4",
-        "--lr",
-        "3e-3",
-        "--valid",
-        "0.01",
-        "--eval-every",
-        "12",
-    ]
-    assert main(arguments) == 0
-    losses = [json.loads(line)["train/loss"] for line in open(tmp_path / "run/metrics.jsonl")]
-    assert losses[-1] < losses[0] - 0.3
+    line = "train --model {model} --task complete --data {data} --out {run} --steps 12 --batch 4 --lr 3e-3"
+    places = dict(model=folder, data=assets / "data" / name, run=tmp_path / "run")
+    works(f"{line} --valid 0.01 --eval-every 12", **places)
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0] - 0.3

@@ -7,12 +7,12 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from helpers import check
+from folders import check, checked, jsonl, put, refused
+from helpers import python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,34 +25,14 @@ from minift.data.passages import read_passages
 from minift.errors import InputError
 
 
-def write(path, content):
-    """A file of text or bytes, compressed if its name ends in .gz."""
-    raw = content if isinstance(content, bytes) else content.encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
-
-
-def jsonl(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def table(path):
     """(text, pair, label) of each example."""
     return [(e.text, e.pair, e.label) for e in read(path)]
 
 
-def refused(*expected, call=read, **options):
-    """A function that runs `call` on its arguments and checks that each expected piece is in the one message."""
-
-    def check(*args):
-        with pytest.raises(InputError) as caught:
-            call(*args, **options)
-        message = str(caught.value)
-        for piece in expected:
-            assert piece in message, message
-        return message
-
-    return check
+def reader_of(name):
+    """What reads a file of this name, and for which task."""
+    return (read_passages, "complete") if name.endswith(".txt") else (read, "classify")
 
 
 def labelled(*labels):
@@ -73,7 +53,7 @@ FORMS = {
 @pytest.mark.parametrize("zipped", ["", ".gz"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_examples(tmp_path, form, zipped):
-    path = write(tmp_path / f"d.{form}{zipped}", FORMS[form])
+    path = put(tmp_path / f"d.{form}{zipped}", FORMS[form])
     assert table(path) == ROWS
     assert read(path)[0].where == f"d.{form}{zipped}:{2 if form in ('csv', 'tsv') else 1}"
 
@@ -81,11 +61,11 @@ def test_every_form_gives_the_same_examples(tmp_path, form, zipped):
 @pytest.mark.parametrize("form", FORMS)
 def test_bom_crlf_upper_case_suffix_and_no_last_line_end(tmp_path, form):
     content = b"\xef\xbb\xbf" + FORMS[form].replace("\n", "\r\n").removesuffix("\r\n").encode()
-    assert table(write(tmp_path / f"d.{form.upper()}", content)) == ROWS
+    assert table(put(tmp_path / f"d.{form.upper()}", content)) == ROWS
 
 
 def test_jsonl_skips_blank_lines_and_counts_them(tmp_path):
-    path = write(tmp_path / "d.jsonl", '\n{"text": "a", "label": 1}\n \r\n{"text": "b", "label": "x"}\n\n')
+    path = put(tmp_path / "d.jsonl", '\n{"text": "a", "label": 1}\n \r\n{"text": "b", "label": "x"}\n\n')
     assert [(e.label, e.where) for e in read(path)] == [(1, "d.jsonl:2"), ("x", "d.jsonl:4")]
 
 
@@ -93,46 +73,44 @@ def test_jsonl_skips_blank_lines_and_counts_them(tmp_path):
 def test_only_line_feeds_end_lines_and_nul_is_text(tmp_path, form):
     text = "a\x85b\u2028c\x0bd\x00e"
     raw = json.dumps({"text": text, "label": "x"}, ensure_ascii=False) if form == "jsonl" else f"{text},x"
-    path = write(tmp_path / f"d.{form}", raw.replace(",", "\t") if form == "tsv" else raw)
+    path = put(tmp_path / f"d.{form}", raw.replace(",", "\t") if form == "tsv" else raw)
     assert table(path) == [(text, None, "x")]
 
 
 def test_pair_is_read_by_default_where_there_is_one(tmp_path):
     rows = [{"text": "a", "pair": "b", "label": 0}, {"text": "c", "label": 1}, {"text": "d", "pair": None, "label": 1}]
-    assert table(write(tmp_path / "d.jsonl", jsonl(*rows))) == [("a", "b", 0), ("c", None, 1), ("d", None, 1)]
-    assert table(write(tmp_path / "d.csv", "id,pair,label,text\n1,b,0,a\n")) == [("a", "b", "0")]
+    assert table(put(tmp_path / "d.jsonl", jsonl(*rows))) == [("a", "b", 0), ("c", None, 1), ("d", None, 1)]
+    assert table(put(tmp_path / "d.csv", "id,pair,label,text\n1,b,0,a\n")) == [("a", "b", "0")]
 
 
 def test_columns_by_name(tmp_path):
     columns = "text=s1,pair=s2,label=gold"
-    for name, content in {
-        "d.jsonl": jsonl({"s1": "a", "s2": "b", "gold": 3, "text": "no"}),
-        "d.tsv": "i\tgold\ts2\ts1\n0\t3\tb\ta\n",
-    }.items():
-        (example,) = read(write(tmp_path / name, content), columns)
+    rows = put(tmp_path / "d.jsonl", jsonl({"s1": "a", "s2": "b", "gold": 3, "text": "no"}))
+    for path in (rows, put(tmp_path / "d.tsv", "i\tgold\ts2\ts1\n0\t3\tb\ta\n")):
+        (example,) = read(path, columns)
         assert (example.text, example.pair, str(example.label)) == ("a", "b", "3")
 
 
 def test_columns_by_position(tmp_path):
-    path = write(tmp_path / "d.tsv", 'ham\t1\tso "quoted\nspam\t2\twin\n')
+    path = put(tmp_path / "d.tsv", 'ham\t1\tso "quoted\nspam\t2\twin\n')
     assert [(e.text, e.label) for e in read(path, "label, _, text")] == [('so "quoted', "ham"), ("win", "spam")]
     assert read(path, "label,_,text")[0].where == "d.tsv:1"
 
 
 def test_columns_by_number(tmp_path):
-    path = write(tmp_path / "d.tsv", "g\t1\t0.5\ta\tb\ng\t2\t0.7\tc\td\textra\n")
+    path = put(tmp_path / "d.tsv", "g\t1\t0.5\ta\tb\ng\t2\t0.7\tc\td\textra\n")
     found = [(e.text, e.pair, e.label) for e in read(path, "text=4,pair=5,label=3")]
     assert found == [("a", "b", "0.5"), ("c", "d", "0.7")]
-    assert read(write(tmp_path / "p.csv", "a\n"), "text=1,label=2", need_label=False)[0].label is None
+    assert read(put(tmp_path / "p.csv", "a\n"), "text=1,label=2", need_label=False)[0].label is None
 
 
 def test_csv_quotes_and_a_record_over_lines_counts_by_its_first(tmp_path):
-    path = write(tmp_path / "d.csv", 'text,label\r\n"a ""b""\r\nc, d",x\r\ne,y\r\n')
+    path = put(tmp_path / "d.csv", 'text,label\r\n"a ""b""\r\nc, d",x\r\ne,y\r\n')
     assert [(e.text, e.where) for e in read(path)] == [('a "b"\r\nc, d', "d.csv:2"), ("e", "d.csv:4")]
 
 
 def test_csv_takes_texts_longer_than_the_csv_modules_limit(tmp_path):
-    assert len(read(write(tmp_path / "d.csv", "a" * 200_000 + ",x\n"))[0].text) == 200_000
+    assert len(read(put(tmp_path / "d.csv", "a" * 200_000 + ",x\n"))[0].text) == 200_000
 
 
 def test_labels_may_lack_where_they_are_not_needed(tmp_path):
@@ -145,16 +123,16 @@ def test_labels_may_lack_where_they_are_not_needed(tmp_path):
         "cell.csv": ("text,label\na,\nb,y\n", [None, "y"]),
     }
     for name, (content, labels) in cases.items():
-        found = read(write(tmp_path / name, content), need_label=False)
+        found = read(put(tmp_path / name, content), need_label=False)
         assert [(e.text, e.label) for e in found] == list(zip("ab", labels, strict=True)), name
 
 
 def test_folder_per_class(tmp_path):
     for name, content in {"pos/2.txt": "two\r\nlines\n", "pos/10.txt": "\ufeffe\u0301", "neg/1.txt": "no"}.items():
         (tmp_path / "reviews" / name).parent.mkdir(parents=True, exist_ok=True)
-        write(tmp_path / "reviews" / name, content)
-    write(tmp_path / "reviews" / "README", "not an example")
-    write(tmp_path / "reviews" / "pos" / ".DS_Store", "nor this")
+        put(tmp_path / "reviews" / name, content)
+    put(tmp_path / "reviews" / "README", "not an example")
+    put(tmp_path / "reviews" / "pos" / ".DS_Store", "nor this")
     assert read(tmp_path / "reviews") == [
         Example("no", None, "neg", "reviews/neg/1.txt"),
         Example("e\u0301", None, "pos", "reviews/pos/10.txt"),
@@ -171,7 +149,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @given(rows=PAIRS, ascii=st.booleans())
 def test_what_json_writes_comes_back(tmp_path, rows, ascii):
     lines = [json.dumps({"text": t, "label": y}, ensure_ascii=ascii) + "\n" for t, y in rows]
-    assert table(write(tmp_path / "d.jsonl", "".join(lines))) == [(t, None, y) for t, y in rows]
+    assert table(put(tmp_path / "d.jsonl", "".join(lines))) == [(t, None, y) for t, y in rows]
 
 
 @quick
@@ -219,8 +197,8 @@ JSONL_FAULTS = {
 
 @pytest.mark.parametrize("line", JSONL_FAULTS, ids=lambda line: line[:40])
 def test_a_jsonl_fault_names_file_line_found_and_expected(tmp_path, line):
-    path = write(tmp_path / "bad.jsonl", GOOD + "\n" + line + "\n" + GOOD)
-    message = refused("bad.jsonl:3: ", *JSONL_FAULTS[line])(path)
+    path = put(tmp_path / "bad.jsonl", GOOD + "\n" + line + "\n" + GOOD)
+    message = refused(read, path, "bad.jsonl:3: ", *JSONL_FAULTS[line])
     assert "\n" not in message and len(message) < 300
 
 
@@ -247,27 +225,30 @@ TABLE_FAULTS = {
 
 @pytest.mark.parametrize("name, content", [(name, content) for name in TABLE_FAULTS for content in TABLE_FAULTS[name]])
 def test_a_table_fault_names_file_line_found_and_expected(tmp_path, name, content):
-    refused(*TABLE_FAULTS[name][content])(write(tmp_path / name, content))
+    refused(read, put(tmp_path / name, content), *TABLE_FAULTS[name][content])
 
 
 def test_names_in_no_header(tmp_path):
-    path = write(tmp_path / "d.csv", "id,sentence,gold\n1,a,x\n")
-    refused("d.csv:1", "['id', 'sentence', 'gold']", "expected one with review, gold")(path, "text=review,label=gold")
-    refused("d.csv:1: found 3 cells", "expected 2: text, label")(path)
-    refused("d.csv:1: found 3 cells", "expected 8 or more")(path, "text=2,label=8")
-    refused("d.csv:1", "expected one with 2, gold")(path, "text=2,label=gold")
-    refused("text (column 'body') is empty")(write(tmp_path / "e.csv", "body,label\n,x\n"), "text=body,label")
+    path = put(tmp_path / "d.csv", "id,sentence,gold\n1,a,x\n")
+    words = ("d.csv:1", "['id', 'sentence', 'gold']", "expected one with review, gold")
+    refused(read, path, *words, columns="text=review,label=gold")
+    refused(read, path, "d.csv:1: found 3 cells", "expected 2: text, label")
+    refused(read, path, "d.csv:1: found 3 cells", "expected 8 or more", columns="text=2,label=8")
+    refused(read, path, "d.csv:1", "expected one with 2, gold", columns="text=2,label=gold")
+    path = put(tmp_path / "e.csv", "body,label\n,x\n")
+    refused(read, path, "text (column 'body') is empty", columns="text=body,label")
 
 
 @pytest.mark.parametrize("columns", ["text", "label", "text,label,text", "text=,label", "body,label", "text;label"])
 def test_columns_that_make_no_sense(tmp_path, columns):
-    refused(f"--columns {columns!r}", "expected", "text, pair, label")(write(tmp_path / "d.csv", "a,b\n"), columns)
+    path = put(tmp_path / "d.csv", "a,b\n")
+    refused(read, path, f"--columns {columns!r}", "expected", "text, pair, label", columns=columns)
 
 
 def test_missing_file_and_unknown_kind(tmp_path):
-    refused("gone.csv", "no such file")(tmp_path / "gone.csv")
+    refused(read, tmp_path / "gone.csv", "gone.csv", "no such file")
     for name in ("d.parquet", "d.txt.gz", "data"):
-        refused(name, "unknown kind", ".jsonl, .json, .csv, .tsv", ".gz", "sub-folder")(write(tmp_path / name, "x"))
+        refused(read, put(tmp_path / name, "x"), name, "unknown kind", ".jsonl, .json, .csv, .tsv", ".gz", "sub-folder")
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.tsv", "d.csv", "d.csv.gz"])
@@ -275,22 +256,21 @@ def test_latin_1_names_line_and_byte(tmp_path, name):
     bad = {"d.jsonl": '{"text": "caf\xe9", "label": 1}\n', "d.tsv": "caf\xe9\tx\n"}.get(name, "caf\xe9,x\n")
     good = bad.replace("\xe9", "e")
     at = bad.index("\xe9")
-    message = refused(f"{name}:2: byte offset {at} of the line holds 0xe9", "UTF-8", "latin-1")(
-        write(tmp_path / name, (good + bad).encode("latin-1"))
-    )
+    path = put(tmp_path / name, (good + bad).encode("latin-1"))
+    message = refused(read, path, f"{name}:2: byte offset {at} of the line holds 0xe9", "UTF-8", "latin-1")
     assert "\n" not in message
 
 
 def test_five_faults_are_told_at_once(tmp_path):
     lines = [GOOD, "x\n"] * 5
-    message = refused("d.jsonl:2", "d.jsonl:10")(write(tmp_path / "d.jsonl", "".join(lines)))
+    message = refused(read, put(tmp_path / "d.jsonl", "".join(lines)), "d.jsonl:2", "d.jsonl:10")
     assert message.count("\n") == 4 and "stopped" not in message
-    message = refused("d.jsonl:2", "d.jsonl:10")(write(tmp_path / "d.jsonl", "".join(lines + lines)))
+    message = refused(read, put(tmp_path / "d.jsonl", "".join(lines + lines)), "d.jsonl:2", "d.jsonl:10")
     assert message.splitlines()[5:] == ["... stopped after 5 faults"]
 
 
 def test_a_fault_that_ends_the_reading_comes_after_those_before_it(tmp_path):
-    message = refused()(write(tmp_path / "d.csv", 'text,label\n,x\n"b\nc,y\n'))
+    message = refused(read, put(tmp_path / "d.csv", 'text,label\n,x\n"b\nc,y\n'))
     assert [line.split(": ")[0] for line in message.splitlines()] == ["d.csv:2", "d.csv:3"]
 
 
@@ -298,17 +278,17 @@ def test_truncated_and_corrupt_gz(tmp_path):
     raw = gzip.compress("".join(f"text {random.Random(i).random()}\tx\n" for i in range(5000)).encode())
     for content in (raw[:-2000], raw[:-4], raw[:5000] + b"\xff" * 500 + raw[5500:], b"not compressed\tx\n"):
         (tmp_path / "d.tsv.gz").write_bytes(content)
-        refused("d.tsv.gz:", "truncated or corrupt", "expected a whole gzip file")(tmp_path / "d.tsv.gz")
+        refused(read, tmp_path / "d.tsv.gz", "d.tsv.gz:", "truncated or corrupt", "expected a whole gzip file")
 
 
 def test_folder_faults(tmp_path):
-    refused("without sub-folders", "expected one sub-folder of .txt files per class")(tmp_path)
+    refused(read, tmp_path, "without sub-folders", "expected one sub-folder of .txt files per class")
     (tmp_path / "pos").mkdir()
-    refused("no rows")(tmp_path)
-    write(tmp_path / "pos" / "a.txt", b"one\ncaf\xe9")
-    write(tmp_path / "pos" / "b.txt", " \n")
-    write(tmp_path / "pos" / "c.pdf", "x")
-    refused("pos/a.txt:2: byte offset 3", "pos/b.txt: text is empty", "pos/c.pdf: not a .txt file")(tmp_path)
+    refused(read, tmp_path, "no rows")
+    put(tmp_path / "pos" / "a.txt", b"one\ncaf\xe9")
+    put(tmp_path / "pos" / "b.txt", " \n")
+    put(tmp_path / "pos" / "c.pdf", "x")
+    refused(read, tmp_path, "pos/a.txt:2: byte offset 3", "pos/b.txt: text is empty", "pos/c.pdf: not a .txt file")
 
 
 # ---- what is no text -------------------------------------------------------------------------------------------------
@@ -324,13 +304,12 @@ LINES = '{"text": "a b", "label": "c"}\n'
 @pytest.mark.parametrize("name", ["d.tsv", "d.jsonl", "d.txt", "d.csv.gz"])
 def test_utf_16_is_told_with_the_command_that_converts_it(tmp_path, name, encoding, advice, text):
     """With a byte order mark, as Excel's "Unicode text" is saved, and without. It was called latin-1, or trained."""
-    path = write(tmp_path / name, text.encode(encoding))
-    call = read_passages if name == "d.txt" else read
+    path = put(tmp_path / name, text.encode(encoding))
+    call, task = reader_of(name)
     converts = f"(`iconv -f {advice} -t utf-8` converts it)"
-    refused(f"{name}:1: is {advice.upper()}; expected UTF-8 {converts}", call=call)(path)
-    told = []
-    task = "complete" if name == "d.txt" else "classify"
-    assert check(path, task, say=told.append).faults == {"not UTF-8": 1} and len(told) == 1
+    refused(call, path, f"{name}:1: is {advice.upper()}; expected UTF-8 {converts}")
+    report, told = checked(path, task)
+    assert report.faults == {"not UTF-8": 1} and len(told) == 1
     raw = subprocess.run(["iconv", "-f", advice, "-t", "utf-8"], input=text.encode(encoding), capture_output=True)
     assert raw.returncode == 0 and raw.stdout.decode().removeprefix("\ufeff") == text
 
@@ -351,7 +330,7 @@ def test_utf_8_is_never_taken_for_utf_16(text):
 def test_other_kinds_of_file_under_a_wrong_name(tmp_path, start, what):
     for name in ("d.csv", "d.tsv", "d.jsonl"):
         (tmp_path / name).write_bytes(start + b"\x00\xff\n" * 9)
-        refused(f"{name}:1: the file is {what}", "expected text in UTF-8")(tmp_path / name)
+        refused(read, tmp_path / name, f"{name}:1: the file is {what}", "expected text in UTF-8")
 
 
 def special(tmp_path, kind):
@@ -373,40 +352,40 @@ def test_data_are_regular_files(tmp_path, kind, call):
         pytest.skip("no such things here")
     path = special(tmp_path, kind)
     what = "a pipe or a socket" if kind in ("pipe", "socket") else "a device"
-    thread = threading.Thread(target=refused(f"{path}: is {what}; expected a regular file", call=call), args=[path])
+    told, words = [], f"{path}: is {what}; expected a regular file"
+    thread = threading.Thread(target=lambda: told.append(refused(call, path, words)), daemon=True)
     thread.start()
     thread.join(5)
-    assert not thread.is_alive()
+    assert told
 
 
 def test_a_pipe_in_a_folder_of_classes(tmp_path):
     (tmp_path / "d/pos").mkdir(parents=True)
     os.mkfifo(tmp_path / "d/pos/a.txt")
-    refused("d/pos/a.txt: is a pipe or a socket; expected a regular file")(tmp_path / "d")
-    refused("is a folder; expected a regular file", call=read_passages)(tmp_path / "d")
+    refused(read, tmp_path / "d", "d/pos/a.txt: is a pipe or a socket; expected a regular file")
+    refused(read_passages, tmp_path / "d", "is a folder; expected a regular file")
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.tsv", "d.txt", "d.jsonl.gz"])
 def test_a_line_of_more_than_4_mib(tmp_path, name):
     text = "ab " * 1_500_000
     rows = {"jsonl": jsonl({"text": text, "label": "x"}), "csv": f"{text},x\n", "tsv": f"{text}\tx\n", "txt": text}
-    path = write(tmp_path / name, rows[name.split(".")[1]])
-    call = read_passages if name == "d.txt" else read
+    path = put(tmp_path / name, rows[name.split(".")[1]])
+    call, task = reader_of(name)
     size = f"{len(rows[name.split('.')[1]]):,}"
-    refused(f"{name}:1: found a line of {size} bytes; expected fewer than {LONGEST:,} (--max-line)", call=call)(path)
+    refused(call, path, f"{name}:1: found a line of {size} bytes; expected fewer than {LONGEST:,} (--max-line)")
     assert len(call(path, max_line=0)) == len(call(path, max_line=1 << 23)) == 1
-    told = []
-    task = "complete" if name == "d.txt" else "classify"
-    assert check(path, task, say=told.append).faults["line too long"] == 1 and "(--max-line)" in told[0]
+    report, told = checked(path, task)
+    assert report.faults["line too long"] == 1 and "(--max-line)" in told[0]
 
 
 def test_a_record_and_a_text_of_more_than_4_mib(tmp_path):
     """In lines that are short: a quote that is never closed makes one record of a whole CSV file."""
-    path = write(tmp_path / "d.csv", 'text,label\n"' + "ab,x\n" * 900_000)
-    refused("d.csv:2: not CSV, field larger than field limit", "expected cells")(path)
+    path = put(tmp_path / "d.csv", 'text,label\n"' + "ab,x\n" * 900_000)
+    refused(read, path, "d.csv:2: not CSV, field larger than field limit", "expected cells")
     (tmp_path / "f/pos").mkdir(parents=True)
-    write(tmp_path / "f/pos/a.txt", "ab\n" * 1_500_000)
-    refused("f/pos/a.txt: found a text of 4,500,000 bytes; expected fewer than 4,194,304")(tmp_path / "f")
+    put(tmp_path / "f/pos/a.txt", "ab\n" * 1_500_000)
+    refused(read, tmp_path / "f", "f/pos/a.txt: found a text of 4,500,000 bytes; expected fewer than 4,194,304")
     assert len(read(tmp_path / "f", max_line=0)) == 1
 
 
@@ -426,19 +405,17 @@ except InputError as error:
 """
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc to measure memory")
-    path = write(tmp_path / "d.jsonl", b'{"text": "' + b"x" * 100_000_000 + b'", "label": 1}\n')
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 20_000_000
+    path = put(tmp_path / "d.jsonl", b'{"text": "' + b"x" * 100_000_000 + b'", "label": 1}\n')
+    assert int(python(code, path)) < 20_000_000
 
 
 def test_names_and_texts_are_shown_without_what_a_terminal_acts_on(tmp_path):
     rows = '{"te\\u001b[0mxt": 1}\n{"text": "\\u001b]0;", "label": 1.5}\nx\x1b\n'
-    path = write(tmp_path / "a\x1b[31m\nb.jsonl", rows)
-    message = refused(r"a\x1b[31m\nb.jsonl:1: no field text")(path)
+    path = put(tmp_path / "a\x1b[31m\nb.jsonl", rows)
+    message = refused(read, path, r"a\x1b[31m\nb.jsonl:1: no field text")
     assert all(line.isprintable() for line in message.split("\n"))
-    refused(r"c\x1b.csv: no such file")(tmp_path / "c\x1b.csv")
-    told = []
-    check(path, "classify", say=told.append)
+    refused(read, tmp_path / "c\x1b.csv", r"c\x1b.csv: no such file")
+    _, told = checked(path, "classify")
     assert told and all(line.isprintable() for line in told)
 
 
@@ -452,19 +429,18 @@ def test_class_folders_whose_names_are_no_utf_8(tmp_path):
     for name in (b"one.txt", b"tw\xf6.txt"):
         with open(folder + b"/" + name, "w") as file:
             file.write("text")
-    message = refused(r"d/caf\udce9/one.txt: label has the lone surrogate '\udce9'")(tmp_path / "d")
-    told = []
-    report = check(tmp_path / "d", "classify", say=told.append)
+    message = refused(read, tmp_path / "d", r"d/caf\udce9/one.txt: label has the lone surrogate '\udce9'")
+    report, told = checked(tmp_path / "d", "classify")
     assert report.faults == {"lone surrogate": 2, "no examples": 1} or report.faults == {"lone surrogate": 2}
     assert all(text.encode() for text in (message, str(report), *told))
 
 
 def test_keys_that_stand_twice(tmp_path):
     """json.loads keeps the last of them without a word."""
-    path = write(tmp_path / "d.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "text": "b", "label": 1}\n')
-    refused("d.jsonl:2: not JSON, the key 'text' is there twice")(path)
+    path = put(tmp_path / "d.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "text": "b", "label": 1}\n')
+    refused(read, path, "d.jsonl:2: not JSON, the key 'text' is there twice")
     chat = '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}\n'
-    refused("the key 'role' is there twice", call=read_passages)(write(tmp_path / "c.jsonl", chat))
+    refused(read_passages, put(tmp_path / "c.jsonl", chat), "the key 'role' is there twice")
 
 
 @pytest.mark.parametrize("content, what, command", [
@@ -473,9 +449,9 @@ def test_keys_that_stand_twice(tmp_path):
     ('\n{\n  "text": "a",\n  "label": 1\n}\n', "a JSON object over several lines", "jq -c ."),
 ])  # fmt: skip
 def test_json_that_is_not_one_object_a_line(tmp_path, content, what, command):
-    path = write(tmp_path / "d.json", content)
+    path = put(tmp_path / "d.json", content)
     for call in (read, read_passages):
-        message = refused(f"found {what}; expected one object per line (`{command}` converts it)", call=call)(path)
+        message = refused(call, path, f"found {what}; expected one object per line (`{command}` converts it)")
         assert "\n" not in message
 
 
@@ -486,7 +462,7 @@ def test_json_that_is_not_one_object_a_line(tmp_path, content, what, command):
 def test_valid_is_a_file_or_a_fraction(value):
     with pytest.raises(ValueError, match=f"--valid is '{value}'; expected a file, or a fraction above 0 and below 1"):
         TrainConfig(valid=value).check()
-    refused(f"--valid {float(value)}", "of 10 examples", call=split)(list(range(10)), float(value), 0)
+    refused(split, list(range(10)), f"--valid {float(value)}", "of 10 examples", fraction=float(value), seed=0)
     TrainConfig(valid="0.2").check()
     TrainConfig(valid="1.jsonl").check()
 
@@ -502,7 +478,7 @@ def test_header_and_max_line_are_judged():
         TrainConfig(header="maybe").check()
     with pytest.raises(ValueError, match="--max-line is -1; expected at least 0"):
         TrainConfig(max_line=-1).check()
-    refused("--header has no meaning here", call=read_passages, header="no")("d.jsonl")
+    refused(read_passages, "d.jsonl", "--header has no meaning here", header="no")
 
 
 # ---- classes and parts -----------------------------------------------------------------------------------------------
@@ -525,22 +501,17 @@ def test_label_names(labels, names):
 
 def test_label_names_given_and_refused():
     assert label_names(labelled(0, 0), "negative, positive") == ["negative", "positive"]
-    refused("['ham']", "expected two or more", call=label_names)(labelled("ham", "ham"))
+    refused(label_names, labelled("ham", "ham"), "['ham']", "expected two or more")
     for given_names in ("one", "a,a", "a,,b"):
-        refused(f"--labels {given_names!r}", "expected two or more", call=label_names)(labelled(0, 1), given_names)
+        refused(label_names, labelled(0, 1), f"--labels {given_names!r}", "expected two or more", given=given_names)
 
 
 def test_label_ids_by_name_or_index():
     assert label_ids(labelled("pos", 0, "1", "neg"), ["neg", "pos"]) == [1, 0, 1, 0]
-    refused(
-        "f.csv:2: unknown label 'Pos'",
-        "expected one of neg, pos",
-        "f.csv:3: unknown label 2",
-        "f.csv:4",
-        call=label_ids,
-    )(labelled("pos", "Pos", 2, -1), ["neg", "pos"])
-    refused("stopped after 5 faults", call=label_ids)(labelled(*"abcdef"), ["neg", "pos"])
-    refused("unknown label 0", call=label_ids)(labelled(1, 0), ["1", "2", "3"])  # no other way to write "1"
+    words = ("f.csv:2: unknown label 'Pos'", "expected one of neg, pos", "f.csv:3: unknown label 2", "f.csv:4")
+    refused(label_ids, labelled("pos", "Pos", 2, -1), *words, names=["neg", "pos"])
+    refused(label_ids, labelled(*"abcdef"), "stopped after 5 faults", names=["neg", "pos"])
+    refused(label_ids, labelled(1, 0), "unknown label 0", names=["1", "2", "3"])  # no other way to write "1"
 
 
 def test_split_and_sample():
@@ -553,8 +524,8 @@ def test_split_and_sample():
     assert some == sample(list(range(100)), 7, seed=1) != sample(list(range(100)), 7, seed=2)
     assert sample([1, 2, 3], 3, seed=0) == [1, 2, 3]
     for fraction in (0.0, 0.01, 1.0, 2.0, -0.5):
-        refused(f"--valid {fraction}", "of 10 examples", call=split)(list(range(10)), fraction, 0)
-    refused("--limit 11", "has 10 examples", call=sample)(list(range(10)), 11, 0)
+        refused(split, list(range(10)), f"--valid {fraction}", "of 10 examples", fraction=fraction, seed=0)
+    refused(sample, list(range(10)), "--limit 11", "has 10 examples", n=11, seed=0)
 
 
 # ---- real files ------------------------------------------------------------------------------------------------------
@@ -582,7 +553,7 @@ def test_rte(assets):
     assert label_names(train) == ["entailment", "not_entailment"]
     test = read(folder / "test.tsv", columns, need_label=False)
     assert len(test) == 3000 and {e.label for e in test} == {None}
-    refused("test.tsv:1", "expected one with sentence1, sentence2, label")(folder / "test.tsv", columns)
+    refused(read, folder / "test.tsv", "test.tsv:1", "expected one with sentence1, sentence2, label", columns=columns)
 
 
 def test_imdb(assets):
@@ -593,14 +564,15 @@ def test_imdb(assets):
 
 def test_rotten_tomatoes_as_latin_1_and_as_a_folder_per_class(assets, tmp_path):
     source = assets / "data" / "rt-polarity"
-    refused("unknown kind of file '.neg'")(source / "rt-polarity.neg")
+    refused(read, source / "rt-polarity.neg", "unknown kind of file '.neg'")
     for label in ("neg", "pos"):
         raw = (source / f"rt-polarity.{label}").read_bytes()
-        refused("rt.tsv:", "byte offset", "latin-1", need_label=False)(write(tmp_path / "rt.tsv", raw), "text")
+        path = put(tmp_path / "rt.tsv", raw)
+        refused(read, path, "rt.tsv:", "byte offset", "latin-1", columns="text", need_label=False)
         (tmp_path / "rt" / label).mkdir(parents=True)
         for i, line in enumerate(raw.decode("latin-1").split("\n")[:300]):
-            write(tmp_path / "rt" / label / f"{i:04}.txt", line)
+            put(tmp_path / "rt" / label / f"{i:04}.txt", line)
     examples = read(tmp_path / "rt")
     assert len(examples) == 600 and sum(label_ids(examples, ["neg", "pos"])) == 300
     text = (source / "rt-polarity.neg").read_bytes().decode("latin-1")  # with U+0085, a line end to splitlines()
-    assert len(read(write(tmp_path / "rt.tsv", text), "text", need_label=False)) == 5331 < len(text.splitlines())
+    assert len(read(put(tmp_path / "rt.tsv", text), "text", need_label=False)) == 5331 < len(text.splitlines())

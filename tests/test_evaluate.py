@@ -3,21 +3,18 @@
 python -m pytest tests/test_evaluate.py
 """
 
-import json
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers import peer, random_ids, reviews, sequence, small_bert
+from folders import put, refused, write
+from helpers import fails, python, random_ids, reviews, sequence, small_bert
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import BertForSequenceClassification
 
 import minift
-from minift.cli import main
 from minift.data import examples
 from minift.evaluation import batches, measure
 from minift.tasks import classify
@@ -44,13 +41,8 @@ def test_metrics_are_scikit_learns(pairs, size):
     assert found["loss"] == pytest.approx(log_loss(targets, z.softmax(-1), labels=range(4)), rel=1e-5, abs=1e-6)
 
 
-@pytest.fixture
-def model(tmp_path):
-    peer(BertForSequenceClassification, tmp_path, num_labels=3)
-    return minift.load(tmp_path, task="classify")[0]
-
-
-def test_the_size_of_batches_changes_nothing(model):
+def test_the_size_of_batches_changes_nothing(untouched):
+    model, _ = minift.load(untouched / "bert", task="classify")
     sequences = [sequence(i, x, rows=[0], targets=[i % 3]) for i, x in enumerate(random_ids([5, 40, 1, 17, 9, 30, 2]))]
     results = [measure(model, sequences, tokens) for tokens in (1, 40, 50, 10_000)]
     assert all(r == pytest.approx(results[0], rel=1e-5) for r in results)
@@ -58,9 +50,8 @@ def test_the_size_of_batches_changes_nothing(model):
     assert sum(sizes) == 104 and max(sizes) <= 50
 
 
-def test_memory_does_not_grow_with_the_data(tmp_path):
+def test_memory_does_not_grow_with_the_data(untouched):
     """Ten times the examples, the same peak: in fresh processes, the data made as it is asked for."""
-    peer(BertForSequenceClassification, tmp_path, num_labels=3)
     code = """
 import sys, resource, minift
 from helpers import sequence
@@ -73,18 +64,7 @@ assert measure(model, Stream())["examples"] == int(sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     tests = __file__.rsplit("/", 1)[0]
-    peaks = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", code, str(tmp_path), str(n)],
-                cwd=tests,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for n in (3_000, 30_000)
-    ]
+    peaks = [int(python(code, untouched / "bert", n, cwd=tests)) for n in (3_000, 30_000)]
     assert peaks[1] < peaks[0] * 1.03
 
 
@@ -102,24 +82,26 @@ def test_limit_draws_the_same_examples_from_a_stream(tmp_path):
     want = measure(model, classify.encode(chosen, model, tokenizer, 40))
     config = minift.EvalConfig(data=str(path), limit=13, seed=3)
     assert minift.evaluate(model, tokenizer, config) == pytest.approx(want, rel=1e-6) and want["examples"] == 13
-    with pytest.raises(minift.InputError, match="--limit 51: the data has 50 examples"):
-        minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(path), limit=51))
+    config = minift.EvalConfig(data=str(path), limit=51)
+    refused(partial(minift.evaluate, model, tokenizer), config, "--limit 51: the data has 50 examples")
 
 
 def test_a_fault_at_the_end_of_a_file_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     model, tokenizer = words_of(tmp_path / "bert")
     monkeypatch.setattr(type(model), "logits", lambda *_: pytest.fail("computed something"))
-    path = reviews(tmp_path / "d.tsv", 2500)
-    for line, words in ((" \tpraise\n", "text is empty"), ("good\tother\n", "unknown label 'other'")):
-        bad = tmp_path / "bad.tsv"
-        bad.write_text(path.read_text() + line)
-        with pytest.raises(minift.InputError, match=f"bad.tsv:2501: {words}"):
-            minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(bad)))
-    with pytest.raises(minift.InputError, match="gone.tsv: no such file"):
-        next(minift.predict(model, tokenizer, minift.PredictConfig(data="gone.tsv")))
-    bad.write_text(path.read_text() + " \tpraise\n")
-    with pytest.raises(minift.InputError, match="bad.tsv:2501: text is empty"):
-        next(minift.predict(model, tokenizer, minift.PredictConfig(data=str(bad))))
+    evaluate, predict = partial(minift.evaluate, model, tokenizer), first_prediction(model, tokenizer)
+    whole, bad = reviews(tmp_path / "d.tsv", 2500).read_text(), tmp_path / "bad.tsv"
+    put(bad, whole + "good\tother\n")
+    refused(evaluate, minift.EvalConfig(data=str(bad)), "bad.tsv:2501: unknown label 'other'")
+    put(bad, whole + " \tpraise\n")
+    refused(evaluate, minift.EvalConfig(data=str(bad)), "bad.tsv:2501: text is empty")
+    refused(predict, minift.PredictConfig(data=str(bad)), "bad.tsv:2501: text is empty")
+    refused(predict, minift.PredictConfig(data="gone.tsv"), "gone.tsv: no such file")
+
+
+def first_prediction(model, tokenizer):
+    """A function of a PredictConfig."""
+    return lambda config: next(minift.predict(model, tokenizer, config))
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "faulty"])
@@ -134,21 +116,18 @@ def test_a_file_that_changes_between_the_two_passes(tmp_path, change):
         list(classify.encoded(examples, labels, model, tokenizer, 40))
 
 
-def test_a_pair_where_the_model_has_one_type(tmp_path, capsys):
+def test_a_pair_where_the_model_has_one_type(tmp_path):
     """It was an IndexError inside the embedding, and train left a run folder."""
     model, tokenizer = words_of(tmp_path / "bert", type_vocab_size=1)
-    path = tmp_path / "d.jsonl"
     rows = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}, {"text": "a", "pair": "b", "label": "a"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = "d.jsonl:3: found a pair of texts, the second of type 1; expected single texts.* type_vocab_size is 1"
-    with pytest.raises(minift.InputError, match=words):
-        next(minift.predict(model, tokenizer, minift.PredictConfig(data=str(path))))
-    with pytest.raises(minift.InputError, match="--text: found a pair of texts"):
-        next(minift.predict(model, tokenizer, minift.PredictConfig(text="a", pair="b")))
-    assert len(list(minift.predict(model, tokenizer, minift.PredictConfig(text="a")))) == 1
-    out = tmp_path / "run"
-    assert main(["train", "--model", str(tmp_path / "bert"), "--data", str(path), "--out", str(out)]) == 1
-    assert "d.jsonl:3: found a pair of texts" in capsys.readouterr().err and not out.exists()
+    path = write(tmp_path / "d.jsonl", *rows)
+    predict, words = first_prediction(model, tokenizer), "d.jsonl:3: found a pair of texts"
+    more = ["the second of type 1; expected single texts", " type_vocab_size is 1"]
+    refused(predict, minift.PredictConfig(data=str(path)), words, *more)
+    refused(predict, minift.PredictConfig(text="a", pair="b"), "--text: found a pair of texts")
+    assert predict(minift.PredictConfig(text="a"))
+    fails("train --model {f}/bert --data {f}/d.jsonl --out {f}/run", words, f=tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_batches_are_a_stream():

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import transformers
-from helpers import peer, reviews, small_bert
+from folders import names_in, put, refused, small_disk, write
+from helpers import Said, cli, model_and_data, small_gpt2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,6 @@ import minift
 from minift import evaluation, files
 from minift.checkpoints import loading, saving
 from minift.checkpoints import resume as checkpoint
-from minift.cli import main
 from minift.errors import InputError
 
 
@@ -60,10 +59,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError), files.replaced(path) as file:
         file.write(b"half")
         raise KeyError
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old" and names_in(tmp_path) == ["a.json"]
     files.write_text(path, "new")
     assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert names_in(tmp_path) == ["a.json"]
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -114,7 +113,7 @@ def test_a_folder_keeps_what_is_not_minifts(tmp_path):
     files.write_folder(out, put("a", "b"))
     (out / "mine").write_text("mine")
     files.write_folder(out, put("a", "c"))  # b is of the first and not of the second
-    assert sorted(p.name for p in out.iterdir()) == ["a", "c", "mine", "minift.json"]
+    assert names_in(out) == ["a", "c", "mine", "minift.json"]
     (out / "c").write_text("changed by hand")
     files.write_folder(out, put("a"))
     assert (out / "c").read_text() == "changed by hand"
@@ -128,8 +127,7 @@ def test_a_folder_keeps_what_is_not_minifts(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"files": 3}', '{"files": {"../a": "0"}}', "[" * 100_000])
 def test_a_list_of_files_that_is_none(tmp_path, text):
     (tmp_path / "minift.json").write_text(text)
-    with pytest.raises(InputError, match="minift.json.*the list of files that minift wrote"):
-        files.listed(tmp_path)
+    refused(files.listed, tmp_path, "minift.json", "the list of files that minift wrote")
 
 
 def test_leftovers_go_and_nothing_that_looks_nearly_so(tmp_path):
@@ -139,59 +137,48 @@ def test_leftovers_go_and_nothing_that_looks_nearly_so(tmp_path):
     for name in kept:
         (tmp_path / name).write_text("mine")
     files.remove_leftovers(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    assert names_in(tmp_path) == sorted(kept)
 
 
 # ---- commands: a trained classifier with LoRA, a language model
 
 
+TRAIN = (  # a LoRA run of two steps
+    "train --model {made}/model --data {data} --valid 0.25 --out {out} --method lora --steps 2 --save-every 1"
+    " --kernels reference"
+)
+PREDICT = "predict --model {made}/run --data {data} --out {out}"
+GENERATE = "generate --model {made}/gpt2 --data {data} --out {out} --max-tokens 2"
+MERGE = "merge --model {made}/run --out {out}"
+DATA = {TRAIN: "train.tsv", PREDICT: "train.tsv", GENERATE: "prompts.jsonl"}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """model/, run/ (a LoRA run of it), gpt2/, train.tsv, prompts.jsonl. Kernels are loaded before files are watched."""
-    folder = tmp_path_factory.mktemp("made")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 16)
-    (folder / "prompts.jsonl").write_text('{"prompt": "the film"}\n{"prompt": "a plot"}\n')
-    peer(transformers.GPT2LMHeadModel, folder / "gpt2", vocab_size=64)
-    vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", "\u0120"])}
-    (folder / "gpt2/vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "gpt2/merges.txt").write_text("")
-    assert main(train(folder, folder / "run")) == 0
-    assert main(predict(folder, os.devnull)) == 0
+    folder = model_and_data(tmp_path_factory.mktemp("made"), 16)
+    write(folder / "prompts.jsonl", {"prompt": "the film"}, {"prompt": "a plot"})
+    small_gpt2(folder / "gpt2")
+    assert run(TRAIN, folder, folder / "run").code == 0
+    assert run(PREDICT, folder, os.devnull).code == 0
     return folder
 
 
-def train(made, out, *more):
-    """A LoRA run of two steps."""
-    data = str(made / "train.tsv")
-    return ["train", "--model", str(made / "model"), "--data", data, "--valid", "0.25", "--out", str(out),
-            "--method", "lora", "--steps", "2", "--save-every", "1", "--kernels", "reference", *more]  # fmt: skip
-
-
-def predict(made, out, *more):
-    return ["predict", "--model", str(made / "run"), "--data", str(made / "train.tsv"), "--out", str(out), *more]
-
-
-def generate(made, out, *more):
-    return ["generate", "--model", str(made / "gpt2"), "--data", str(made / "prompts.jsonl"), "--out", str(out),
-            "--max-tokens", "2", *more]  # fmt: skip
-
-
-def merge(made, out, *more):
-    return ["merge", "--model", str(made / "run"), "--out", str(out), *more]
+def run(line, made, out, data=None) -> Said:
+    """One of the commands; `data` where it shall be another file than the command's own."""
+    data = data or made / DATA.get(line.removesuffix(" --overwrite"), "")
+    return cli(line, made=made, data=data, out=out)
 
 
 @pytest.mark.parametrize("lr", ["1e3", "1e30"])
-def test_a_loss_beyond_all_bounds(made, tmp_path, lr, capsys):
+def test_a_loss_beyond_all_bounds(made, tmp_path, lr):
     """Its perplexity is infinite, which JSON has no word for; if the loss is finite the run is none the worse."""
-    data = tmp_path / "d.jsonl"
-    data.write_text('{"prompt": "the film", "completion": "was good"}\n' * 8)
-    arguments = ["train", "--task", "complete", "--model", str(made / "gpt2"), "--data", str(data), "--valid", "0.25"]
-    code = main([*arguments, "--steps", "1", "--lr", lr, "--clip", "0", "--out", str(tmp_path / "run")])
-    said = capsys.readouterr().err
-    assert code in (0, 1) and "fault of minift" not in said
-    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
-        assert "Infinity" not in line and "NaN" not in line
+    data = write(tmp_path / "d.jsonl", *[{"prompt": "the film", "completion": "was good"}] * 8)
+    line = "train --task complete --model {made}/gpt2 --data {data} --valid 0.25 --steps 1 --clip 0 --out {out}"
+    said = cli(f"{line} --lr {lr}", made=made, data=data, out=tmp_path / "run")
+    assert said.code in (0, 1) and "fault of minift" not in said.err
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    assert "Infinity" not in text and "NaN" not in text
 
 
 def test_folders_beside_the_output(made, tmp_path):
@@ -200,108 +187,97 @@ def test_folders_beside_the_output(made, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("mine")
     before = snapshot(tmp_path)
-    assert main(merge(made, tmp_path / "model")) == 0
+    assert run(MERGE, made, tmp_path / "model").code == 0
     assert minift.load(tmp_path / "model", task="classify")[0].labels == ["blame", "praise"]
     check_kept(before, tmp_path)
 
 
-@pytest.mark.parametrize("command", [train, merge])
-def test_an_output_folder_that_is_somebodys(made, tmp_path, command, capsys):
+INTO_A_FOLDER = pytest.mark.parametrize("line", [TRAIN, MERGE], ids=["train", "merge"])
+INTO_A_FILE = pytest.mark.parametrize("line", [PREDICT, GENERATE], ids=["predict", "generate"])
+
+
+def check_refused(said: Said, words: str) -> None:
+    assert said.code == 1 and words in said.err, said.err
+
+
+@INTO_A_FOLDER
+def test_an_output_folder_that_is_somebodys(made, tmp_path, line):
     out = tmp_path / "project"
     (out / "src").mkdir(parents=True)
-    (out / "config.json").write_text("{}")
+    put(out / "config.json", "{}")
     before = snapshot(tmp_path)
-    assert main(command(made, out)) == 1
-    assert "is there already; expected a new or empty folder" in capsys.readouterr().err
+    check_refused(run(line, made, out), "is there already; expected a new or empty folder")
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", [train, merge])
-def test_a_link_as_the_output(made, tmp_path, command, capsys):
+@INTO_A_FOLDER
+def test_a_link_as_the_output(made, tmp_path, line):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert main(command(made, tmp_path / "link")) == 0
+    assert run(line, made, tmp_path / "link").code == 0
     assert os.readlink(tmp_path / "link") == "real"
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"] and len(list((tmp_path / "real").iterdir())) > 2
-    )
+    assert names_in(tmp_path) == ["link", "real"] and len(names_in(tmp_path / "real")) > 2
     (tmp_path / "dangling").symlink_to("nowhere")
-    assert main(command(made, tmp_path / "dangling")) == 1
-    assert "is a link to nowhere, which is not there" in capsys.readouterr().err
+    check_refused(run(line, made, tmp_path / "dangling"), "is a link to nowhere, which is not there")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [train, merge])
-def test_a_mount_point_as_the_output(made, tmp_path, command):
+@INTO_A_FOLDER
+def test_a_mount_point_as_the_output(made, tmp_path, line):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no permission to mount a small tmpfs")
-    try:
-        assert main(command(made, disk)) == 0
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["disk"] and not list(disk.rglob(".minift-*"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    with small_disk(disk, "9m"):
+        assert run(line, made, disk).code == 0
+        assert names_in(tmp_path) == ["disk"] and not list(disk.rglob(".minift-*"))
 
 
-def test_a_run_within_its_own_class_folders(made, tmp_path, capsys):
+def test_a_run_within_its_own_class_folders(made, tmp_path):
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "1.txt").write_text(name)
-    arguments = train(made, tmp_path / "run")
-    arguments[arguments.index("--data") + 1] = str(tmp_path)
-    assert main(arguments) == 1
-    assert "lies in the folder of --data" in capsys.readouterr().err
+        put(tmp_path / name / "1.txt", name)
+    check_refused(run(TRAIN, made, tmp_path / "run", tmp_path), "lies in the folder of --data")
 
 
-@pytest.mark.parametrize("command, source", [(predict, "train.tsv"), (generate, "prompts.jsonl")])
-def test_results_over_their_own_input(made, tmp_path, command, source, capsys):
+@INTO_A_FILE
+def test_results_over_their_own_input(made, tmp_path, line):
     """Also by another name: a hard link, a symbolic one."""
-    shutil.copy(made / source, tmp_path / source)
-    os.link(tmp_path / source, tmp_path / f"hard-{source}")
-    (tmp_path / f"soft-{source}").symlink_to(source)
+    data = tmp_path / DATA[line]
+    shutil.copy(made / data.name, data)
+    os.link(data, tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(data.name)
     before = snapshot(tmp_path)
-    for name in (source, f"hard-{source}", f"soft-{source}"):
-        arguments = command(made, tmp_path / name, "--overwrite")
-        arguments[arguments.index("--data") + 1] = str(tmp_path / source)
-        assert main(arguments) == 1
-        assert "is the input" in capsys.readouterr().err
+    for name in (data.name, "hard", "soft"):
+        check_refused(run(f"{line} --overwrite", made, tmp_path / name, data), "is the input")
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", [predict, generate])
-def test_earlier_results_stay_unless_told_otherwise(made, tmp_path, command, capsys):
-    out = tmp_path / "earlier.jsonl"
-    out.write_text("earlier\n")
+@INTO_A_FILE
+def test_earlier_results_stay_unless_told_otherwise(made, tmp_path, line):
+    out = put(tmp_path / "earlier.jsonl", "earlier\n")
     before = snapshot(tmp_path)
-    assert main(command(made, out)) == 1
-    assert "is there already, with 8 bytes; expected a new file, or --overwrite" in capsys.readouterr().err
-    missing = command(made, out, "--overwrite")
-    missing[missing.index("--data") + 1] = str(tmp_path / "missing.jsonl")
-    assert main(missing) == 1
-    assert main(command(made, tmp_path)) == 1
-    assert "is a folder; expected a file" in capsys.readouterr().err
-    assert main(command(made, tmp_path / "no/such/folder.jsonl")) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    check_refused(run(line, made, out), "is there already, with 8 bytes; expected a new file, or --overwrite")
+    check_refused(run(f"{line} --overwrite", made, out, tmp_path / "missing.jsonl"), "missing.jsonl")
+    check_refused(run(line, made, tmp_path), "is a folder; expected a file")
+    check_refused(run(line, made, tmp_path / "no/such/folder.jsonl"), "there is no folder")
     assert snapshot(tmp_path) == before
-    assert main(command(made, out, "--overwrite")) == 0
-    assert len(out.read_text().splitlines()) == (16 if command is predict else 2)
+    assert run(f"{line} --overwrite", made, out).code == 0
+    assert len(out.read_text().splitlines()) == {PREDICT: 16, GENERATE: 2}[line]
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_results_to_a_device_and_to_a_pipe(made, tmp_path):
-    assert main(predict(made, os.devnull)) == 0
+    assert run(PREDICT, made, os.devnull).code == 0
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
-    assert main(predict(made, tmp_path / "pipe")) == 0
+    assert run(PREDICT, made, tmp_path / "pipe").code == 0
     assert len(reader.communicate(timeout=30)[0].splitlines()) == 16
 
 
-@pytest.mark.parametrize(
-    "stop, code", [(KeyboardInterrupt, 130), (OSError(errno.ENOSPC, "No space left on device"), 1)]
-)
-def test_interrupted_predictions_are_kept(made, tmp_path, stop, code, monkeypatch, capsys):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt, 130), (FULL, 1)])
+def test_interrupted_predictions_are_kept(made, tmp_path, stop, code, monkeypatch):
     """Under a name that says so, and the command says it too; what was in --out is still there."""
     out, written = tmp_path / "p.jsonl", json.dumps
 
@@ -310,14 +286,14 @@ def test_interrupted_predictions_are_kept(made, tmp_path, stop, code, monkeypatc
             raise stop
         return written(row, **options)
 
-    (tmp_path / "p.jsonl").write_text("before\n")
+    put(out, "before\n")
     monkeypatch.setattr(evaluation, "predict", lambda *_: iter(range(9)))
     monkeypatch.setattr(json, "dumps", dumps)
-    assert main(predict(made, out, "--overwrite")) == code
+    said = run(f"{PREDICT} --overwrite", made, out)
     monkeypatch.undo()
     (partial,) = tmp_path.glob("p.jsonl.partial-*")
     assert partial.read_text() == "0\n1\n2\n3\n4\n" and out.read_text() == "before\n"
-    assert f"the 5 lines written until then are in {partial}" in capsys.readouterr().err
+    assert said.code == code and f"the 5 lines written until then are in {partial}" in said.err
 
 
 # ---- anything, anywhere, and whatever goes wrong
@@ -327,87 +303,76 @@ class Killed(BaseException):
     """Stands for SIGKILL: after it no call of the file system is answered, so nothing can be cleaned up."""
 
 
-@contextmanager
-def going_wrong(how: str, at: int):
+class Trouble:
     """From the at-th call of the file system on that changes something: "kill", or "full", when nothing can be written.
 
     `safetensors` writes by itself: its save_file is one such call, and leaves half a file.
     """
-    calls, kept = [0], {}
 
-    def wrong(writes: bool, path=None) -> None:
-        calls[0] += 1
-        if calls[0] >= at and how == "kill":
+    def __init__(self, how: str, at: int):
+        self.how, self.at, self.calls = how, at, 0
+
+    def strike(self, writes: bool) -> None:
+        """One more call; it goes wrong if its turn has come."""
+        self.calls += 1
+        if self.calls >= self.at and self.how == "kill":
             raise Killed
-        if calls[0] >= at and how == "full" and writes:
+        if self.calls >= self.at and self.how == "full" and writes:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def watch(owner, name, writes):
-        before = kept[owner, name] = getattr(owner, name)
+    def watched(self, before, writes: bool):
+        passes = before is not os.fsync  # which takes a while, and shows nothing here
 
         def call(*args, **kwargs):
-            wrong(writes)
-            if name != "fsync":  # which takes a while, and shows nothing here
-                return before(*args, **kwargs)
+            self.strike(writes)
+            return before(*args, **kwargs) if passes else None
 
-        setattr(owner, name, call)
+        return call
 
-    def watch_open(owner):
-        before = kept[owner, "open"] = owner.open
-
+    def watched_open(self, before):
         def call(file, mode="r", *args, **kwargs):
             if isinstance(mode, str) and set(mode) & set("wax+"):
-                wrong(True)
+                self.strike(True)
             return before(file, mode, *args, **kwargs)
 
-        owner.open = call
+        return call
 
-    def watch_save_file(owner):
-        before = kept[owner, "save_file"] = owner.save_file
-
+    def watched_save_file(self, before):
         def call(tensors, path, *args, **kwargs):
             Path(path).write_bytes(b"half")
-            wrong(True)
+            self.strike(True)
             return before(tensors, path, *args, **kwargs)
 
-        owner.save_file = call
+        return call
 
-    try:
-        for name in ("replace", "rename", "unlink", "rmdir"):
-            watch(os, name, False)
-        for name in ("fsync", "mkdir"):
-            watch(os, name, True)
+
+@contextmanager
+def going_wrong(how: str, at: int):
+    """Trouble for all that changes files."""
+    trouble = Trouble(how, at)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, writes in dict(replace=0, rename=0, unlink=0, rmdir=0, fsync=1, mkdir=1).items():
+            patch.setattr(os, name, trouble.watched(getattr(os, name), bool(writes)))
         for owner in (builtins, io):
-            watch_open(owner)
+            patch.setattr(owner, "open", trouble.watched_open(owner.open))
         for owner in (saving, checkpoint):
-            watch_save_file(owner)
+            patch.setattr(owner, "save_file", trouble.watched_save_file(owner.save_file))
         yield
-    finally:
-        for (owner, name), before in kept.items():
-            setattr(owner, name, before)
 
 
-NAMES = ["out", "link", "out.new", "out.old", "out/config.json", "out/model.safetensors", "out/notes.md"]
-NAMES += [
-    "out/vocab.txt",
-    "out/src/a.py",
-    "out/checkpoints/step-1/notes.md",
-    "out/best/mine",
-    "out/metrics.jsonl",
-    "out/minift.json",
-]
-NAMES += ["out/metrics.jsonl", "other/config.json", "a.partial-00", ".minift-1.tmp", "step-1"]
+NAMES = (
+    "out link out.new out.old out/config.json out/model.safetensors out/notes.md out/vocab.txt out/src/a.py"
+    " out/checkpoints/step-1/notes.md out/best/mine out/metrics.jsonl out/minift.json out/metrics.jsonl"
+    " other/config.json a.partial-00 .minift-1.tmp step-1"
+).split()
+KINDS = ["file", "folder", "link to other", "link to out/notes.md", "link to nowhere"]
 
 
 @st.composite
 def trees(draw):
     """Names of what the user has: name -> "file", "folder", or a link to something."""
-    tree = {}
-    for name in draw(st.lists(st.sampled_from(NAMES), max_size=5, unique=True)):
-        tree[name] = draw(
-            st.sampled_from(["file", "folder", "link to other", "link to out/notes.md", "link to nowhere"])
-        )
-    return tree
+    names = draw(st.lists(st.sampled_from(NAMES), max_size=5, unique=True))
+    return {name: draw(st.sampled_from(KINDS)) for name in names}
 
 
 def plant(tree: dict[str, str], folder: Path) -> None:
@@ -435,10 +400,10 @@ def save(made, out):
 
 
 COMMANDS = {
-    "train": lambda made, out: main(train(made, out)),
-    "merge": lambda made, out: main(merge(made, out)),
-    "predict": lambda made, out: main(predict(made, out, "--overwrite")),
-    "generate": lambda made, out: main(generate(made, out)),
+    "train": lambda made, out: run(TRAIN, made, out).code,
+    "merge": lambda made, out: run(MERGE, made, out).code,
+    "predict": lambda made, out: run(f"{PREDICT} --overwrite", made, out).code,
+    "generate": lambda made, out: run(GENERATE, made, out).code,
     "save": save,
 }
 

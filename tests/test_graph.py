@@ -80,9 +80,7 @@ def test_a_replayed_run_follows_the_plain_one(family, method, device, tmp_path):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     losses, graphs = {}, None
     for graph in (False, True):
-        model, task = small_model(
-            family, tmp_path / f"{graph}", **({"n_embd": 64} if family == "gpt2" else {"hidden_size": 64})
-        )
+        model, task = small_model(family, tmp_path / f"{graph}", width=64)
         if method != "full":
             minift.add_lora(minift.quantize(model) if method == "qlora" else model)
         config = minift.TrainConfig(batch=5, tokens=90, weight_decay=0.01, base="fp32", graph=graph, precision="auto")

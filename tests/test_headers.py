@@ -3,51 +3,28 @@
 Alone: pytest tests/test_headers.py
 """
 
-import json
-
 import pytest
-from helpers import check, reviews, small_bert
+from folders import checked, put, refused, write
+from helpers import fails, reviews, small_bert, works
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.cli import main
 from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
-from minift.errors import InputError
 
 PRAISE = ("I loved it", "positive")
 BLAME = ("I hated it", "negative")
 
 
-def write(path, *rows):
-    path.write_text("".join(row + "\n" for row in rows))
-    return path
-
-
-def refused(path, *pieces, **options):
-    with pytest.raises(InputError) as caught:
-        read(path, **options)
-    for piece in pieces:
-        assert piece in str(caught.value), caught.value
-    assert "\n" not in str(caught.value)
+def refuses(path, *pieces, **options):
+    assert "\n" not in refused(read, path, *pieces, **options)
 
 
 KNOWN = [
-    "review,sentiment",
-    "Text,Label",
-    "text, label",
-    "text,labels",
-    " Sentence ,LABEL_ID",
-    "comment,class",
-    "Comments,Classes",
-    "utterance,intent",
-    "content,category",
-    "message,Categories",
-    "tweet_text,target",
-    "Review Text,Sentiment Label",
-    "\ufefftext,label",
-    '"text","label"',
-]
+    "review,sentiment", "Text,Label", "text, label", "text,labels", " Sentence ,LABEL_ID", "comment,class",
+    "Comments,Classes", "utterance,intent", "content,category", "message,Categories", "tweet_text,target",
+    "Review Text,Sentiment Label", "\ufefftext,label", '"text","label"',
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("header", KNOWN)
@@ -88,23 +65,18 @@ def test_predict_has_no_row_too_many(tmp_path):
     for header, row in (("review", "{}"), ("Text", "{}"), ("review,sentiment", "{},x"), ("id,review", "1,{}")):
         path = write(tmp_path / "d.csv", header, row.format("I loved it"), row.format("I hated it"))
         assert [e.text for e in read(path, need_label=False)] == ["I loved it", "I hated it"], header
-    refused(
-        write(tmp_path / "d.csv", "customer_feedback", "I loved it"),
-        "d.csv:1: found ['customer_feedback'], which may be a header or an example",
-        "--header yes",
-        "--header no",
-        "--columns",
-        need_label=False,
-    )
+    path = write(tmp_path / "d.csv", "customer_feedback", "I loved it")
+    words = "d.csv:1: found ['customer_feedback'], which may be a header or an example"
+    refuses(path, words, "--header yes", "--header no", "--columns", need_label=False)
 
 
 def test_two_columns_of_one_name(tmp_path):
     """csv.DictReader keeps the last, pandas renames: which one is meant has to be said."""
     path = write(tmp_path / "d.csv", "text,text,label", "a,b,x", "c,d,y")
-    refused(path, "d.csv:1", "['text', 'text', 'label']", "could each be the text", "--columns text=1,label=3")
+    refuses(path, "d.csv:1", "['text', 'text', 'label']", "could each be the text", "--columns text=1,label=3")
     assert [e.text for e in read(path, "text=2,label=3", header="yes")] == ["b", "d"]
-    refused(write(tmp_path / "e.csv", "review,comment,label", "a,b,x"), "'review' and 'comment' could each be the text")
-    refused(write(tmp_path / "f.csv", "body,body,label", "a,b,x"), "'body' and 'body'", columns="text=body,label=label")
+    refuses(write(tmp_path / "e.csv", "review,comment,label", "a,b,x"), "'review' and 'comment' could each be the text")
+    refuses(write(tmp_path / "f.csv", "body,body,label", "a,b,x"), "'body' and 'body'", columns="text=body,label=label")
 
 
 DOUBTFUL = {
@@ -120,11 +92,11 @@ DOUBTFUL = {
 def test_what_may_be_a_header_is_asked_about(tmp_path, header, rows):
     path = write(tmp_path / "d.csv", header, *rows)
     shown = str(header.split(","))
-    refused(path, f"d.csv:1: found {shown}, which may be a header or an example", "--header yes", "--header no")
+    refuses(path, f"d.csv:1: found {shown}, which may be a header or an example", "--header yes", "--header no")
     assert len(read(path, header="yes")) == len(rows)
     assert len(read(path, header="no")) == len(rows) + 1
-    told = []
-    assert check(path, "classify", say=told.append).faults == {"header or example": 1} and len(told) == 1
+    report, told = checked(path, "classify")
+    assert report.faults == {"header or example": 1} and len(told) == 1
 
 
 GENUINE = [
@@ -158,33 +130,29 @@ def test_texts_of_several_words_are_never_a_header(tmp_path, rows):
 def test_header_no_with_names(tmp_path):
     path = write(tmp_path / "d.csv", "review,sentiment", ",".join(PRAISE))
     pieces = ("--header is no, but review, sentiment are names", "expected numbers")
-    refused(path, *pieces, columns="text=review,label=sentiment", header="no")
+    refuses(path, *pieces, columns="text=review,label=sentiment", header="no")
 
 
-def test_from_the_command_line(tmp_path, capsys):
+def test_from_the_command_line(tmp_path):
     """train, eval, predict and check read the same table in the same way."""
-    model, run = small_bert(tmp_path / "bert"), tmp_path / "run"
+    small_bert(tmp_path / "bert")
     body = reviews(tmp_path / "bare.tsv", 12).read_text()
-    path = tmp_path / "d.tsv"
-    path.write_text("phrase\tgold\n" + body)
-    arguments = ["--model", str(model), "--data", str(path), "--out", str(run), "--steps", "1"]
-    assert main(["train", *arguments]) == 1 and not run.exists()
-    assert "d.tsv:1: found ['phrase', 'gold'], which may be a header" in capsys.readouterr().err
-    assert main(["train", *arguments, "--header", "yes"]) == 0
-    capsys.readouterr()
-    assert main(["eval", "--model", str(run), "--data", str(path), "--header", "yes", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["examples"] == 12
-    assert main(["predict", "--model", str(run), "--data", str(path), "--header", "yes"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 12
-    assert main(["check", "--task", "classify", "--data", str(path), "--header", "yes"]) == 0
-    assert "taken for a header: ['phrase', 'gold']" in " ".join(capsys.readouterr().out.split())
+    places = dict(data=put(tmp_path / "d.tsv", "phrase\tgold\n" + body), out=tmp_path / "run", f=tmp_path)
+    line = "train --model {f}/bert --data {data} --out {out} --steps 1"
+    fails(line, "d.tsv:1: found ['phrase', 'gold'], which may be a header", **places)
+    assert not places["out"].exists()
+    works(f"{line} --header yes", **places)
+    assert works("eval --model {out} --data {data} --header yes --json", **places).last["examples"] == 12
+    assert len(works("predict --model {out} --data {data} --header yes", **places).rows) == 12
+    told = works("check --task classify --data {data} --header yes", **places).out
+    assert "taken for a header: ['phrase', 'gold']" in " ".join(told.split())
 
 
 def test_excels_own_first_line(tmp_path):
     """Excel writes and reads `sep=,` before everything else."""
     path = write(tmp_path / "d.csv", "sep=,", "text,label", "a b,x", "c d,y")
     assert [e.text for e in read(path)] == ["a b", "c d"] and read(path)[0].where == "d.csv:3"
-    refused(write(tmp_path / "e.csv", "sep=;", "text;label"), "e.csv:1: found 'sep=;'; expected cells between commas")
+    refuses(write(tmp_path / "e.csv", "sep=;", "text;label"), "e.csv:1: found 'sep=;'; expected cells between commas")
 
 
 @pytest.mark.parametrize("name, row, what", [
@@ -196,7 +164,7 @@ def test_excels_own_first_line(tmp_path):
 ])  # fmt: skip
 def test_other_separators_are_named(tmp_path, name, row, what):
     path = write(tmp_path / name, row, row)
-    refused(path, f"{name}:1: found one cell, {row!r}, with {what} in it; expected cells between commas in a .csv")
+    refuses(path, f"{name}:1: found one cell, {row!r}, with {what} in it; expected cells between commas in a .csv")
 
 
 def test_one_column_of_texts_may_hold_separators(tmp_path):

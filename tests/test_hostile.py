@@ -16,49 +16,19 @@ import time
 import pytest
 import torch
 import transformers
-from helpers import WORDS, peer
+from folders import configure, write
+from helpers import VOCABULARY, peer, small_gpt2
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
+from transformers import BertForSequenceClassification
 
 import minift
 
 SECONDS, BYTES = 5, 1 << 30
 ODD = [
-    0,
-    -1,
-    1,
-    2,
-    5,
-    7,
-    10**9,
-    10**19,
-    10**400,
-    -(10**19),
-    0.0,
-    0.5,
-    1.0,
-    1e308,
-    float("inf"),
-    float("nan"),
-    True,
-    False,
-    None,
-    "",
-    "x",
-    "32",
-    "0.1",
-    "\ud800",
-    "a" * 10_000,
-    [],
-    [1],
-    ["a", "b"],
-    {},
-    {"a": 1},
-    {"0": "a", "1": "b"},
-    [[]] * 3,
-    {"0": None},
-]
+    0, -1, 1, 2, 5, 7, 10**9, 10**19, 10**400, -(10**19), 0.0, 0.5, 1.0, 1e308, float("inf"), float("nan"),
+    True, False, None, "", "x", "32", "0.1", "\ud800", "a" * 10_000,
+    [], [1], ["a", "b"], {}, {"a": 1}, {"0": "a", "1": "b"}, [[]] * 3, {"0": None},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +36,9 @@ def good(tmp_path_factory):
     """Folders to be spoiled: a classifier, a language model, an adapter of the classifier."""
     root = tmp_path_factory.mktemp("good")
     peer(BertForSequenceClassification, root / "bert", vocab_size=64, num_labels=2)
-    (root / "bert/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    write(root / "bert/vocab.txt", *VOCABULARY)
     transformers.BertTokenizer.from_pretrained(root / "bert").save_pretrained(root / "bert")
-    peer(GPT2LMHeadModel, root / "gpt2", vocab_size=300, eos_token_id=256)
-    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "ab"]
-    (root / "gpt2/vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (root / "gpt2/merges.txt").write_text("#version: 0.2\na b\n")
+    small_gpt2(root / "gpt2", more=["ab"], merges=["a b"], vocab_size=300, n_positions=40)
     model, tokenizer = minift.load(root / "bert", task="classify")
     minift.add_lora(model, rank=2)
     minift.save(model, tokenizer, root / "adapter")
@@ -131,89 +98,67 @@ def change_bytes(folder, rng, name):
 
 
 def change_config(folder, rng):
-    names = [
-        "hidden_size",
-        "n_embd",
-        "n_layer",
-        "n_head",
-        "num_labels",
-        "problem_type",
-        "eos_token_id",
-        "id2label",
-        "minift",
-        "quantization_config",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "hidden_dropout_prob",
-        "type_vocab_size",
-        "n_inner",
-        "architectures",
-        "num_hidden_layers",
-        "vocab_size",
-        "max_position_embeddings",
-    ]
+    names = (
+        "hidden_size n_embd n_layer n_head num_labels problem_type eos_token_id id2label minift quantization_config"
+        " tie_word_embeddings tokenizer_class hidden_dropout_prob type_vocab_size n_inner architectures"
+        " num_hidden_layers vocab_size max_position_embeddings"
+    ).split()
     change_json(folder, rng, "config.json", names)
 
 
 def change_labels(folder, rng):
     numbers = ["0", "1", "2", "-1", "x", "00", "1.0", " 1", "\u0661", "9" * 30]
     by_id = {rng.choice(numbers): rng.choice([*ODD, "a", "b"]) for _ in range(rng.randint(0, 4))}
-    settings = json.loads((folder / "config.json").read_text()) | {"id2label": rng.choice([by_id, rng.choice(ODD)])}
-    (folder / "config.json").write_text(json.dumps(settings))
+    configure(folder, id2label=rng.choice([by_id, rng.choice(ODD)]))
 
 
 def change_tokenizer(folder, rng):
+    """One part of a tokenizer.json, or a vocab.json where there is none."""
     path = folder / "tokenizer.json"
-    if not path.exists():  # vocab.json
-        return (change_bytes if rng.random() < 0.7 else change_json)(folder, rng, rng.choice(["vocab.json"]))
-    part = rng.choice(
-        ["normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model", "decoder", "vocabulary"]
-    )
+    if not path.exists():
+        return (change_bytes if rng.random() < 0.7 else change_json)(folder, rng, "vocab.json")
+    parts = ["normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model", "decoder", "vocabulary"]
+    part, replacement = rng.choice(parts), odd_replacement(rng)
     content = json.loads(path.read_text())
-    replace = {
-        "type": "Replace",
-        "pattern": rng.choice([{"String": "a"}, {"Regex": "."}, {"Regex": ""}]),
-        "content": "a" * rng.choice([0, 1, 2, 3, 1000]),
-    }
     if part == "normalizer":
-        content[part] = {"type": "Sequence", "normalizers": [replace] * rng.choice([1, 2, 40])}
+        content[part] = {"type": "Sequence", "normalizers": [replacement] * rng.choice([1, 2, 40])}
     elif part == "vocabulary":
         for _ in range(rng.randint(1, 30)):
             content["model"]["vocab"].pop(rng.choice([*content["model"]["vocab"], "[UNK]"]), None)
     elif part == "post_processor":
-        pieces = [
-            {"Sequence": {"id": rng.choice("AB"), "type_id": rng.choice([0, 1, 5, 200, 2**31])}},
-            {"SpecialToken": {"id": rng.choice(["[CLS]", "[SEP]", "x"]), "type_id": rng.choice([0, 5, 200])}},
-        ]
-        for kind in ("single", "pair"):
-            content[part][kind] = [rng.choice(pieces) for _ in range(rng.randint(0, 4))]
+        content[part] |= odd_templates(rng)
         content[part]["special_tokens"]["[CLS]"]["ids"] = [rng.choice([2, 63, 64, 10**6, 2**32 - 1])]
     elif content.get(part):
-        path.write_text(json.dumps({part: content[part]}))
-        change_json(folder, rng, "tokenizer.json")
+        write(path, {part: content[part]})
+        change_json(folder, rng, path.name)
         content |= json.loads(path.read_text())
-    path.write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    write(path, content)
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def odd_replacement(rng):
+    """A step of a normaliser that makes texts longer, or loops."""
+    pattern = rng.choice([{"String": "a"}, {"Regex": "."}, {"Regex": ""}])
+    return {"type": "Replace", "pattern": pattern, "content": "a" * rng.choice([0, 1, 2, 3, 1000])}
+
+
+def odd_templates(rng):
+    """What is put around a text and a pair, with types that no model has."""
+    pieces = [
+        {"Sequence": {"id": rng.choice("AB"), "type_id": rng.choice([0, 1, 5, 200, 2**31])}},
+        {"SpecialToken": {"id": rng.choice(["[CLS]", "[SEP]", "x"]), "type_id": rng.choice([0, 5, 200])}},
+    ]
+    return {kind: [rng.choice(pieces) for _ in range(rng.randint(0, 4))] for kind in ("single", "pair")}
 
 
 def change_tokenizer_settings(folder, rng):
     path = folder / "tokenizer_config.json"
     if not path.exists():
         path.write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-    names = [
-        "do_lower_case",
-        "strip_accents",
-        "added_tokens_decoder",
-        "additional_special_tokens",
-        "eos_token",
-        "cls_token",
-        "extra_special_tokens",
-        "add_bos_token",
-        "bos_token",
-        "tokenizer_class",
-        "add_prefix_space",
-        "unk_token",
-    ]
+    names = (
+        "do_lower_case strip_accents added_tokens_decoder additional_special_tokens eos_token cls_token"
+        " extra_special_tokens add_bos_token bos_token tokenizer_class add_prefix_space unk_token"
+    ).split()
     change_json(folder, rng, "tokenizer_config.json", names)
     if rng.random() < 0.3:
         (folder / "tokenizer.json").unlink(missing_ok=True)
@@ -272,15 +217,8 @@ def change_weights(folder, rng):
 def change_index(folder, rng):
     names = [*load_file(folder / "model.safetensors")]
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    places = ["model-1.safetensors"] * 9 + [
-        "../x.safetensors",
-        "/dev/zero",
-        "gone.safetensors",
-        "config.json",
-        3,
-        None,
-        {},
-    ]
+    odd = ["../x.safetensors", "/dev/zero", "gone.safetensors", "config.json", 3, None, {}]
+    places = ["model-1.safetensors"] * 9 + odd
     index = {"weight_map": {name: "model-1.safetensors" for name in names}}
     index["weight_map"][rng.choice([*names, "x"])] = rng.choice(places)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -289,22 +227,10 @@ def change_index(folder, rng):
 
 
 def change_adapter_settings(folder, rng):
-    names = [
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "init_lora_weights",
-        "use_dora",
-        "use_x",
-        "x_config",
-        "task_type",
-    ]
+    names = (
+        "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform rank_pattern alpha_pattern"
+        " modules_to_save init_lora_weights use_dora use_x x_config task_type"
+    ).split()
     change_json(folder, rng, "adapter_config.json", names)
 
 
@@ -312,16 +238,17 @@ def change_adapter_bytes(folder, rng):
     change_bytes(folder, rng, "adapter_config.json")
 
 
+BERT, GPT2, ADAPTER = ("bert", "classify"), ("gpt2", "complete"), ("adapter", "classify")
 KINDS = {  # what is spoiled -> the good folders and their tasks, and how many draws
-    change_config: ([("bert", "classify"), ("gpt2", "complete")], 80),
-    change_labels: ([("bert", "classify")], 40),
-    change_tokenizer: ([("bert", "classify"), ("gpt2", "complete")], 50),
-    change_tokenizer_settings: ([("bert", "classify"), ("gpt2", "complete")], 50),
-    change_tokenizer_bytes: ([("bert", "classify"), ("gpt2", "complete")], 50),
-    change_weights: ([("bert", "classify"), ("gpt2", "complete"), ("adapter", "classify")], 60),
-    change_index: ([("bert", "classify"), ("gpt2", "complete")], 20),
-    change_adapter_settings: ([("adapter", "classify")], 50),
-    change_adapter_bytes: ([("adapter", "classify")], 20),
+    change_config: ([BERT, GPT2], 80),
+    change_labels: ([BERT], 40),
+    change_tokenizer: ([BERT, GPT2], 50),
+    change_tokenizer_settings: ([BERT, GPT2], 50),
+    change_tokenizer_bytes: ([BERT, GPT2], 50),
+    change_weights: ([BERT, GPT2, ADAPTER], 60),
+    change_index: ([BERT, GPT2], 20),
+    change_adapter_settings: ([ADAPTER], 50),
+    change_adapter_bytes: ([ADAPTER], 20),
 }
 
 

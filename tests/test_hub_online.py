@@ -34,20 +34,17 @@ def hub(tmp_path):
             path = tmp_path / "hub" / parts[0] / parts[-1].split("/", 1)[-1] if len(parts) == 2 else None
             if path is None or not path.is_file():
                 repo = path is not None and (tmp_path / "hub" / parts[0]).is_dir()
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound" if repo else "RepoNotFound")
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
+                return self.head(404, 0, "X-Error-Code", "EntryNotFound" if repo else "RepoNotFound")
             content = path.read_bytes()
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
+            self.head(200, len(content), "ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             if body:
                 self.wfile.write(content)
+
+        def head(self, status: int, length: int, name: str, value: str):
+            self.send_response(status)
+            for header in ((name, value), ("X-Repo-Commit", COMMIT), ("Content-Length", str(length))):
+                self.send_header(*header)
+            self.end_headers()
 
         def do_HEAD(self):
             self.answer(False)
@@ -66,16 +63,8 @@ def hub(tmp_path):
 
 def load(repo, address, cache, **env):
     """`minift.load(repo)` in a process of its own: huggingface-hub reads its settings at import."""
-    env = {
-        **os.environ,
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "no_proxy": "127.0.0.1",
-        **env,
-    }
+    settings = dict(HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", no_proxy="127.0.0.1")
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(cache)} | settings | env
     return subprocess.run([sys.executable, "-c", LOAD, repo], env=env, capture_output=True, text=True, timeout=120)
 
 

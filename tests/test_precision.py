@@ -3,11 +3,9 @@
 python -m pytest tests/test_precision.py
 """
 
-import json
-
 import pytest
 import torch
-from helpers import peer, random_ids, reviews, sequence, small_bert
+from helpers import metrics, peer, random_ids, reviews, sequence, small_bert, train
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
@@ -95,31 +93,23 @@ def test_all_learn_the_same(kind, tmp_path, capsys):
     small_bert(tmp_path / "model")
     data = reviews(tmp_path / "train.tsv", 256)
     model, tokenizer = minift.load(tmp_path / "model", task="classify", labels=["blame", "praise"])
-    run = minift.train(
-        model,
-        tokenizer,
-        minift.TrainConfig(
-            data=str(data), valid="0.2", out=str(tmp_path / "run"), epochs=8, batch=16, lr=2e-3, precision=kind
-        ),
-    )
+    options = dict(valid="0.2", epochs=8, batch=16, lr=2e-3, precision=kind)
+    run = train(model, tokenizer, data, tmp_path / "run", **options)
     assert run.metrics["accuracy"] > 0.95
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[kind]
     assert f", {dtype} (" in capsys.readouterr().err
-    assert ("train/loss_scale" in json.loads(open(tmp_path / "run/metrics.jsonl").readline())) == (kind == "fp16")
+    assert ("train/loss_scale" in metrics(tmp_path / "run")[0]) == (kind == "fp16")
 
 
-@pytest.mark.parametrize(
-    "wanted, amx, avx, dtype, word",
-    [
-        ("auto", False, False, torch.float32, "neither"),
-        ("auto", True, False, torch.bfloat16, "AMX"),
-        ("auto", False, True, torch.bfloat16, "AVX512-BF16"),
-        ("bf16", False, False, torch.bfloat16, "slower"),
-        ("bf16", False, True, torch.bfloat16, "asked for"),
-        ("fp32", True, True, torch.float32, "asked for"),
-        ("fp16", False, False, torch.float16, "asked for"),
-    ],
-)
+@pytest.mark.parametrize("wanted, amx, avx, dtype, word", [
+    ("auto", False, False, torch.float32, "neither"),
+    ("auto", True, False, torch.bfloat16, "AMX"),
+    ("auto", False, True, torch.bfloat16, "AVX512-BF16"),
+    ("bf16", False, False, torch.bfloat16, "slower"),
+    ("bf16", False, True, torch.bfloat16, "asked for"),
+    ("fp32", True, True, torch.float32, "asked for"),
+    ("fp16", False, False, torch.float16, "asked for"),
+])  # fmt: skip
 def test_the_choice_on_a_cpu(wanted, amx, avx, dtype, word, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)

@@ -5,17 +5,15 @@ Alone: pytest tests/test_prompts.py
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import check, peer
-from tokenizers.pre_tokenizers import ByteLevel
+from folders import check, checked, jsonl, put, refused, write
+from helpers import ENDS, EOS, fails, python, small_gpt2, works
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Tokenizer
 
 import minift
-from minift.cli import main
 from minift.config import GenerateConfig
 from minift.data import examples, passages
 from minift.data.batch import pack
@@ -23,29 +21,19 @@ from minift.data.passages import Passage, read_passages
 from minift.errors import InputError
 from minift.tasks import classify, complete
 
-EOS, ENDS = 256, "<|endoftext|>"
-
-
-def small_gpt2(folder, cls=GPT2LMHeadModel, **changes):
-    """A random GPT-2 whose tokens are single bytes, and end-of-text."""
-    ids = dict(bos_token_id=EOS, eos_token_id=EOS) | changes
-    model = peer(cls, folder, **dict(vocab_size=257, n_positions=100, tie_word_embeddings=False) | ids)
-    vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))} | {ENDS: EOS}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return model
+UNTIED = dict(tie_word_embeddings=False)  # a random model with a tied head says its last token again and again
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
-    small_gpt2(folder)
+    small_gpt2(folder, **UNTIED)
     return folder
 
 
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+@pytest.fixture(scope="module")
+def tokenizer(gpt2):
+    return minift.load(gpt2, task="complete")[1]
 
 
 def say(role, content, **more):
@@ -141,10 +129,9 @@ def test_what_follows_the_last_answer_is_told(tmp_path):
 ])  # fmt: skip
 def test_train_and_check_agree_on_weights(tmp_path, message, words):
     path = write(tmp_path / "d.jsonl", chat(Q1, A1), chat(Q1, message, A2))
-    with pytest.raises(InputError, match=f"d.jsonl:2: message 2: {words}"):
-        read_passages(path)
-    told = []
-    assert not check(path, say=told.append).ok and told == [f"d.jsonl:2: message 2: {words}"]
+    refused(read_passages, path, f"d.jsonl:2: message 2: {words}")
+    report, told = checked(path)
+    assert not report.ok and told == [f"d.jsonl:2: message 2: {words}"]
 
 
 def test_null_stands_for_no_weight(tmp_path):
@@ -165,11 +152,9 @@ ALPACA = {"instruction": "Add.", "input": "2 2", "output": "4"}
 def test_other_forms_are_named_with_what_to_do(tmp_path, row, name, expected):
     """And what to do does it."""
     path = write(tmp_path / "d.jsonl", row)
-    with pytest.raises(InputError) as caught:
-        read_passages(path)
-    told = []
-    assert check(path, say=told.append).faults == {"unknown format": 1}
-    for text in (str(caught.value), *told):
+    report, told = checked(path)
+    assert report.faults == {"unknown format": 1}
+    for text in (refused(read_passages, path), *told):
         assert "d.jsonl:1: " in text and name in text and "did you mean" not in text
         command = text.partition("`jq -c '")[2].partition("'`")[0]
         try:
@@ -181,8 +166,7 @@ def test_other_forms_are_named_with_what_to_do(tmp_path, row, name, expected):
 
 def test_messages_of_sharegpt(tmp_path):
     path = write(tmp_path / "d.jsonl", {"messages": SHAREGPT["conversations"]})
-    with pytest.raises(InputError, match="with from and value as ShareGPT has them; expected role .user for human"):
-        read_passages(path)
+    refused(read_passages, path, "with from and value as ShareGPT has them; expected role (user for human")
 
 
 # ---- running text and what is no running text ------------------------------------------------------------------------
@@ -191,8 +175,7 @@ def test_messages_of_sharegpt(tmp_path):
 @pytest.mark.parametrize("row", [{"prompt": "a", "completion": " b"}, chat(Q1, A1), {"text": "a"}, SHAREGPT, ALPACA])
 def test_json_lines_in_a_txt_are_no_running_text(tmp_path, row):
     path = write(tmp_path / "d.txt", row, row)
-    with pytest.raises(InputError, match="d.txt:1: found a JSON object with .* in a .txt.*; expected a name that ends"):
-        read_passages(path)
+    refused(read_passages, path, "d.txt:1: found a JSON object with ", " in a .txt", "; expected a name that ends")
     assert check(path, say=print).faults == {"JSON in a .txt": 1}
 
 
@@ -204,22 +187,21 @@ def test_running_text_may_begin_with_json(tmp_path, line):
 
 def test_a_txt_is_no_file_of_prompts(tmp_path):
     """It was one empty prompt."""
-    with pytest.raises(InputError, match="d.txt: is running text; expected prompts, in a .jsonl"):
-        read_passages(write(tmp_path / "d.txt", "Once upon a time"), need_label=False)
+    path = write(tmp_path / "d.txt", "Once upon a time")
+    refused(read_passages, path, "d.txt: is running text; expected prompts, in a .jsonl", need_label=False)
 
 
 # ---- the context -----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_over_the_context_are_told_before_any_is_completed(tmp_path, gpt2, capsys):
+def test_prompts_over_the_context_are_told_before_any_is_completed(tmp_path, gpt2):
     path = write(tmp_path / "d.jsonl", {"prompt": "short"}, "", {"prompt": "x" * 100}, chat(Q1, say("user", "y" * 90)))
-    assert main(["generate", "--model", str(gpt2), "--data", str(path)]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("expected at most 99, since the model reads 100 at most") == 2
-    assert "d.jsonl:3: the prompt has 100 tokens" in err and "d.jsonl:4: the prompt has" in err
-    assert main(["generate", "--model", str(gpt2), "--prompt", "x" * 100]) == 1
-    assert "--prompt: the prompt has 100 tokens" in capsys.readouterr().err
-    assert main(["generate", "--model", str(gpt2), "--prompt", "x" * 99, "--max-tokens", "1"]) == 0
+    words = ("d.jsonl:3: the prompt has 100 tokens", "d.jsonl:4: the prompt has")
+    said = fails("generate --model {gpt2} --data {path}", *words, gpt2=gpt2, path=path)
+    assert said.out == "" and said.err.count("expected at most 99, since the model reads 100 at most") == 2
+    line = "generate --model {gpt2} --prompt {prompt} --max-tokens 1"
+    fails(line, "--prompt: the prompt has 100 tokens", gpt2=gpt2, prompt="x" * 100)
+    works(line, gpt2=gpt2, prompt="x" * 99)
 
 
 # ---- special tokens that a text spells -------------------------------------------------------------------------------
@@ -242,8 +224,7 @@ def test_end_of_text_in_a_text_to_classify_is_what_transformers_makes_of_it(tmp_
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_end_of_text_in_a_completion_is_that_token_and_check_tells(tmp_path, gpt2):
-    tokenizer = minift.load(gpt2, task="complete")[1]
+def test_end_of_text_in_a_completion_is_that_token_and_check_tells(tmp_path, tokenizer):
     (sequence,) = complete.encode([Passage((("a", False), ("b" + ENDS, True)), "")], None, tokenizer, 100)
     assert sequence.targets.tolist().count(EOS) == 1 and sequence.targets[-1] == EOS  # and not twice
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": " b" + ENDS}, {"prompt": "a", "completion": " c"})
@@ -255,17 +236,14 @@ def test_end_of_text_in_a_completion_is_that_token_and_check_tells(tmp_path, gpt
 # ---- nothing to learn from -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, rows, length, words", [
-    ("d.jsonl", [{"prompt": "a long prompt", "completion": " b"}], 5, "nothing to learn from at 5 tokens"),
-    ("d.txt", ["a"], 0, "nothing to learn from"),
+@pytest.mark.parametrize("name, content, length, words", [
+    ("d.jsonl", jsonl({"prompt": "a long prompt", "completion": " b"}), 5, "nothing to learn from at 5 tokens"),
+    ("d.txt", "a", 0, "nothing to learn from"),
 ])  # fmt: skip
-def test_check_says_that_there_is_nothing_to_learn_from(tmp_path, gpt2, name, rows, length, words):
+def test_check_says_that_there_is_nothing_to_learn_from(tmp_path, tokenizer, name, content, length, words):
     """As train does; check called such a file without faults."""
-    path, tokenizer = write(tmp_path / name, *rows), minift.load(gpt2, task="complete")[1]
-    if name == "d.txt":
-        path.write_text("a")
-    told = []
-    report = check(path, tokenizer=tokenizer, max_length=length, say=told.append)
+    path = put(tmp_path / name, content)
+    report, told = checked(path, tokenizer=tokenizer, max_length=length)
     assert report.faults == {"nothing trained": 1} and words in told[0]
     with pytest.raises(InputError, match="nothing to learn from"):
         complete.encode(read_passages(path), None, tokenizer, length or 100)
@@ -274,13 +252,12 @@ def test_check_says_that_there_is_nothing_to_learn_from(tmp_path, gpt2, name, ro
 # ---- streaming -------------------------------------------------------------------------------------------------------
 
 
-def test_streamed_sequences_are_those_of_encode(tmp_path, gpt2):
+def test_streamed_sequences_are_those_of_encode(tmp_path, tokenizer):
     """Running text too: cut at the same places, though its end is not known."""
-    tokenizer = minift.load(gpt2, task="complete")[1]
-    (tmp_path / "d.txt").write_text("".join(f"line {i} of the text\n" for i in range(5000)))
-    ids = [i for p in read_passages(tmp_path / "d.txt") for i in tokenizer.encode([p.parts[0][0]])[0].ids]
+    path = write(tmp_path / "d.txt", *(f"line {i} of the text" for i in range(5000)))
+    ids = [i for p in read_passages(path) for i in tokenizer.encode([p.parts[0][0]])[0].ids]
     for length in (1, 7, 100, 10**6):
-        found = list(complete.encoded(passages.stream_passages(tmp_path / "d.txt"), (), None, tokenizer, length))
+        found = list(complete.encoded(passages.stream_passages(path), (), None, tokenizer, length))
         assert [t for s in found for t in s.targets.tolist()] == ids[1:]
         assert [t for s in found for t in s.ids.tolist()] == ids[:-1]
         assert [len(s) for s in found[:-1]] == [length] * (len(found) - 1)
@@ -304,6 +281,5 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) *
     peaks = []
     for n in (3_000, 24_000):
         path = write(tmp_path / f"{n}.jsonl", *({"text": f"{i} " + "words " * 20, "label": i % 2} for i in range(n)))
-        done = subprocess.run([sys.executable, "-c", code, tmp_path, path], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
+        peaks.append(int(python(code, tmp_path, path)))
     assert peaks[1] - peaks[0] < 14_000_000, peaks  # 28 to 45 million where all are held

@@ -4,14 +4,13 @@ python -m pytest tests/test_quantize.py
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from helpers import peer, random_ids, sequence
-from safetensors.torch import load_file, save_file
+from folders import configure, rewrite, weights_in, with_nan
+from helpers import nf4, peer, peer_logits, python, random_ids, sequence
+from safetensors.torch import load_file
 
 import minift
 from minift.data.batch import pack
@@ -58,18 +57,7 @@ def same_logits(ours, peers, family) -> bool:
     ids = random_ids([9, 1, 17])
     rows = {"bert": lambda x: [0], "gpt2": lambda x: list(range(len(x)))}[family]
     mine = ours.logits(pack([sequence(i, x, rows=rows(x)) for i, x in enumerate(ids)]))
-    want = torch.cat([peers(input_ids=torch.tensor([x])).logits.flatten(0, -2) for x in ids])
-    return torch.allclose(mine, want, atol=1e-5)
-
-
-def config(**more):
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["classifier", "bert.pooler.dense", "lm_head"],
-        **more,
-    )
+    return torch.allclose(mine, peer_logits(peers, ids), atol=1e-5)
 
 
 @FAMILY
@@ -89,7 +77,7 @@ def test_we_load_theirs_and_write_it_back_byte_for_byte(family, double, dtype, t
     """With and without double quantisation, packed from float32 or from bf16; heads they left in float."""
     base(family, tmp_path / "base")
     packed = CLASSES[family][0].from_pretrained(
-        tmp_path / "base", dtype=dtype, device_map="cpu", quantization_config=config(bnb_4bit_use_double_quant=double)
+        tmp_path / "base", dtype=dtype, device_map="cpu", quantization_config=nf4(bnb_4bit_use_double_quant=double)
     )
     packed.save_pretrained(tmp_path / "theirs")
     model, _ = minift.load(tmp_path / "theirs", task=CLASSES[family][1])
@@ -121,9 +109,8 @@ def test_a_packed_pooler_and_classifier(tmp_path):
     batch = pack([sequence(0, random_ids([9])[0], rows=[0])])
     loss, _ = task_named("classify").loss(model, batch, SILENT, 0.0)
     loss.backward()
-    assert (
-        all(p.grad is not None for p in model.parameters() if p.requires_grad) and model.head.out.weight.requires_grad
-    )
+    assert model.head.out.weight.requires_grad
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @FAMILY
@@ -189,9 +176,7 @@ def test_loading_takes_the_result_and_one_tensor(tmp_path):
         tmp_path / "small"
     )
     assert len(list((tmp_path / "big").glob("*.safetensors"))) > 3
-    command = [sys.executable, "-c", LOADING, str(tmp_path / "big"), str(tmp_path / "small")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    peak, size, largest = map(int, out.split())
+    peak, size, largest = map(int, python(LOADING, tmp_path / "big", tmp_path / "small").split())
     assert largest == 4 * 1024 * 4096 and size < 0.2 * big.num_parameters() * 4
     assert peak < size + largest + (4 << 20)  # and the interpreter's own
 
@@ -211,51 +196,42 @@ def packed(tmp_path):
 W = "bert.encoder.layer.1.attention.self.query.weight"
 
 
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        ("no absmax", rf"{W} is in 4 bits, but without absmax"),
-        ("no state", rf"{W} .*4 bits|{W}.*expected"),
-        ("short codes", rf"{W} is \(9, 1\) in the file; expected"),
-        ("another code", rf"{W} has a quant_map other than that of NF4"),
-        ("fp4", rf"{W} has quant_type 'fp4' in its quant_state; expected 'nf4'"),
-        ("block", rf"{W} has blocksize 128 in its quant_state; expected 64"),
-        ("nonsense", rf"{W} has a quant_state that cannot be read"),
-        ("nan", rf"{W} has a nested_absmax with numbers that are not finite"),
-        ("config", r"in 4 bits, which config.json says nothing of"),
-        ("int8", r"quantization_config is .*; expected bitsandbytes' nf4"),
-    ],
-)
-def test_ill_formed_files_are_refused(packed, fault, words):
-    path = packed / "model.safetensors"
-    tensors = load_file(path)
-    settings = json.loads((packed / "config.json").read_text())
+def state(tensors, **changes) -> dict[str, torch.Tensor]:
+    """The quant_state of W with other values."""
+    found = json.loads(bytes(tensors[S].tolist())) | changes
+    return {S: torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)}
 
-    def state(**changes):
-        found = json.loads(bytes(tensors[f"{W}.{STATE}"].tolist())) | changes
-        tensors[f"{W}.{STATE}"] = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
 
-    if fault == "no absmax":
-        del tensors[f"{W}.absmax"]
-    elif fault == "no state":
-        del tensors[f"{W}.{STATE}"]
-    elif fault == "short codes":
-        tensors[W] = tensors[W][:9].clone()
-    elif fault == "another code":
-        tensors[f"{W}.quant_map"] = tensors[f"{W}.quant_map"] * 0.5
-    elif fault == "fp4":
-        state(quant_type="fp4")
-    elif fault == "block":
-        state(blocksize=128)
-    elif fault == "nonsense":
-        tensors[f"{W}.{STATE}"] = tensors[f"{W}.{STATE}"][:7].clone()
-    elif fault == "nan":
-        tensors[f"{W}.nested_absmax"][0] = torch.nan
-    elif fault == "config":
-        del settings["quantization_config"]
-    elif fault == "int8":
-        settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    save_file(tensors, path, {"format": "pt"})
-    (packed / "config.json").write_text(json.dumps(settings))
+def without(tensors, name) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+S, CODE, SCALES = f"{W}.{STATE}", f"{W}.quant_map", f"{W}.nested_absmax"
+TENSORS = {  # what becomes of the tensors, and what is said of it
+    "no absmax": (lambda t: without(t, f"{W}.absmax"), r" is in 4 bits, but without absmax"),
+    "no state": (lambda t: without(t, S), rf" .*4 bits|{W}.*expected"),
+    "short codes": (lambda t: t | {W: t[W][:9].clone()}, r" is \(9, 1\) in the file; expected"),
+    "another code": (lambda t: t | {CODE: t[CODE] * 0.5}, r" has a quant_map other than that of NF4"),
+    "fp4": (lambda t: t | state(t, quant_type="fp4"), r" has quant_type 'fp4' in its quant_state; expected 'nf4'"),
+    "block": (lambda t: t | state(t, blocksize=128), r" has blocksize 128 in its quant_state; expected 64"),
+    "nonsense": (lambda t: t | {S: t[S][:7].clone()}, r" has a quant_state that cannot be read"),
+    "nan": (lambda t: t | {SCALES: with_nan(t[SCALES])}, r" has a nested_absmax with numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSORS)
+def test_ill_formed_files_are_refused(packed, fault):
+    change, words = TENSORS[fault]
+    rewrite(packed, change(weights_in(packed)))
+    with pytest.raises(InputError, match=W + words):
+        minift.load(packed, task="classify")
+
+
+@pytest.mark.parametrize("config, words", [
+    (..., "in 4 bits, which config.json says nothing of"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantization_config is .*; expected bitsandbytes' nf4"),
+])  # fmt: skip
+def test_a_config_of_other_bits_is_refused(packed, config, words):
+    configure(packed, quantization_config=config)
     with pytest.raises(InputError, match=words):
         minift.load(packed, task="classify")

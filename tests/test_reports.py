@@ -3,14 +3,14 @@
 python -m pytest tests/test_reports.py
 """
 
-import json
 import shutil
 
 import peft
 import pytest
 import torch
 import transformers
-from helpers import WORDS, peer, random_ids, sequence
+from folders import configure, refuse, refused, rewrite, weights_in, write
+from helpers import IDS, VOCABULARY, logits, peer, peer_logits, sequence
 from safetensors.torch import load_file, save_file, save_model
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
@@ -21,43 +21,17 @@ from minift.data.batch import pack
 from minift.data.passages import Passage
 from minift.tasks import complete
 
-IDS = random_ids([7])[0]
-EVERY = pack([sequence(0, IDS)])
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-
 
 @pytest.fixture
-def bert(tmp_path):
-    """A folder with a BERT classifier of two labels and its vocab.txt."""
-    peer(BertForSequenceClassification, tmp_path / "bert", num_labels=2)
-    (tmp_path / "bert/vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    return tmp_path / "bert"
+def bert(bert):
+    """The BERT classifier with a vocab.txt."""
+    write(bert / "vocab.txt", *VOCABULARY)
+    return bert
 
 
-@pytest.fixture
-def gpt2(tmp_path):
-    """A folder with a GPT-2 language model."""
-    peer(GPT2LMHeadModel, tmp_path / "gpt2")
-    return tmp_path / "gpt2"
-
-
-def configure(folder, name="config.json", **changes):
-    path = folder / name
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(settings | changes))
-
-
-def refuse(folder, *words, task="classify", **kw):
-    with pytest.raises(minift.InputError) as e:
-        minift.load(folder, task=task, **kw)
-    for word in words:
-        assert str(word) in str(e.value), str(e.value)
-
-
-def ours_and_theirs(folder, theirs, **kw):
-    model, _ = minift.load(folder, task="complete", **kw)
-    with torch.no_grad():
-        return model.logits(EVERY), theirs.eval()(torch.tensor([IDS])).logits[0]
+def check_same(folder, theirs):
+    """The folder is a language model that says what theirs does."""
+    assert torch.allclose(logits(folder, "complete"), peer_logits(theirs.eval()), atol=1e-5)
 
 
 # weights
@@ -68,12 +42,11 @@ def test_tied_weights_saved_once(gpt2, first):
     """huggingface/transformers 38870, 41038; keras-team/keras-hub 3075: save_model keeps one name of the two."""
     theirs = GPT2LMHeadModel.from_pretrained(gpt2)
     save_model(theirs, gpt2 / "model.safetensors")
-    state = load_file(gpt2 / "model.safetensors")
+    state = weights_in(gpt2)
     assert "lm_head.weight" in state and "transformer.wte.weight" not in state
     state[first] = state.pop("lm_head.weight")
-    save_file(state, gpt2 / "model.safetensors")
-    got, want = ours_and_theirs(gpt2, theirs)
-    assert torch.allclose(got, want, atol=1e-5)
+    rewrite(gpt2, state)
+    check_same(gpt2, theirs)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"])
@@ -84,14 +57,14 @@ def test_a_pointer_of_git_lfs(bert, name):
     if name.startswith("adapter"):
         peer(BertModel, bert / "base")
         config = dict(peft_type="LORA", task_type="SEQ_CLS", base_model_name_or_path=str(bert / "base"))
-        configure(bert, "adapter_config.json", **config, target_modules=["query"])
+        configure(bert / "adapter_config.json", **config, target_modules=["query"])
     refuse(bert, name, "a pointer of git-lfs, and not the file; expected the file (`git lfs pull`)")
 
 
 def test_position_ids_in_an_old_file(bert):
     """huggingface/transformers 6044."""
-    state = load_file(bert / "model.safetensors") | {"bert.embeddings.position_ids": torch.arange(40)[None]}
-    save_file(state, bert / "model.safetensors")
+    state = weights_in(bert) | {"bert.embeddings.position_ids": torch.arange(40)[None]}
+    rewrite(bert, state)
     assert not minift.load(bert, task="classify")[0].report.unused
 
 
@@ -100,8 +73,8 @@ def test_a_body_without_its_prefix_and_with_it(bert):
     theirs = BertModel.from_pretrained(bert)
     model, _ = minift.load(bert)
     assert torch.equal(model.body.embeddings.word.weight, theirs.embeddings.word_embeddings.weight)
-    state = {"x." + k: v for k, v in load_file(bert / "model.safetensors").items()}
-    save_file(state, bert / "model.safetensors")
+    state = {"x." + k: v for k, v in weights_in(bert).items()}
+    rewrite(bert, state)
     refuse(bert, "x.bert.embeddings.word_embeddings.weight (99, 32) is in the file, but not in the model")
 
 
@@ -140,7 +113,7 @@ def test_a_path_of_windows(bert, tmp_path):
     model, _ = minift.load(bert, task="classify")
     minift.add_lora(model)
     minift.save(model, None, tmp_path / "a")
-    configure(tmp_path / "a", "adapter_config.json", base_model_name_or_path="C:\\models\\bert")
+    configure(tmp_path / "a/adapter_config.json", base_model_name_or_path="C:\\models\\bert")
     refuse(tmp_path / "a", "adapter_config.json names C:\\models\\bert: no such folder", "--base-model FOLDER")
     assert minift.load(tmp_path / "a", base_model=bert)[0].adapter
 
@@ -163,9 +136,9 @@ def test_truncation_side(bert, place):
     transformers.BertTokenizer.from_pretrained(bert).save_pretrained(bert)
     if place == "tokenizer.json":
         cut = {"direction": "Left", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
-        configure(bert, place, truncation=cut)
+        configure(bert / place, truncation=cut)
     else:
-        configure(bert, place, truncation_side="left")
+        configure(bert / place, truncation_side="left")
     ours, theirs = tokenizer.read_tokenizer(bert), transformers.AutoTokenizer.from_pretrained(bert)
     text, pair = "the film was good and not dull", "a plot of bad acting is poor"
     for n in range(3, 16):
@@ -174,14 +147,13 @@ def test_truncation_side(bert, place):
             want = theirs(texts, pairs, **limit)
             (found,) = ours.encode(texts, pairs, n)
             assert (found.ids, found.types) == (want["input_ids"][0], want["token_type_ids"][0])
-    configure(bert, "tokenizer_config.json", truncation_side="middle")
-    with pytest.raises(minift.InputError, match="truncation_side is middle; expected left or right"):
-        tokenizer.read_tokenizer(bert)
+    configure(bert / "tokenizer_config.json", truncation_side="middle")
+    refused(tokenizer.read_tokenizer, bert, "truncation_side is middle; expected left or right")
 
 
 def test_empty_lines_inside_a_vocabulary(bert):
     """WorksApplications/SudachiTra 64; pytorch/text 1840; huggingface/transformers 1078: ids shift by one."""
-    (bert / "vocab.txt").write_text("\n".join([*VOCABULARY[:8], "", "", *VOCABULARY[8:]]) + "\n")
+    write(bert / "vocab.txt", *VOCABULARY[:8], "", "", *VOCABULARY[8:])
     ours, theirs = tokenizer.read_tokenizer(bert), transformers.AutoTokenizer.from_pretrained(bert)
     assert [t.ids for t in ours.encode(["the film was good"])] == theirs(["the film was good"])["input_ids"]
     assert ours.id("good") == VOCABULARY.index("good") + 2
@@ -195,16 +167,16 @@ def test_a_vocabulary_padded_to_a_multiple(bert):
 
 def test_a_token_that_has_no_row(bert):
     """huggingface/transformers 9542, 11102; mickeysjm/R-BERT 5: IndexError: index out of range in self."""
-    (bert / "vocab.txt").write_text("\n".join([*VOCABULARY, *(f"w{i}" for i in range(99 - len(VOCABULARY)))]) + "\n")
+    write(bert / "vocab.txt", *VOCABULARY, *(f"w{i}" for i in range(99 - len(VOCABULARY))))
     assert minift.load(bert, task="classify")
-    configure(bert, "added_tokens.json", **{"<new>": 99})
+    configure(bert / "added_tokens.json", **{"<new>": 99})
     refuse(bert, "the tokenizer has ids up to 99; expected below 99, the rows of the model's embedding")
 
 
 def test_an_end_that_the_data_wrote_already(tmp_path):
     """ml-explore/mlx-examples 900; axolotl-ai-cloud/axolotl 1847: learned twice."""
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
+    write(tmp_path / "merges.txt", "#version: 0.2")
+    write(tmp_path / "vocab.json", {"a": 0, "b": 1, "<|endoftext|>": 2})
     ours = tokenizer.read_tokenizer(tmp_path)
     (s,) = complete.encode([Passage((("a", False), ("b<|endoftext|>", True)), "")], None, ours, 9)
     assert s.ids.tolist() == [0, 1, 2]
@@ -220,7 +192,7 @@ def adapted(gpt2, tmp_path):
     config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights=False)
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(gpt2), config)
     theirs.save_pretrained(tmp_path / "a")
-    configure(tmp_path / "a", "adapter_config.json", base_model_name_or_path=str(gpt2))
+    configure(tmp_path / "a/adapter_config.json", base_model_name_or_path=str(gpt2))
     return tmp_path / "a", theirs
 
 
@@ -230,17 +202,14 @@ def test_the_adapters_own_name_in_its_file(adapted, name):
     folder, theirs = adapted
     state = load_file(folder / peft_format.WEIGHTS)
     save_file({k.replace(".weight", f".{name}.weight"): v for k, v in state.items()}, folder / peft_format.WEIGHTS)
-    got, want = ours_and_theirs(folder, theirs)
-    assert torch.allclose(got, want, atol=1e-5)
+    check_same(folder, theirs)
 
 
 def test_an_adapter_that_lands_nowhere(adapted):
     """vllm-project/vllm 34186, 39278; ace-step/ACE-Step-1.5 615: answers of the base, without a word."""
     folder, _ = adapted
-    state = load_file(folder / peft_format.WEIGHTS)
-    save_file(
-        {k.replace("transformer.h", "language_model.h"): v for k, v in state.items()}, folder / peft_format.WEIGHTS
-    )
+    path = folder / peft_format.WEIGHTS
+    save_file({k.replace("transformer.h", "language_model.h"): v for k, v in load_file(path).items()}, path)
     refuse(folder, "lora_A.weight is missing", task="complete")
 
 
@@ -259,17 +228,16 @@ def test_an_adapter_with_fewer_rows_or_more(gpt2, tmp_path, rows):
     base.resize_token_embeddings(rows, mean_resizing=False)
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True))
     theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    configure(tmp_path / "a", "adapter_config.json", base_model_name_or_path=str(gpt2))
-    ids = [i % 90 for i in IDS]
+    configure(tmp_path / "a/adapter_config.json", base_model_name_or_path=str(gpt2))
+    ids = [i % 90 for i in IDS[1]]
     model, _ = minift.load(tmp_path / "a", task="complete")
     with torch.no_grad():
-        want = theirs.eval()(torch.tensor([ids])).logits[0]
-        assert torch.allclose(model.logits(pack([sequence(0, ids)])), want, atol=1e-5)
+        assert torch.allclose(model.logits(pack([sequence(0, ids)])), peer_logits(theirs.eval(), [ids]), atol=1e-5)
     assert model.settings["vocab_size"] == rows == model.config.vocabulary
 
 
 @pytest.mark.parametrize("kind", ["XLORA", "IA3", "PROMPT_TUNING", None])
 def test_other_kinds_of_adapters(adapted, kind):
     """huggingface/peft 2132."""
-    configure(adapted[0], "adapter_config.json", peft_type=kind)
+    configure(adapted[0] / "adapter_config.json", peft_type=kind)
     refuse(adapted[0], f"peft_type is {kind!r}; expected 'LORA'", task="complete")

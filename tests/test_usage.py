@@ -14,75 +14,63 @@ import time
 
 import pytest
 import torch
-from helpers import reviews, small_bert
+from folders import put
+from helpers import Said, arguments, cli, command, fails, model_and_data, works
 from safetensors.torch import load_file
 
-from minift.cli import COMMANDS, main
+from minift.cli import COMMANDS
 from minift.config import TrainConfig
 from minift.measure import track
 from minift.runs import is_better
+
+TRAIN = "train --model {f}/model --data {f}/train.tsv --out {out} --steps 1 --kernels reference"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """model/ with labels that are not ASCII, train.tsv, and run/, trained on it."""
-    folder = tmp_path_factory.mktemp("usage")
-    small_bert(folder / "model")
-    text = reviews(folder / "train.tsv", 16).read_text()
-    (folder / "train.tsv").write_text(text.replace("praise", "schön").replace("blame", "häßlich"))
-    assert main(base(folder, folder / "run")) == 0
+    folder = model_and_data(tmp_path_factory.mktemp("usage"), 16)
+    text = (folder / "train.tsv").read_text()
+    put(folder / "train.tsv", text.replace("praise", "schön").replace("blame", "häßlich"))
+    works(TRAIN, f=folder, out=folder / "run")
     return folder
 
 
-def base(folder, out) -> list[str]:
-    return ["train", "--model", str(folder / "model"), "--data", str(folder / "train.tsv"), "--out", str(out),
-            "--steps", "1", "--kernels", "reference"]  # fmt: skip
-
-
-def usage(arguments: list[str], capsys) -> str:
-    """What is said of arguments that are refused as bad usage."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        main(arguments)
-    said = capsys.readouterr()
-    assert e.value.code == 2 and not said.out and len(said.err.splitlines()) <= 2, said.err
+def usage(line: str) -> str:
+    """What is said of a line that is refused as bad usage."""
+    said = fails(line, code=2)
+    assert not said.out and len(said.err.splitlines()) <= 2, said.err
     return said.err
 
 
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        (["--modle", "x"], "minift train: error: --modle is no option; did you mean --model?"),
-        (["--learning-rate=3"], "--learning-rate=3 is no option; did you mean --lr?"),
-        (["--batch_size", "3"], "did you mean --batch?"),
-        (["--xyzzy"], "--xyzzy is no option\n"),
-        (["--tok", "3"], "--tok is no option"),  # an abbreviation would change its meaning with the next option
-        (["--task", "classification"], "expected one of classify, complete; did you mean classify?"),
-        (["--method", "qlora"], "did you mean lora with --base nf4?"),
-        (["--method", "last-0"], "head, bias, norm, last-K"),
-        (["--precision", "float16"], "did you mean fp16?"),
-        (["--epochs", "2.5"], "argument --epochs: invalid int value: '2.5'"),
-        (["--warmup", "inf"], "--warmup is inf; expected a finite number"),
-        (["--lr", "nan"], "--lr is nan; expected a finite number"),
-        (["--seed", str(2**64)], f"--seed is {2**64}; expected at most {2**63 - 1}"),
-        (["--seed", "-1"], "--seed is -1; expected at least 0"),
-    ],
-)
-def test_options_that_are_none(given, words, folder, capsys):
-    arguments = ["train", "--model", "m", "--data", "d", "--out", "o", *given]
-    assert words in usage(arguments, capsys)
+@pytest.mark.parametrize("given, words", [
+    ("--modle x", "minift train: error: --modle is no option; did you mean --model?"),
+    ("--learning-rate=3", "--learning-rate=3 is no option; did you mean --lr?"),
+    ("--batch_size 3", "did you mean --batch?"),
+    ("--xyzzy", "--xyzzy is no option\n"),
+    ("--tok 3", "--tok is no option"),  # an abbreviation would change its meaning with the next option
+    ("--task classification", "expected one of classify, complete; did you mean classify?"),
+    ("--method qlora", "did you mean lora with --base nf4?"),
+    ("--method last-0", "head, bias, norm, last-K"),
+    ("--precision float16", "did you mean fp16?"),
+    ("--epochs 2.5", "argument --epochs: invalid int value: '2.5'"),
+    ("--warmup inf", "--warmup is inf; expected a finite number"),
+    ("--lr nan", "--lr is nan; expected a finite number"),
+    (f"--seed {2**64}", f"--seed is {2**64}; expected at most {2**63 - 1}"),
+    ("--seed -1", "--seed is -1; expected at least 0"),
+])  # fmt: skip
+def test_options_that_are_none(given, words):
+    assert words in usage(f"train --model m --data d --out o {given}")
 
 
-def test_commands_that_are_none(capsys):
-    assert "'trian'" in usage(["trian"], capsys)
-    assert "COMMAND" in usage([], capsys)
+def test_commands_that_are_none():
+    assert "'trian'" in usage("trian")
+    assert "COMMAND" in usage("")
 
 
-def test_help_shows_every_default(capsys):
+def test_help_shows_every_default():
     for name, (cls, _) in COMMANDS.items():
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        shown = " ".join(capsys.readouterr().out.split())
+        shown = " ".join(works(f"{name} --help").out.split())
         for field in dataclasses.fields(cls):
             if field.default != "" and field.default is not False:
                 assert f"(default {field.default})" in shown, field.name
@@ -93,70 +81,68 @@ def test_help_shows_every_default(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
-def test_no_cuda(folder, tmp_path, capsys):
-    assert main([*base(folder, tmp_path / "out"), "--device", "cuda"]) == 1
-    assert "--device is 'cuda', but torch finds no CUDA device; expected auto or cpu" in capsys.readouterr().err
-    assert main(["predict", "--model", str(folder / "run"), "--text", "a film", "--device", "cuda"]) == 1
-    assert "expected auto or cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_no_cuda(folder, tmp_path):
+    words = "--device is 'cuda', but torch finds no CUDA device; expected auto or cpu"
+    fails(f"{TRAIN} --device cuda", words, f=folder, out=tmp_path / "out")
+    fails("predict --model {f}/run --text 'a film' --device cuda", "expected auto or cpu", f=folder)
+    assert not (tmp_path / "out").exists()
 
 
-def test_no_compiler_where_one_is_asked_for(folder, tmp_path, monkeypatch, capsys):
+def process(line: list[str], **environment) -> subprocess.CompletedProcess:
+    """A process of its own, with a changed environment."""
+    return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_no_compiler_where_one_is_asked_for(folder, tmp_path):
     """In a process of its own: here the compiler is known already."""
-    command = [sys.executable, "-m", "minift", *base(folder, tmp_path / "out"), "--kernels", "native"]
-    environment = os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    line = command(f"{TRAIN} --kernels native", f=folder, out=tmp_path / "out")
+    done = process(line, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "--kernels is 'native', but no C++ compiler was found" in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_missing_library_leaves_no_folder(folder, tmp_path, name, monkeypatch, capsys):
+def test_a_missing_library_leaves_no_folder(folder, tmp_path, name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    arguments = base(folder, tmp_path / "out")
-    assert main([*arguments, "--log", name]) == 1
-    assert f'pip install "minift[{name}]"' in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert main(arguments) == 0
+    fails(f"{TRAIN} --log {name}", f'pip install "minift[{name}]"', f=folder, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    works(TRAIN, f=folder, out=tmp_path / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_terminal_of_another_encoding(folder, tmp_path, encoding):
     """Nothing is lost: JSON has escapes of its own, tables show them."""
-    (tmp_path / "bad.jsonl").write_text('{"text": "ü\\u2028", "lable": "ж"}\n')
-    commands = {
-        "predict": ["--model", str(folder / "run"), "--text", "die Häuser ж"],
-        "inspect": ["--model", str(folder / "run")],
-        "check": ["--data", str(tmp_path / "bad.jsonl"), "--task", "classify"],
-    }
-    for name, arguments in commands.items():
-        command = [sys.executable, "-m", "minift", name, *arguments]
-        done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
-        assert done.returncode == (1 if name == "check" else 0), done.stderr
-        if name == "predict":
+    bad = put(tmp_path / "bad.jsonl", '{"text": "ü\\u2028", "lable": "ж"}\n')
+    for line, code in (
+        ("predict --model {f}/run --text 'die Häuser ж'", 0),
+        ("inspect --model {f}/run", 0),
+        ("check --data {bad} --task classify", 1),
+    ):
+        env = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command(line, f=folder, bad=bad), env=env, capture_output=True)
+        assert done.returncode == code, done.stderr
+        if line.startswith("predict"):
             assert json.loads(done.stdout.decode(encoding))["label"] in ("schön", "häßlich")
 
 
-def in_a_shell(line: str, folder, **environment) -> subprocess.CompletedProcess:
-    """A line of bash with $minift in it, run in `folder`."""
-    minift = f"{sys.executable} -m minift"
-    environment = os.environ | {"minift": minift} | environment
-    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+def in_a_shell(line: str, **places) -> subprocess.CompletedProcess:
+    """A line of bash with {minift} in it."""
+    return process(["bash", "-c", line.format(minift=f"{sys.executable} -m minift", **places)])
 
 
 @pytest.mark.slow
 def test_a_reader_that_has_enough(folder, tmp_path):
     """`| head` closes the pipe: no error, and nothing on standard error but progress."""
-    line = '{"text": "the film was good"}\n'
-    (tmp_path / "many.jsonl").write_text(line * 20_000)
-    predict = f"$minift predict --model {folder / 'run'} --data many.jsonl"
-    done = in_a_shell(f"{predict} | head -n 1; echo ${{PIPESTATUS[0]}}", tmp_path)
+    many = put(tmp_path / "many.jsonl", '{"text": "the film was good"}\n' * 20_000)
+    line = "{minift} predict --model {f}/run --data {many} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = in_a_shell(line, f=folder, many=many)
     assert done.stdout.splitlines()[1:] == ["141"] and "error" not in done.stderr.lower(), done.stderr
 
 
 @pytest.mark.slow
 def test_closed_streams(folder, tmp_path):
-    command = " ".join(base(folder, tmp_path / "out"))
-    assert in_a_shell(f"$minift {command} >&- 2>&-", tmp_path).returncode == 0
+    assert in_a_shell(f"{{minift}} {TRAIN} >&- 2>&-", f=folder, out=tmp_path / "out").returncode == 0
     assert (tmp_path / "out/last/model.safetensors").exists()
 
 
@@ -167,8 +153,8 @@ def test_no_temporary_folder(folder, tmp_path):
         "import sys, tempfile; from minift import cli;"
         "tempfile._candidate_tempdir_list = lambda: []; sys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, *base(folder, tmp_path / "out"), "--kernels", "auto"]
-    done = subprocess.run(command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
+    line = [sys.executable, "-c", code, *arguments(f"{TRAIN} --kernels auto", f=folder, out=tmp_path / "out")]
+    done = process(line, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0 and "kernels: PyTorch reference (c++ does not run" in done.stderr, done.stderr
 
 
@@ -176,39 +162,42 @@ def test_the_home_folder_in_an_option(folder, tmp_path, monkeypatch):
     """A shell does not expand --out=~/run; a folder called ~ is not what anybody means."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    arguments = base(folder, "unused")
-    assert main([*arguments[: arguments.index("--out")], "--out=~/run", "--steps=1", "--kernels=reference"]) == 0
+    works(TRAIN.replace("--out {out}", "--out=~/run"), f=folder)
     assert (tmp_path / "run/last").is_dir() and not (tmp_path / "~").exists()
 
 
-def test_an_output_folder_that_is_not_utf_8(folder, tmp_path, capsys):
+def test_an_output_folder_that_is_not_utf_8(folder, tmp_path):
     out = str(tmp_path / "r") + "\udcff"
-    assert main(base(folder, out)) == 1
-    assert "\\udcff: the name of the folder is not UTF-8" in capsys.readouterr().err and not os.path.exists(out)
+    fails(TRAIN, "\\udcff: the name of the folder is not UTF-8", f=folder, out=out)
+    assert not os.path.exists(out)
 
 
 def test_names_with_spaces_and_signs(folder, tmp_path):
     place = tmp_path / "a b" / "ü'\"$x"
     shutil.copytree(folder / "model", place / "m o")
-    arguments = base(folder, place / "r n")
-    arguments[2] = str(place / "m o")
-    assert main(arguments) == 0
-    assert main(["train", "--resume", "--out", str(place / "r n")]) == 0
-    assert main(["predict", "--model", str(place / "r n"), "--text", "a film", "--out", str(place / "p q")]) == 0
+    works(TRAIN.replace("{f}/model", "{p}/m o".replace(" ", "\\ ")), f=folder, p=place, out=place / "r n")
+    works("train --resume --out {p}/r\\ n", p=place)
+    works("predict --model {p}/r\\ n --text 'a film' --out {p}/p\\ q", p=place)
 
 
 # ---- what minift did not expect
 
 
-def test_a_fault_of_minift(monkeypatch, capsys):
-    """One that gets through is told as what it is, with the details in a file to report."""
+def breaks(error: BaseException, monkeypatch) -> Said:
+    """What is said where `minift inspect` raises the error."""
 
     def run(config):
-        raise KeyError("weird\x1b[31m")
+        raise error
 
     monkeypatch.setitem(COMMANDS, "inspect", (COMMANDS["inspect"][0], run))
-    assert main(["inspect", "--model", "x"]) == 1
-    said = capsys.readouterr().err
+    said = cli("inspect --model x")
+    assert said.code == 1
+    return said
+
+
+def test_a_fault_of_minift(monkeypatch):
+    """One that gets through is told as what it is, with the details in a file to report."""
+    said = breaks(KeyError("weird\x1b[31m"), monkeypatch).err
     assert said.startswith("minift: this is a fault of minift, not of your input: KeyError: 'weird\\x1b[31m'")
     path = said.partition("the details are in ")[2].partition(";")[0]
     details = open(path).read()
@@ -219,13 +208,8 @@ def test_a_fault_of_minift(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: you tried to ...")]
 )
-def test_out_of_memory(error, monkeypatch, capsys):
-    def run(config):
-        raise error
-
-    monkeypatch.setitem(COMMANDS, "inspect", (COMMANDS["inspect"][0], run))
-    assert main(["inspect", "--model", "x"]) == 1
-    said = capsys.readouterr().err
+def test_out_of_memory(error, monkeypatch):
+    said = breaks(error, monkeypatch).err
     assert "minift: error: out of memory" in said and "fewer --tokens" in said
 
 
@@ -254,43 +238,10 @@ def test_a_run_begun_anew_is_another_at_wandb(tmp_path):
 # ---- any option, any value
 
 HOSTILE = [
-    "",
-    " ",
-    "nan",
-    "inf",
-    "-inf",
-    "-1",
-    "0",
-    "1",
-    "1e999",
-    "1e-999",
-    "0x10",
-    "1_0",
-    str(2**31),
-    str(2**63),
-    "9" * 40,
-]
-HOSTILE += [
-    "(",
-    "[",
-    "*",
-    "\\",
-    "=",
-    "a=",
-    "=1",
-    "a=b",
-    ",",
-    ",,",
-    "a,b",
-    "'",
-    "ü",
-    "\x1b[31m",
-    "x" * 3000,
-    "../..",
-    "/",
-    ".",
-]
-HOSTILE += ["None", "true", "last-", "last-99", "layer.(", "a=[2", "(=3", "epoch"]
+    "", " ", *"nan inf -inf -1 0 1 1e999 1e-999 0x10 1_0".split(), str(2**31), str(2**63), "9" * 40,
+    *r"( [ * \ = a= =1 a=b , ,, a,b ' ü".split(), "\x1b[31m", "x" * 3000,
+    *"../.. / . None true last- last-99 layer.( a=[2 (=3 epoch".split(),
+]  # fmt: skip
 
 
 def draws(n: int) -> list[tuple[str, str]]:
@@ -301,20 +252,15 @@ def draws(n: int) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_any_option_with_any_value(folder, tmp_path, capsys):
+def test_any_option_with_any_value(folder, tmp_path):
     """It trains, or it is refused in a line or two: no traceback, no hang, no memory without bound, no folder begun."""
     before = track.peak_memory()
     for i, (name, value) in enumerate(draws(250)):
-        out = tmp_path / str(i)
-        arguments = [*base(folder, out), f"--{name.replace('_', '-')}={value}"]
+        out, line = tmp_path / str(i), f"{TRAIN} --{name.replace('_', '-')}={{value}}"
         if name in ("rank", "alpha", "targets", "exclude", "layers", "rank_pattern", "alpha_pattern"):
-            arguments += ["--method", "lora"]
+            line += " --method lora"
         began = time.monotonic()
-        try:
-            code = main(arguments)
-        except SystemExit as e:
-            code = e.code
-        said = capsys.readouterr().err
+        code, _, said = cli(line, f=folder, out=out, value=value)
         place = f"--{name} {value!r:.50}: {said}"
         assert code in (0, 1, 2) and "fault of minift" not in said and "Traceback" not in said, place
         assert time.monotonic() - began < 5, place

@@ -4,53 +4,47 @@ of the base model, of the options. A change that is let pass changes no bit.
 python -m pytest tests/invariance/test_changed.py
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import reviews, small_bert
+from folders import configure, rewrite, weights_in
+from helpers import cli, fails, metrics, model_and_data, works
 from safetensors.torch import load_file, save_file
 
 from minift.checkpoints import resume as checkpoint
-from minift.cli import main
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "minift.json"]
 METHODS = ["lora", "lora-fa", "head", "full"]
 
 
-def command(folder: Path, name: str, method: str, seed: int = 42) -> list[str]:
-    data = str(folder / "train.tsv")
-    return ["train", "--model", str(folder / "model"), "--data", data, "--out", str(folder / name), "--method", method,
-            "--steps", "4", "--save-every", "2", "--keep", "9", "--lr", "1e-3", "--seed", str(seed),
-            "--kernels", "reference"]  # fmt: skip
+TRAIN = (
+    "train --model {f}/model --data {f}/train.tsv --out {out} --method {method} --steps 4 --save-every 2 --keep 9"
+    " --lr 1e-3 --seed {seed} --kernels reference"
+)
+RESUME = "train --resume --out {run}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """model/, train.tsv; for each method a run of four steps, and the same as it was after two; another seed's."""
-    folder = tmp_path_factory.mktemp("changed")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 32)
+    folder = model_and_data(tmp_path_factory.mktemp("changed"), 32)
     for name, method, seed in [*((method, method, 42) for method in METHODS), ("other", "lora", 43)]:
-        assert main(command(folder, name, method, seed)) == 0
+        works(TRAIN, f=folder, out=folder / name, method=method, seed=seed)
         shutil.copytree(folder / name, folder / f"{name}-half")
         shutil.rmtree(folder / f"{name}-half/checkpoints/step-4")
     return folder
 
 
 @pytest.fixture
-def half(folder, tmp_path, monkeypatch):
+def half(folder, tmp_path):
     """A function: a copy of a run as it was after two steps, in a place of its own. Its model may be changed there."""
     shutil.copytree(folder / "model", tmp_path / "model")
 
     def copy(name: str = "lora") -> Path:
-        run = tmp_path / "run"
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(folder / f"{name}-half", run)
-        options = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(options | {"model": str(tmp_path / "model")}))
+        run = shutil.copytree(folder / f"{name}-half", tmp_path / "run")
+        configure(run, model=str(tmp_path / "model"))
         return run
 
     return copy
@@ -58,25 +52,28 @@ def half(folder, tmp_path, monkeypatch):
 
 def learned(run: Path) -> dict[str, torch.Tensor]:
     """The trained weights after the last step."""
-    return load_file(run / "checkpoints/step-4/model.safetensors")
+    return weights_in(run / "checkpoints/step-4")
 
 
-def check_refused(run: Path, capsys, *words: str) -> None:
+def check_refused(run: Path, *words: str) -> None:
     """The run is not resumed, the words are in the one message, and no step was made."""
-    capsys.readouterr()
-    code = main(["train", "--resume", "--out", str(run)])
-    said = capsys.readouterr().err
-    assert code == 1, said
-    for word in words:
-        assert word in said, said
-    assert "fault of minift" not in said and not (run / "checkpoints/step-4").exists()
+    fails(RESUME, *words, run=run)
+    assert not (run / "checkpoints/step-4").exists()
 
 
-def check_equal(run: Path, whole: Path) -> None:
-    """The run is resumed, and learns what the undisturbed one did, to the bit."""
-    assert main(["train", "--resume", "--out", str(run)]) == 0
+def check_equal(run: Path, whole: Path) -> str:
+    """The run is resumed, and learns what the undisturbed one did, to the bit; what it said."""
+    said = works(RESUME, run=run).err
     mine, theirs = learned(run), learned(whole)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return said
+
+
+def flip(path: Path, place: float) -> None:
+    """One bit of a file becomes another, at a part of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,68 +84,68 @@ def test_nothing_is_changed(folder, half, method):
 # ---- the files of a checkpoint
 
 
-@pytest.mark.parametrize("place", [0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95, 1.0])
+PLACES = pytest.mark.parametrize("place", [0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95, 1.0])
+
+
+@PLACES
 @pytest.mark.parametrize("file", FILES[:3])
-def test_a_flipped_bit(half, file, place, capsys):
-    path = half() / "checkpoints/step-2" / file
-    content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
-    check_refused(path.parents[2], capsys, f"step-2: not a whole checkpoint: {file} is not what was written")
+def test_a_flipped_bit(half, file, place):
+    run = half()
+    flip(run / "checkpoints/step-2" / file, place)
+    check_refused(run, f"step-2: not a whole checkpoint: {file} is not what was written")
 
 
-@pytest.mark.parametrize("place", [0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95, 1.0])
-def test_a_flipped_bit_among_the_checksums(folder, half, place, capsys):
+@PLACES
+def test_a_flipped_bit_among_the_checksums(folder, half, place):
     """What is not a checksum may be another: the run is the same."""
-    path = half() / "checkpoints/step-2/minift.json"
-    content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
-    if main(["train", "--resume", "--out", str(path.parents[2])]):
-        assert "minift.json" in capsys.readouterr().err or "step-2" in capsys.readouterr().err
+    run = half()
+    flip(run / "checkpoints/step-2/minift.json", place)
+    said = cli(RESUME, run=run)
+    if said.code:
+        assert "minift.json" in said.err or "step-2" in said.err
     else:
-        assert all(torch.equal(t, learned(folder / "lora")[n]) for n, t in learned(path.parents[2]).items())
+        assert all(torch.equal(t, learned(folder / "lora")[n]) for n, t in learned(run).items())
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_missing_file(folder, half, file, capsys):
+def test_a_missing_file(folder, half, file):
     """Without minift.json it is as an older minift wrote it, and the rest is as it was."""
     run = half()
     (run / "checkpoints/step-2" / file).unlink()
     if file == "minift.json":
         check_equal(run, folder / "lora")
     else:
-        check_refused(run, capsys, f"{file} is missing")
+        check_refused(run, f"{file} is missing")
 
 
 @pytest.mark.parametrize("file", FILES[:3])
-def test_a_file_of_another_run(folder, half, file, capsys):
+def test_a_file_of_another_run(folder, half, file):
     run = half()
     shutil.copy(folder / "other-half/checkpoints/step-2" / file, run / "checkpoints/step-2")
-    check_refused(run, capsys, f"{file} is not what was written")
+    check_refused(run, f"{file} is not what was written")
 
 
-def test_a_checkpoint_of_another_run(folder, half, capsys):
+def test_a_checkpoint_of_another_run(folder, half):
     run = half()
     shutil.rmtree(run / "checkpoints/step-2")
     shutil.copytree(folder / "other-half/checkpoints/step-2", run / "checkpoints/step-2")
-    check_refused(run, capsys, "--seed is 42 in the run's config.json, but", "was made with 43")
+    check_refused(run, "--seed is 42 in the run's config.json, but", "was made with 43")
 
 
-def test_the_one_before_is_offered(folder, half, capsys):
+def test_the_one_before_is_offered(folder, half):
     """And works, once the damaged one is out of the way."""
     run = half()
     shutil.copytree(folder / "lora/checkpoints/step-4", run / "checkpoints/step-3")
     (run / "checkpoints/step-3/model.safetensors").write_bytes(b"x")
-    check_refused(run, capsys, "step-3: not a whole checkpoint", f"{run}/checkpoints/step-2 is whole", "mv ")
+    check_refused(run, "step-3: not a whole checkpoint", f"{run}/checkpoints/step-2 is whole", "mv ")
     (run / "checkpoints/step-3").rename(run / "checkpoints/step-3.damaged")
     check_equal(run, folder / "lora")
 
 
-def test_no_other_is_there_to_be_offered(half, capsys):
+def test_no_other_is_there_to_be_offered(half):
     run = half()
     (run / "checkpoints/step-2/model.safetensors").write_bytes(b"x")
-    check_refused(run, capsys, "no earlier checkpoint is whole")
+    check_refused(run, "no earlier checkpoint is whole")
 
 
 TENSORS = {
@@ -164,7 +161,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("what", [*TENSORS, "gone", "renamed", "all gone"])
 @pytest.mark.parametrize("file", FILES[:2])
-def test_tensors_that_do_not_fit(half, file, what, capsys):
+def test_tensors_that_do_not_fit(half, file, what):
     """In a checkpoint without checksums, as an older minift wrote them."""
     run = half()
     path = run / "checkpoints/step-2" / file
@@ -179,7 +176,7 @@ def test_tensors_that_do_not_fit(half, file, what, capsys):
     elif what == "all gone":
         tensors = {}
     save_file(tensors, path)
-    check_refused(run, capsys, str(path), "different: " if "gone" in what or what == "renamed" else name)
+    check_refused(run, str(path), "different: " if "gone" in what or what == "renamed" else name)
 
 
 STATES = {
@@ -194,128 +191,100 @@ STATES = {
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in STATES.items() for value in values])
-def test_a_state_that_was_tampered_with(half, name, value, capsys):
+def test_a_state_that_was_tampered_with(half, name, value):
     run = half()
     path = run / "checkpoints/step-2/state.json"
     (path.parent / "minift.json").unlink()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    check_refused(run, capsys, "step-2")
+    configure(path, **{name: value})
+    check_refused(run, "step-2")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000, '{"step": 2}', "\udcff"])
-def test_a_state_that_is_none(half, text, capsys):
+def test_a_state_that_is_none(half, text):
     run = half()
     path = run / "checkpoints/step-2/state.json"
     (path.parent / "minift.json").unlink()
     path.write_bytes(text.encode(errors="surrogateescape"))
-    check_refused(run, capsys, "step-2")
+    check_refused(run, "step-2")
 
 
 # ---- the base model
 
 
-CONFIGS = {
-    "num_attention_heads": 2,
-    "hidden_dropout_prob": 0.3,
-    "attention_probs_dropout_prob": 0.2,
-    "hidden_act": "relu",
-    "layer_norm_eps": 1e-5,
-    "classifier_dropout": 0.5,
-}
+CONFIGS = dict(
+    num_attention_heads=2, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, hidden_act="relu",
+    layer_norm_eps=1e-5, classifier_dropout=0.5,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_another_config_of_the_base(half, tmp_path, method, name, capsys):
-    path = tmp_path / "model/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: CONFIGS[name]}))
-    check_refused(half(method), capsys, f"config.json says {name}", "the run began with")
+def test_another_config_of_the_base(half, tmp_path, method, name):
+    configure(tmp_path / "model", **{name: CONFIGS[name]})
+    check_refused(half(method), f"config.json says {name}", "the run began with")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_another_weight_of_the_base(folder, half, tmp_path, method, capsys):
+def test_another_weight_of_the_base(folder, half, tmp_path, method):
     """One number by one unit in its last place. In full training the checkpoint has it, and the base's is not used."""
-    path = tmp_path / "model/model.safetensors"
-    tensors = load_file(path)
+    tensors = weights_in(tmp_path / "model")
     weight = tensors["encoder.layer.1.output.dense.weight"]
     weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
-    save_file(tensors, path, metadata={"format": "pt"})
+    rewrite(tmp_path / "model", tensors)
     run = half(method)
     if method == "full":
         check_equal(run, folder / method)
     else:
-        check_refused(run, capsys, "the base model's weights are not those that the run began with")
+        check_refused(run, "the base model's weights are not those that the run began with")
 
 
 # ---- the options
 
 
-OPTIONS = {
-    "lr": 0.5,
-    "batch": 4,
-    "steps": 5,
-    "epochs": 7,
-    "seed": 1,
-    "dropout": 0.4,
-    "alpha": 3.0,
-    "rank": 4,
-    "adapter_dropout": 0.4,
-    "base": "nf4",
-    "method": "dora",
-    "targets": "key",
-    "rslora": True,
-    "weight_decay": 0.3,
-    "clip": 3.0,
-    "schedule": "cosine",
-    "warmup": 2.0,
-    "max_length": 12,
-    "precision": "bf16",
-    "label_smoothing": 0.2,
-    "lora_plus": 4.0,
-    "limit": 30,
-}
+OPTIONS = dict(
+    lr=0.5, batch=4, steps=5, epochs=7, seed=1, dropout=0.4, alpha=3.0, rank=4, adapter_dropout=0.4, base="nf4",
+    method="dora", targets="key", rslora=True, weight_decay=0.3, clip=3.0, schedule="cosine", warmup=2.0,
+    max_length=12, precision="bf16", label_smoothing=0.2, lora_plus=4.0, limit=30,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_another_option(half, name, capsys):
+def test_another_option(half, name):
     """In the run's config.json. What changes the data or the model before it is looked at may be told as that."""
     run = half()
-    options = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(options | {name: OPTIONS[name]}))
-    check_refused(run, capsys, f"--{name.replace('_', '-')} is {OPTIONS[name]!r} in the run's config.json")
+    configure(run, **{name: OPTIONS[name]})
+    check_refused(run, f"--{name.replace('_', '-')} is {OPTIONS[name]!r} in the run's config.json")
 
 
-def test_an_option_that_changes_nothing_learned_is_told(folder, half, capsys):
+def test_an_option_that_changes_nothing_learned_is_told(folder, half):
     run = half()
-    options = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(options | {"keep": 3}))
-    check_equal(run, folder / "lora")
-    assert "--keep is 3 from here on; until now it was 9" in capsys.readouterr().err
+    configure(run, keep=3)
+    said = check_equal(run, folder / "lora")
+    assert "--keep is 3 from here on; until now it was 9" in said
 
 
 # ---- the run's other files
 
 
-def test_a_metrics_file_that_is_gone(folder, half, capsys):
+def test_a_metrics_file_that_is_gone(folder, half):
     run = half()
     (run / "metrics.jsonl").unlink()
-    check_equal(run, folder / "lora")
-    assert "metrics.jsonl: has 0 of the 2 lines of the steps before" in capsys.readouterr().err
+    said = check_equal(run, folder / "lora")
+    assert "metrics.jsonl: has 0 of the 2 lines of the steps before" in said
 
 
-def test_checkpoints_that_are_a_file(half, capsys):
+def test_checkpoints_that_are_a_file(half):
     run = half()
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").write_text("mine")
-    check_refused(run, capsys, "checkpoints: is a file; expected the folder of the run's checkpoints")
+    check_refused(run, "checkpoints: is a file; expected the folder of the run's checkpoints")
     assert (run / "checkpoints").read_text() == "mine"
 
 
 def test_files_of_the_users_among_the_checkpoints_stay(folder, half):
     """A note in one that is removed, a folder with a name like theirs."""
     run = half()
-    options = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(options | {"keep": 1}))
+    configure(run, keep=1)
     (run / "checkpoints/step-2/notes.md").write_text("mine")
     (run / "checkpoints/step-1").mkdir()
     (run / "checkpoints/step-1/mine").write_text("mine")
@@ -328,17 +297,15 @@ def test_files_of_the_users_among_the_checkpoints_stay(folder, half):
 
 
 @pytest.mark.parametrize("lr", ["1e38", "1e30"])
-@pytest.mark.parametrize("valid", [[], ["--valid", "0.25"]])
-def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, lr, valid, capsys):
+@pytest.mark.parametrize("valid", ["", "--valid 0.25"])
+def test_a_model_that_is_not_finite_is_never_saved(folder, tmp_path, lr, valid):
     """After one step the weights are about the learning rate, at the second nothing is finite any more."""
-    for steps in ("1", "3"):
-        run = tmp_path / f"run-{steps}"
-        arguments = [*command(folder, "unused", "full"), "--out", str(run), "--lr", lr, "--steps", steps, *valid]
-        code = main([*arguments, "--save-every", "1"])
-        said = capsys.readouterr().err
+    for steps in (1, 3):
+        run, line = tmp_path / f"run-{steps}", f"{TRAIN} --lr {lr} --steps {steps} --save-every 1 {valid}"
+        said = cli(line, f=folder, out=run, method="full", seed=42)
         for path in run.rglob("*.safetensors"):
             assert all(t.isfinite().all() for t in load_file(path).values()), path
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            assert "NaN" not in line and "Infinity" not in line and json.loads(line)
-        if steps == "3" or valid:
-            assert code == 1 and "minift: error: " in said and not (run / "best").exists()
+        text = (run / "metrics.jsonl").read_text()
+        assert "NaN" not in text and "Infinity" not in text and all(metrics(run))
+        if steps == 3 or valid:
+            assert said.code == 1 and "minift: error: " in said.err and not (run / "best").exists()

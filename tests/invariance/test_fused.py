@@ -27,8 +27,7 @@ def test_fused_and_reference_curves_are_one(family, method, tmp_path, monkeypatc
             names.update({name} if library else ())
             return library
 
-        width = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}
-        model, task = small_model(family, tmp_path / mode, **width)
+        model, task = small_model(family, tmp_path / mode, width=64)
         if method != "full":
             minift.add_lora(minift.quantize(model) if method == "qlora" else model, dropout=0.1)
         job = minift.prepare(model, weight_decay=0.01, base="fp32", kernels=mode, device="cpu")

@@ -3,11 +3,9 @@
 python -m pytest tests/invariance/test_split.py
 """
 
-import json
-
 import pytest
 import torch
-from helpers import reviews, small_bert
+from helpers import losses, model_and_data, train
 
 import minift
 from minift import setup, training
@@ -27,50 +25,40 @@ def run(folder, tokens):
     model, tokenizer = minift.load(folder / "model", task="classify", labels=["blame", "praise"])
     assert model.config.hidden_dropout_prob == 0.1 and model.config.attention_probs_dropout_prob == 0.1
     out = folder / f"run-{tokens}"
-    minift.train(
-        model,
-        tokenizer,
-        minift.TrainConfig(data=str(folder / "train.tsv"), out=str(out), steps=12, batch=16, lr=1e-3, tokens=tokens),
-    )
-    return [json.loads(line)["train/loss"] for line in open(out / "metrics.jsonl")], final(model)
+    train(model, tokenizer, folder / "train.tsv", out, steps=12, batch=16, lr=1e-3, tokens=tokens)
+    return losses(out), final(model)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    small_bert(folder / "model")
-    reviews(folder / "train.tsv", 100)
+    folder = model_and_data(tmp_path_factory.mktemp("split"), 100)
     return folder, *run(folder, 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 100])
 def test_micro_batches_change_nothing(whole, tokens):
-    folder, losses, weights = whole
-    some_losses, some_weights = run(folder, tokens)
-    assert losses == pytest.approx(some_losses, abs=BOUND)
+    folder, curve, weights = whole
+    some_curve, some_weights = run(folder, tokens)
+    assert curve == pytest.approx(some_curve, abs=BOUND)
     assert (weights - some_weights).abs().max() < BOUND
-    assert losses[0] != pytest.approx(losses[-1], abs=1e-3)  # it did learn something
+    assert curve[0] != pytest.approx(curve[-1], abs=1e-3)  # it did learn something
 
 
 def test_a_rerun_is_equal_to_the_bit(whole, tmp_path):
-    folder, losses, weights = whole
-    again_losses, again = run(folder, 10_000)
-    assert again_losses == losses and torch.equal(again, weights)
+    folder, curve, weights = whole
+    again_curve, again = run(folder, 10_000)
+    assert again_curve == curve and torch.equal(again, weights)
 
 
-@pytest.mark.parametrize(
-    "options, base, tokens",
-    [
-        ({}, 1, 0),
-        ({"method": "lora"}, 1, 512),
-        ({"method": "lora"}, 109_000_000, 0),  # a model this small is not split
-        ({"method": "lora", "base": "nf4"}, 1, 0),
-    ],
-)
+@pytest.mark.parametrize("options, base, tokens", [
+    ({}, 1, 0),
+    ({"method": "lora"}, 1, 512),
+    ({"method": "lora"}, 109_000_000, 0),  # a model this small is not split
+    ({"method": "lora", "base": "nf4"}, 1, 0),
+])  # fmt: skip
 def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, base, tokens):
     """60 reviews a step are more than 512 tokens; the largest micro-batch that the model is given."""
-    small_bert(tmp_path / "model")
-    reviews(tmp_path / "train.tsv", 60)
+    model_and_data(tmp_path, 60)
     sizes = []
     monkeypatch.setattr(setup, "BASE", base)
     monkeypatch.setattr(training, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))
@@ -81,5 +69,4 @@ def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, b
     whole = sizes.pop()
     assert whole == sum(sizes) > 512
     assert max(sizes) <= 512 if tokens else sizes == [whole]
-    losses = [json.loads((tmp_path / name / "metrics.jsonl").read_text())["train/loss"] for name in "ab"]
-    assert losses[0] == pytest.approx(losses[1], abs=BOUND)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=BOUND)

@@ -8,13 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import peer, random_ids, sequence
-from transformers import (
-    BertForSequenceClassification,
-    BertModel,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-)
+from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import minift
 from minift.checkpoints import loading, weights
@@ -70,6 +64,20 @@ def check_gradients(model, theirs):
         assert (ours - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1e-2), name
 
 
+def check_classifier(model, batch, theirs, theirs_batch: dict):
+    """Logits, loss, number of hits and gradients are the peer's."""
+    labels = theirs_batch["labels"]
+    want = theirs(**theirs_batch)
+    with torch.no_grad():
+        assert (model.logits(batch) - want.logits).abs().max() <= 1e-5
+    loss, correct = classify.loss(model, batch, Noise())
+    assert loss.item() / len(labels) == pytest.approx(want.loss.item(), abs=1e-6)
+    assert correct == (want.logits.argmax(-1) == labels).sum()
+    want.loss.backward()
+    (loss / len(labels)).backward()
+    check_gradients(model, theirs)
+
+
 @pytest.mark.parametrize("changes", BERTS.values(), ids=BERTS.keys())
 def test_bert_classification(changes, tmp_path):
     theirs = peer(BertForSequenceClassification, tmp_path, num_labels=3, **changes)
@@ -77,22 +85,9 @@ def test_bert_classification(changes, tmp_path):
     ids = random_ids(LENGTHS)
     types = [(np.arange(len(x)) % theirs.config.type_vocab_size).tolist() for x in ids]
     labels = [i % 3 for i in range(len(ids))]
-    batch = pack(
-        [
-            sequence(i, x, rows=[0], targets=[y], types=t)
-            for i, (x, y, t) in enumerate(zip(ids, labels, types, strict=True))
-        ]
-    )
-
-    want = theirs(**padded(ids, types), labels=torch.tensor(labels))
-    with torch.no_grad():
-        assert (model.logits(batch) - want.logits).abs().max() <= 1e-5
-    loss, correct = classify.loss(model, batch, Noise())
-    assert loss.item() / len(ids) == pytest.approx(want.loss.item(), abs=1e-6)
-    assert correct == (want.logits.argmax(-1) == torch.tensor(labels)).sum()
-    want.loss.backward()
-    (loss / len(ids)).backward()
-    check_gradients(model, theirs)
+    every = enumerate(zip(ids, labels, types, strict=True))
+    batch = pack([sequence(i, x, rows=[0], targets=[y], types=t) for i, (x, y, t) in every])
+    check_classifier(model, batch, theirs, padded(ids, types) | {"labels": torch.tensor(labels)})
 
 
 @pytest.mark.parametrize("changes", GPTS.values(), ids=GPTS.keys())
@@ -120,24 +115,16 @@ def test_gpt2_language_model(changes, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, dict(n_embd=21, n_head=3, n_layer=1)], ids=["base", "head size 7, one layer"])
 def test_gpt2_classification(changes, tmp_path):
-    theirs = peer(GPT2ForSequenceClassification, tmp_path, num_labels=3, pad_token_id=0, **changes)
+    theirs = peer(transformers.GPT2ForSequenceClassification, tmp_path, num_labels=3, pad_token_id=0, **changes)
     model, _ = minift.load(tmp_path, task="classify")
     ids = random_ids(LENGTHS)
     labels = [i % 3 for i in range(len(ids))]
-    batch = pack(
-        [sequence(i, x, rows=[len(x) - 1], targets=[y]) for i, (x, y) in enumerate(zip(ids, labels, strict=True))]
-    )
-    want = theirs(**padded(ids), labels=torch.tensor(labels))
-    with torch.no_grad():
-        assert (model.logits(batch) - want.logits).abs().max() <= 1e-5
-    loss, _ = classify.loss(model, batch, Noise())
-    assert loss.item() / len(ids) == pytest.approx(want.loss.item(), abs=1e-6)
-    want.loss.backward()
-    (loss / len(ids)).backward()
-    check_gradients(model, theirs)
+    every = enumerate(zip(ids, labels, strict=True))
+    batch = pack([sequence(i, x, rows=[len(x) - 1], targets=[y]) for i, (x, y) in every])
+    check_classifier(model, batch, theirs, padded(ids) | {"labels": torch.tensor(labels)})
 
 
-@pytest.mark.parametrize("cls", [BertModel, GPT2Model])
+@pytest.mark.parametrize("cls", [BertModel, transformers.GPT2Model])
 def test_bodies_without_a_head(cls, tmp_path):
     theirs = peer(cls, tmp_path)
     model, _ = minift.load(tmp_path)
@@ -177,9 +164,8 @@ def test_rows_are_a_selection(cls, task, tmp_path):
     whole = pack([sequence(i, x) for i, x in enumerate(ids)])
     some = pack([sequence(i, x, rows=range(0, len(x), 3)) for i, x in enumerate(ids)])
     with torch.no_grad():
-        assert torch.allclose(
-            model(whole, Noise(1, 2, whole.keys))[some.rows], model(some, Noise(1, 2, some.keys)), atol=1e-5
-        )
+        everywhere, there = model(whole, Noise(1, 2, whole.keys)), model(some, Noise(1, 2, some.keys))
+    assert torch.allclose(everywhere[some.rows], there, atol=1e-5)
 
 
 def test_a_pretrained_size_has_the_known_counts():

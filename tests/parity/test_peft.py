@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import peer, random_ids, sequence
+from folders import configure, with_nan
+from helpers import nf4, peer, peer_logits, random_ids, sequence
 from safetensors.torch import load_file, save_file
 
 import minift
@@ -30,7 +31,10 @@ CLASSES = {
     "gpt2": (transformers.GPT2LMHeadModel, "complete", "CAUSAL_LM"),
     "gpt2-classify": (transformers.GPT2ForSequenceClassification, "classify", "SEQ_CLS"),
 }
-KINDS = pytest.mark.parametrize("kind", CLASSES)
+OFF = {  # the options that turn every dropout of the peer's model off
+    "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "gpt2": dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+}
 
 
 def pair(kind, folder, ours: dict, theirs: dict, seed=7, **changes):
@@ -60,13 +64,6 @@ def logits(model, ids) -> torch.Tensor:
         "classify": lambda x: [0 if model.family.ASKED == "first" else len(x) - 1],
     }
     return model.logits(pack([sequence(i, x, rows=list(at[model.task](x))) for i, x in enumerate(ids)]))
-
-
-def peer_logits(model, ids) -> torch.Tensor:
-    """The peer's, one sequence at a time."""
-    with torch.no_grad():
-        out = [model(input_ids=torch.tensor([x])).logits[0] for x in ids]
-    return torch.cat([x if x.dim() == 2 else x[None] for x in out])
 
 
 # first weights and which layers
@@ -112,15 +109,10 @@ def test_the_same_layers_and_first_weights(name, tmp_path):
 
 def test_the_counts_people_know(tmp_path):
     """gpt2, r=8, c_attn: 294,912; bert-base, r=8, query and value, two labels: 296,450."""
-    for config, cls, task, count in (
-        (transformers.GPT2Config(vocab_size=9, n_positions=4), transformers.GPT2LMHeadModel, "complete", 294_912),
-        (
-            transformers.BertConfig(vocab_size=9, max_position_embeddings=4),
-            transformers.BertForSequenceClassification,
-            "classify",
-            296_450,
-        ),
-    ):
+    gpt2 = transformers.GPT2Config(vocab_size=9, n_positions=4)
+    bert = transformers.BertConfig(vocab_size=9, max_position_embeddings=4)
+    for kind, config, count in (("gpt2", gpt2, 294_912), ("bert", bert, 296_450)):
+        cls, task, _ = CLASSES[kind]
         cls(config).save_pretrained(tmp_path / task)
         model, _ = minift.load(tmp_path / task, task=task)
         minift.add_lora(model)
@@ -184,9 +176,8 @@ def peer_losses(model, kind, lr) -> list[float]:
 def test_twenty_steps_follow_peft(kind, method, tmp_path):
     """From the same seed, without copying any weight; dropout 0; a classifier that is trained and saved beside it."""
     extra = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}.get(method, {})
-    model, their = pair(
-        kind, tmp_path, {"method": method, "dropout": 0.0}, {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0} | extra
-    )
+    options = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0} | extra
+    model, their = pair(kind, tmp_path, {"method": method, "dropout": 0.0}, options)
     assert our_losses(model, kind, 2e-3) == pytest.approx(peer_losses(their, kind, 2e-3), abs=1e-5)
     ids = random_ids([9, 1, 17])
     assert torch.allclose(logits(model, ids), peer_logits(their, ids), atol=2e-4)  # weights after 20 steps of AdamW
@@ -201,16 +192,9 @@ def test_qlora_follows_peft_and_bitsandbytes(kind, tmp_path):
     peer(cls, tmp_path / "base", scale=0.15, **sizes)
     model, _ = minift.load(tmp_path / "base", task=task, base="nf4")
     minift.add_lora(model, dropout=0.0, seed=7)
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["classifier", "bert.pooler.dense", "lm_head"],
-    )
-    base = cls.from_pretrained(
-        tmp_path / "base", quantization_config=config, dtype=torch.float32, device_map="cpu", **off(kind)
-    )
+    config = nf4(bnb_4bit_use_double_quant=True)
+    kinds = dict(quantization_config=config, dtype=torch.float32, device_map="cpu")
+    base = cls.from_pretrained(tmp_path / "base", **kinds, **OFF[kind])
     torch.manual_seed(7)
     their = peft.get_peft_model(base, peft.LoraConfig(task_type=task_type, r=8, lora_alpha=32)).train()
     packed = {n: m for n, m in their.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
@@ -219,15 +203,6 @@ def test_qlora_follows_peft_and_bitsandbytes(kind, tmp_path):
         other = next(m for n, m in packed.items() if n.removesuffix(".base_layer").endswith(name.removesuffix(".base")))
         assert torch.equal(layer.weight, other.weight.data), name
     assert our_losses(model, kind, 2e-3) == pytest.approx(peer_losses(their, kind, 2e-3), abs=1e-5)
-
-
-def off(kind: str) -> dict:
-    """The options that turn every dropout of the peer's model off."""
-    names = {
-        "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-        "gpt2": ("embd_pdrop", "attn_pdrop", "resid_pdrop"),
-    }
-    return dict.fromkeys(names[kind], 0.0)
 
 
 # files
@@ -273,9 +248,8 @@ def test_a_saved_language_model_head_is_untied(tmp_path):
 
 
 def change(folder, **values) -> None:
-    """Sets values in an adapter_config.json."""
-    path = folder / peft_format.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    """Sets values in an adapter_config.json; a value of ... takes the field out."""
+    configure(folder / peft_format.CONFIG, **values)
 
 
 @pytest.mark.slow
@@ -320,58 +294,47 @@ def saved(tmp_path):
     return tmp_path / "adapter"
 
 
-A = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"
+LAYER = "base_model.model.bert.encoder.layer"
+A = f"{LAYER}.1.attention.self.query.lora_A.weight"
+B = f"{LAYER}.0.attention.self.value.lora_B.weight"
+POOLER, HEAD = "base_model.model.bert.pooler.dense.lora_A.weight", "base_model.model.classifier.weight"
+FAULTS = {  # what becomes of the tensors, and what is said of it
+    "a rank": (lambda t: t | {A: t[A][:3].clone()}, rf"{A} is \(3, 32\); expected \(4, 32\)"),
+    "no B": (lambda t: {n: x for n, x in t.items() if n != B}, rf"{B} is missing; expected \(32, 4\)"),
+    "width": (lambda t: t | {A: torch.zeros(4, 48)}, rf"{A} is \(4, 48\); expected \(4, 32\)"),
+    "nan": (lambda t: t | {A: with_nan(t[A])}, f"{A} has numbers that are not finite"),
+    "extra": (lambda t: t | {POOLER: torch.zeros(4, 32)}, rf"{POOLER} \(4, 32\) belongs to no adapted layer"),
+    "head": (lambda t: t | {HEAD: torch.zeros(5, 32)}, rf"{HEAD} is \(5, 32\); expected \(2, 32\)"),
+}
 
 
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        ("a rank", rf"{A} is \(3, 32\); expected \(4, 32\)"),
-        ("no B", r"layer.0.attention.self.value.lora_B.weight is missing; expected \(32, 4\)"),
-        ("width", rf"{A} is \(4, 48\); expected \(4, 32\)"),
-        ("nan", f"{A} has numbers that are not finite"),
-        ("extra", r"base_model.model.bert.pooler.dense.lora_A.weight \(4, 32\) belongs to no adapted layer"),
-        ("head", r"base_model.model.classifier.weight is \(5, 32\); expected \(2, 32\)"),
-        ("cut", "not a whole safetensors file"),
-    ],
-)
-def test_ill_formed_weights_are_refused_by_name(saved, fault, words):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ill_formed_weights_are_refused_by_name(saved, fault):
+    change, words = FAULTS[fault]
     path = saved / peft_format.WEIGHTS
-    tensors = load_file(path)
-    if fault == "a rank":
-        tensors[A] = tensors[A][:3].clone()
-    elif fault == "no B":
-        del tensors["base_model.model.bert.encoder.layer.0.attention.self.value.lora_B.weight"]
-    elif fault == "width":
-        tensors[A] = torch.zeros(4, 48)
-    elif fault == "nan":
-        tensors[A][2, 5] = torch.nan
-    elif fault == "extra":
-        tensors["base_model.model.bert.pooler.dense.lora_A.weight"] = torch.zeros(4, 32)
-    elif fault == "head":
-        tensors["base_model.model.classifier.weight"] = torch.zeros(5, 32)
-    save_file(tensors, path)
-    if fault == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
+    save_file(change(load_file(path)), path)
     with pytest.raises(InputError, match=words):
         minift.load(saved)
 
 
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"modules_to_save": ["position_embeddings"]}, "modules_to_save names position_embeddings"),
-        ({"r": "eight"}, "eight"),
-        ({"base_model_name_or_path": None}, "no base_model_name_or_path"),
-        ({"target_modules": ["nothing"]}, "no layer has such a name"),
-    ],
-    ids=str,
-)
+def test_weights_that_were_cut_are_refused(saved):
+    path = saved / peft_format.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        minift.load(saved)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
+    ({"bias": "all"}, "bias is 'all'"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"modules_to_save": ["position_embeddings"]}, "modules_to_save names position_embeddings"),
+    ({"r": "eight"}, "eight"),
+    ({"base_model_name_or_path": None}, "no base_model_name_or_path"),
+    ({"target_modules": ["nothing"]}, "no layer has such a name"),
+], ids=str)  # fmt: skip
 def test_what_the_engine_lacks_is_refused_by_name(saved, values, words):
     change(saved, **values)
     with pytest.raises(InputError, match=words):
@@ -379,11 +342,8 @@ def test_what_the_engine_lacks_is_refused_by_name(saved, values, words):
 
 
 def test_fields_that_are_not_known_or_not_there_do_no_harm(saved):
-    path = saved / peft_format.CONFIG
-    config = json.loads(path.read_text())
-    for key in ("rank_pattern", "use_dora", "exclude_modules", "init_lora_weights", "lora_dropout"):
-        del config[key]
-    path.write_text(json.dumps(config | {"a_field_of_the_future": 3}))
+    gone = ("rank_pattern", "use_dora", "exclude_modules", "init_lora_weights", "lora_dropout")
+    change(saved, **dict.fromkeys(gone, ...), a_field_of_the_future=3)
     model, _ = minift.load(saved)
     assert model.report.adapter == 10 and model.adapter.dropout == 0
 
