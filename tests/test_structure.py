@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from minift import tables
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minift"
 
@@ -86,6 +88,46 @@ def test_no_module_is_called_as_a_public_function():
 
     assert not {path.stem for path in PACKAGE.glob("*.py")} & set(minift.__all__)
     assert not {path.name for path in PACKAGE.iterdir() if path.is_dir()} & set(minift.__all__)
+
+
+# the folder in which a table's names may be compared: everybody else asks the thing itself
+KNOWN_IN = {
+    "tasks": tables.TASKS,
+    "models": tables.FAMILIES,
+    "adapters": tables.METHODS,
+    "engine": tables.OPTIMIZERS | tables.SCHEDULES,
+}
+
+
+def compared_names(tree: ast.AST) -> set[str]:
+    """The strings that a file compares with something: `x == "a"`, `x in ("a", "b")`, `{"a": ...}[x]`, `case "a"`."""
+    found = set()
+    for node in ast.walk(tree):
+        parts = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            parts = node.value.keys
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        for part in parts:
+            for constant in ast.walk(part) if part else ():
+                if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                    found.add(constant.value)
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_a_thing_is_it_says_itself(path):
+    """Outside tasks/ no task's name is compared, outside models/ no family's, outside adapters/ no method's."""
+    room = path.relative_to(PACKAGE).parts[0]
+    tree = ast.parse(path.read_text())
+    for home, names in KNOWN_IN.items():
+        if room != home:
+            assert not compared_names(tree) & names.keys(), f"known in {home}/ alone"
+    if room != "models":
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not any(re.search(r"\bhead\.(out|pooler)\b", text) for text in texts), "known in models/ alone"
 
 
 def test_an_import_does_nothing():
