@@ -9,6 +9,7 @@ at once.
 OPTIMIZERS = {
     "adamw": "Adam with decoupled weight decay",
     "sgd": "momentum beta1, decay as part of the gradient (default --lr: 100 times AdamW's)",
+    "lion": "steps by the gradient's sign, one state instead of two (default --lr: 0.2 times AdamW's)",
 }
 
 # a function each in engine/schedules.py
