@@ -49,6 +49,8 @@ METHODS = {
 OPTIMIZERS = {
     "adamw": "Adam with decoupled weight decay",
     "sgd": "momentum beta1, decay as part of the gradient (default --lr: 100 times AdamW's)",
+    "lion": "steps by the gradient's sign, one state instead of two (default --lr: 0.2 times AdamW's)",
+    "muon": "hidden matrices by orthogonalised momentum (beta1), the rest by AdamW (beta2, eps)",
 }
 
 # a function each in engine/schedules.py
