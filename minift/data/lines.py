@@ -146,11 +146,15 @@ def _wide(raw: bytes) -> str:
     ):
         if raw.startswith(mark):
             return encoding
-    start = raw[:400]
-    even, odd = (sum(byte < 9 for byte in start[i::2]) / max(1, len(start[i::2])) for i in (0, 1))
+    even = _share_of_controls(raw[:400:2])
+    odd = _share_of_controls(raw[1:400:2])
     if max(even, odd) < 0.5 or even == odd:
         return ""
     return "utf-16le" if odd > even else "utf-16be"
+
+
+def _share_of_controls(raw: bytes) -> float:
+    return sum(byte < 9 for byte in raw) / max(1, len(raw))
 
 
 def _repaired(raw: bytes, at: int, where: str, faults: Faults) -> str:
@@ -178,11 +182,15 @@ def without_line_end(line: str) -> str:
 
 def json_objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
     """(where, JSON object) of a JSONL file."""
-    name, began = printable(path.name), False
-    blank, first = 0, 0  # blank lines since the last other one; those at the end of a file do no harm
+    name = printable(path.name)
+    began = False
+    blank = 0  # blank lines since the last other one; those at the end of a file do no harm
+    first = 0  # number of the first of these
     for number, line in read_lines(path, name, faults, most):
         if line.isspace():
-            blank, first = blank + 1, first if blank else number
+            if not blank:
+                first = number
+            blank += 1
             continue
         if blank:
             faults.warn("blank lines", first, blank)
@@ -192,7 +200,8 @@ def json_objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, d
             _check_line_ends(where, line, faults)
             _check_lines_of_json(where, line.strip(), faults)
             began = True
-        if (row := _object(where, without_line_end(line), faults)) is not None:
+        row = _object(where, without_line_end(line), faults)
+        if row is not None:
             yield where, row
 
 
@@ -238,7 +247,8 @@ def _object(where: str, line: str, faults: Faults) -> dict | None:
 def csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
     """(line, cells); a record with line ends inside its quotes counts by its first line."""
     csv.field_size_limit(most or 2**31 - 1)  # Python's own refuses a text of 128 KiB
-    name, numbers = printable(path.name), []  # of the lines of the record at hand
+    name = printable(path.name)
+    numbers = []  # of the lines of the record at hand
 
     def lines() -> Iterator[str]:
         for number, line in read_lines(path, name, faults, most):

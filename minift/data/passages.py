@@ -64,7 +64,9 @@ def read_passages(
 
 def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
     """(first line, text) of running text in pieces of whole lines; together they are the file, line ends included."""
-    held, size, first = [], 0, 1
+    held = []
+    size = 0
+    first = 1
     for number, line in read_lines(path, printable(path.name), faults, most):
         if number == 1:
             _check_running_text(f"{printable(path.name)}:1", line, faults)
@@ -72,7 +74,9 @@ def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
         size += len(line)
         if size >= PIECE:
             yield first, "".join(held)
-            held, size, first = [], 0, number + 1
+            held = []
+            size = 0
+            first = number + 1
     if held:
         yield first, "".join(held)
 
@@ -173,7 +177,10 @@ def chat_parts(where: str, row: dict, need_label: bool, faults: Faults) -> list[
 
     The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
     """
-    messages, parts, text, whole = row["messages"], [], "", True
+    messages = row["messages"]
+    parts = []
+    text = ""  # said since the last part
+    whole = True  # no message has a fault
     if not isinstance(messages, list) or not messages:
         faults.add(where, f"messages is {short_repr(messages)}; expected a list of at least one message", "no messages")
         return []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batch import Batch, Sequence
 from ..data.check_texts import CHECKS as CHECKS
-from ..data.examples import Example
+from ..data.examples import Example, read_examples, stream_examples
 from ..data.labels import label_ids
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
@@ -21,6 +21,9 @@ from ..ops.dropout import Noise
 from ..ops.loss import linear_cross_entropy
 
 CHUNK = 1000  # texts tokenised at once
+
+read = read_examples
+stream = stream_examples
 
 
 def judge(examples: Iterable[Example], model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[int]:
