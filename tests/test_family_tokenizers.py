@@ -109,7 +109,10 @@ def make_whole(folder, form):
 # ---- RoBERTa's -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["saved", "hub", "vocabulary alone"])
+FORMS = ["saved", "hub", "vocabulary alone"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pieces", ["gpt2_vocabulary", "vocabulary"])
 def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sentences, entailment):
     roberta = save_roberta(tmp_path, *request.getfixturevalue(pieces))
@@ -120,9 +123,9 @@ def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sent
     assert_same(both, TEXTS, max_length=16)
     for max_length in (0, 2, 17):
         assert_same(both, sentences, max_length=max_length)
-    for max_length in (0, 4, 5, 33, 128):
+    for max_length in (0, 4, 33):
         assert_same(both, *entailment, max_length)
-        assert_same(both, *reversed(entailment), max_length)
+    assert_same(both, *reversed(entailment), 64)
     for max_length in (0, 16):
         assert_same(both, TEXTS, TEXTS[::-1], max_length)
     ours, theirs = both
@@ -131,7 +134,7 @@ def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sent
         assert ours.decode(tokens.ids) == theirs.decode(tokens.ids, skip_special_tokens=True)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.lists(st.sampled_from(["<s>", "</s>", "<mask>", " ", "\n", "the"]) | st.characters(codec="utf-8")),
     pair=st.text(st.characters(codec="utf-8"), min_size=1),
@@ -148,7 +151,6 @@ def any_text(vocabulary, tmp_path_factory):
     return both_of(save_roberta(tmp_path_factory.mktemp("roberta"), *vocabulary))
 
 
-FORMS = ["saved", "hub", "vocabulary alone"]
 FLAGS = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
@@ -159,8 +161,7 @@ def assert_settings(folder, form, config):
     both = both_of(folder)
     texts = [text for text in (*TEXTS, "the end.", "a <user> the . b") if len(text) < 1000]
     assert_same(both, texts)
-    for max_length in (0, 6):
-        assert_same(both, texts, texts[::-1], max_length)
+    assert_same(both, texts, texts[::-1], 6)
     assert both[0].vocab_size == len(both[1])
 
 

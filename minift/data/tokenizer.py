@@ -254,7 +254,7 @@ def join_bert(sep: Token, cls: Token, settings: dict) -> processors.BertProcessi
 
 def join_roberta(sep: Token, cls: Token, settings: dict) -> processors.RobertaProcessing:
     """<s> a </s>, <s> a </s></s> b </s>; all are of type 0."""
-    trim_offsets = settings.get("trim_offsets", True)
+    trim_offsets = settings.get("trim_offsets") is not False
     return processors.RobertaProcessing(sep, cls, trim_offsets, bool(settings.get("add_prefix_space")))
 
 
@@ -385,9 +385,11 @@ def _choose_rules(settings: dict, config: Path, names: tuple[str, ...], own: Rul
     declared = settings.get("tokenizer_class")
     if declared is None and isinstance(model, dict):
         declared = model.get("tokenizer_class")
-    known = (own, *KNOWN) if own else KNOWN
+    if declared is None and names == WHOLE:
+        return own
+    known = [rules for rules in (own, *KNOWN) if rules]
     if declared is None:
-        return own if names == WHOLE else next(rules for rules in known if rules.files == names)
+        return next(rules for rules in known if rules.files == names)
     name = str(declared).removesuffix("Fast").removesuffix("Tokenizer")
     if name == "BertJapanese":
         raise InputError("tokenizer_class is BertJapaneseTokenizer, which splits words by MeCab; that is not supported")
