@@ -1,6 +1,6 @@
 """Which column of a table is the text, which its pair, which the label: by `--columns`, by a header, by position.
 
-Where a first row may be a header or an example, nothing is guessed: it is shown, with the ways to say what it is.
+Where a first row could be a header or an example, nothing is guessed: the error shows the row and says how to tell.
 """
 
 import csv
@@ -113,7 +113,7 @@ class Layout:
 
 
 def find_layout(where: str, row: list[str], wanted: Columns, faults: Faults) -> Layout:
-    """Judged by the first row: columns by number, by the names of a header, or by position."""
+    """Decided by the first row: columns by number, by the names of a header, or by position."""
     if wanted.numbered:
         return _by_number(row, wanted)
     if wanted.header != "no" and (layout := _by_name(where, row, wanted, faults)):
@@ -184,9 +184,9 @@ def _are_names(row: list[str], cells: dict[str, int], wanted: Columns) -> bool:
 
 
 def _is_doubtful(row: list[str], cells: dict[str, int]) -> bool:
-    """Whether a first row that is no header for certain may be one all the same: `tweet_words,label`.
+    """Whether a first row that is not clearly a header may still be one, as `tweet_words,label`.
 
-    Without a stop here it would be trained on, as an example of the class "label", or predicted as a row too many.
+    Without a stop here it would be trained on, as an example of the class "label", or get a prediction of its own.
     """
     text = row[cells["text"]] if cells["text"] < len(row) else ""
     label = row[cells["label"]] if cells.get("label", len(row)) < len(row) else ""
@@ -203,7 +203,7 @@ def _stop_at_a_doubt(where: str, row: list[str], faults: Faults) -> NoReturn:
 
 
 def _check_separator(where: str, row: list[str], wanted: Columns, faults: Faults) -> None:
-    """A first row in one piece, with something in it that elsewhere separates cells, is no row of this kind of file."""
+    """Stops at a first row of one cell that holds another kind of separator: the file is of another kind."""
     separators = {"semicolons": ";", "tabs": "\t", "commas": ",", "vertical bars": "|"}
     for name, separator in separators.items():
         if len(row) == 1 and len(wanted.needed) > 1 and separator in row[0]:
@@ -213,9 +213,9 @@ def _check_separator(where: str, row: list[str], wanted: Columns, faults: Faults
 
 
 class Doubt:
-    """Whether the first row was a header after all, by what the others say: no name of a column is a label twice.
+    """Whether the first row was a header after all, judged by the other rows: a column's name never comes as a label.
 
-    Told at the end of the file, for only then is it known; most often the second or third row clears it.
+    Known only at the end of the file; usually the second or third row settles it.
     """
 
     def __init__(self, where: str, row: list[str], layout: Layout):

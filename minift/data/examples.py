@@ -139,9 +139,9 @@ def labelled_rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Ite
 
 
 class Stream:
-    """Examples or passages of a file, read anew each time they are asked for: memory does not grow with their number.
+    """Examples or passages of a file, read again on each pass, so memory does not grow with their number.
 
-    A first pass judges them all, so that a later one has nothing to refuse.
+    The first pass finds every fault, so a later one has none left to raise.
     """
 
     def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str):
@@ -149,7 +149,7 @@ class Stream:
         self.count: int | None = None  # examples, after the first pass
 
     def __iter__(self) -> Iterator:
-        """Every example without faults; at the end raises InputError for those with."""
+        """Every example without faults; raises InputError at the end if any had one."""
         faults = Faults()
         name = printable(str(self.path))
         count = 0
@@ -239,7 +239,7 @@ def examples_from(rows: Iterable, columns: str = "", need_label: bool = True) ->
 
 
 def split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
-    """(train, valid): a random `fraction` of the examples set aside; both keep the order of the input."""
+    """(train, valid), with a random `fraction` of the examples set aside as valid; both keep the input's order."""
     count = round(fraction * len(examples)) if 0 < fraction < 1 else 0  # nan and inf have no round number
     if not 0 < count < len(examples):
         raise InputError(f"--valid {fraction} sets {count} of {len(examples)} examples aside; both parts need some")

@@ -38,7 +38,7 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
 
 
 def _check_numbers(names: list[str]) -> None:
-    """Raises InputError for labels that are scores, or that stand for no label: they would be classes like others."""
+    """Raises InputError for labels that are scores or stand for "no label": they would silently become classes."""
     if not all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
         return
     numbers = sorted(map(float, names))
@@ -53,7 +53,7 @@ def _check_numbers(names: list[str]) -> None:
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of labels that are one to the eye: they differ in spaces, invisible characters or how accents are coded."""
+    """Pairs of labels that look the same: they differ in spaces, invisible characters or how accents are coded."""
     seen = {}  # how a name looks -> the first that looks so
     twins = []
     for name in sorted(names):

@@ -29,10 +29,10 @@ def stream_passages(
     """What a language model learns: a .txt of running text, or .jsonl (also .gz) of prompts or of chats.
 
     {"prompt": ..., "completion": ...} or {"messages": [{"role", "content", "weight" 0 or 1}, ...]}, of which the
-    assistant's messages with weight 1 (the default) are learned. Nothing is learned from what is said after the last
-    of these, so it is left out.
-    need_label: False for prompts. A completion may then be missing and is not given; of a chat the whole history is
-    the prompt, but for an answer at its end, which is what is to be said.
+    assistant's messages with weight 1 (the default) are learned. What comes after the last of these teaches nothing and
+    is left out.
+    need_label: False reads prompts. A completion may then be missing, and is dropped; a chat's prompt is its whole
+    history without an answer at its end, which is what the model is to say.
     max_line: most bytes of a line, 0: any. Raises InputError: file, line, what was found, what was expected.
     """
     path = Path(path)
@@ -82,7 +82,7 @@ def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
 
 
 def _check_running_text(where: str, line: str, faults: Faults) -> None:
-    """Lines of JSON under a name that ends in .txt would be learned with all their brackets and quotes."""
+    """Stops at JSON in a .txt, which would be learned with all its brackets and quotes."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -149,7 +149,7 @@ OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and
 
 
 def other_form(row: dict) -> str:
-    """What is said, after the rest of a message, of an object in a common form that is not read here; or ""."""
+    """What a message adds about an object in a common form that is not read here; or ""."""
     key = next((key for key in OTHER_FORMS if key in row), "")
     if not key or row.keys() & {"prompt", "completion", "messages"} == {"prompt", "completion"}:
         return ""
@@ -175,7 +175,7 @@ def _prompt(where: str, row: dict, need_label: bool, faults: Faults) -> list[tup
 def chat_parts(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
     """The parts of a conversation, as plain text: <|role|>, a line end, what is said, a line end.
 
-    The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
+    A part whose flag is set is learned and so ends with end-of-text, also in the history of a prompt.
     """
     messages = row["messages"]
     parts = []

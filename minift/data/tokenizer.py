@@ -81,11 +81,11 @@ class Tokenizer:
         max_length: int = 0,
         special: bool = True,
     ) -> list[Tokens]:
-        """Texts, alone or each with its pair, as token ids with the special tokens.
+        """The token ids of texts, each alone or with its pair.
 
-        max_length: most tokens per text, special ones included; the longer of a pair is cut first, at its end. 0: all.
-        special: whether with the special tokens that stand around a text.
-        Raises InputError if the special tokens alone are more, or if a text is not valid Unicode.
+        max_length: most tokens per text, special ones included; the longer of a pair is cut first. 0: no limit.
+        special: whether to put the special tokens around each text.
+        Raises InputError if the special tokens alone exceed max_length, or if a text is not valid Unicode.
         """
         pairs = pairs or [None] * len(texts)
         has_pair = any(pair is not None for pair in pairs)
