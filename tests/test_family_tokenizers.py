@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from test_tokenizer import HOSTILE, assert_same
 from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
 
-from minift.data.examples import read_examples
 from minift.data.tokenizer import BERT, GPT2, ROBERTA, ByteBPE, read_tokenizer
 from minift.errors import InputError
 
@@ -23,21 +22,6 @@ SPELT = [
     "</s>a</s>", "<|endoftext|>", "< mask >", "<mask", "<MASK>", "word " * 2000, "<mask>" * 500,
 ]  # fmt: skip
 TEXTS = [*HOSTILE, *SPELT]
-
-
-@pytest.fixture(scope="module")
-def sentences(assets):
-    """1,000 real texts: 900 sentences and 100 reviews."""
-    short = read_examples(assets / "data/sst2-sentences/train.tsv")[:900]
-    long = read_examples(assets / "data/imdb/train.jsonl.gz")[::250]
-    return [e.text for e in short + long]
-
-
-@pytest.fixture(scope="module")
-def entailment(assets):
-    """RTE's pairs: texts and seconds."""
-    examples = read_examples(assets / "data/glue-rte/dev.tsv", "text=sentence1,pair=sentence2,label=label")
-    return [e.text for e in examples], [e.pair for e in examples]
 
 
 def save_roberta(folder, pieces, merges):
