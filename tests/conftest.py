@@ -51,3 +51,22 @@ def bert(untouched, tmp_path) -> Path:
 def gpt2(untouched, tmp_path) -> Path:
     """A copy of the GPT-2 language model, to be changed."""
     return shutil.copytree(untouched / "gpt2", tmp_path / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def sentences(assets) -> list[str]:
+    """1,000 real texts: 900 sentences and 100 reviews."""
+    from minift.data.examples import read_examples
+
+    short = read_examples(assets / "data/sst2-sentences/train.tsv")[:900]
+    long = read_examples(assets / "data/imdb/train.jsonl.gz")[::250]
+    return [e.text for e in short + long]
+
+
+@pytest.fixture(scope="session")
+def entailment(assets) -> tuple[list[str], list[str]]:
+    """RTE's pairs: texts and seconds, 277 of each, of 8 to 200 tokens."""
+    from minift.data.examples import read_examples
+
+    examples = read_examples(assets / "data/glue-rte/dev.tsv", "text=sentence1,pair=sentence2,label=label")
+    return [e.text for e in examples], [e.pair for e in examples]

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from test_tokenizer import HOSTILE, assert_same
 from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
 
-from minift.data.examples import read_examples
 from minift.data.tokenizer import BERT, GPT2, ROBERTA, ByteBPE, read_tokenizer
 from minift.errors import InputError
 
@@ -23,21 +22,6 @@ SPELT = [
     "</s>a</s>", "<|endoftext|>", "< mask >", "<mask", "<MASK>", "word " * 2000, "<mask>" * 500,
 ]  # fmt: skip
 TEXTS = [*HOSTILE, *SPELT]
-
-
-@pytest.fixture(scope="module")
-def sentences(assets):
-    """1,000 real texts: 900 sentences and 100 reviews."""
-    short = read_examples(assets / "data/sst2-sentences/train.tsv")[:900]
-    long = read_examples(assets / "data/imdb/train.jsonl.gz")[::250]
-    return [e.text for e in short + long]
-
-
-@pytest.fixture(scope="module")
-def entailment(assets):
-    """RTE's pairs: texts and seconds."""
-    examples = read_examples(assets / "data/glue-rte/dev.tsv", "text=sentence1,pair=sentence2,label=label")
-    return [e.text for e in examples], [e.pair for e in examples]
 
 
 def save_roberta(folder, pieces, merges):
@@ -109,7 +93,10 @@ def make_whole(folder, form):
 # ---- RoBERTa's -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["saved", "hub", "vocabulary alone"])
+FORMS = ["saved", "hub", "vocabulary alone"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pieces", ["gpt2_vocabulary", "vocabulary"])
 def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sentences, entailment):
     roberta = save_roberta(tmp_path, *request.getfixturevalue(pieces))
@@ -120,9 +107,9 @@ def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sent
     assert_same(both, TEXTS, max_length=16)
     for max_length in (0, 2, 17):
         assert_same(both, sentences, max_length=max_length)
-    for max_length in (0, 4, 5, 33, 128):
+    for max_length in (0, 4, 33):
         assert_same(both, *entailment, max_length)
-        assert_same(both, *reversed(entailment), max_length)
+    assert_same(both, *reversed(entailment), 64)
     for max_length in (0, 16):
         assert_same(both, TEXTS, TEXTS[::-1], max_length)
     ours, theirs = both
@@ -131,7 +118,7 @@ def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sent
         assert ours.decode(tokens.ids) == theirs.decode(tokens.ids, skip_special_tokens=True)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.lists(st.sampled_from(["<s>", "</s>", "<mask>", " ", "\n", "the"]) | st.characters(codec="utf-8")),
     pair=st.text(st.characters(codec="utf-8"), min_size=1),
@@ -148,7 +135,6 @@ def any_text(vocabulary, tmp_path_factory):
     return both_of(save_roberta(tmp_path_factory.mktemp("roberta"), *vocabulary))
 
 
-FORMS = ["saved", "hub", "vocabulary alone"]
 FLAGS = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
@@ -159,8 +145,7 @@ def assert_settings(folder, form, config):
     both = both_of(folder)
     texts = [text for text in (*TEXTS, "the end.", "a <user> the . b") if len(text) < 1000]
     assert_same(both, texts)
-    for max_length in (0, 6):
-        assert_same(both, texts, texts[::-1], max_length)
+    assert_same(both, texts, texts[::-1], 6)
     assert both[0].vocab_size == len(both[1])
 
 

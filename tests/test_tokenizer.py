@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.data.examples import read_examples as read
 from minift.data.tokenizer import Tokens, read_tokenizer
 from minift.errors import InputError
 
@@ -48,20 +47,6 @@ def assert_same(both, texts, pairs=None, max_length=0):
     found, expected = ours.encode(texts, pairs, max_length), theirs(texts, pairs, return_token_type_ids=True, **limit)
     assert [t.ids for t in found] == expected["input_ids"]
     assert [t.types for t in found] == expected["token_type_ids"]
-
-
-@pytest.fixture(scope="module")
-def sentences(assets):
-    """1,000 real texts: 900 sentences and 100 reviews."""
-    sst2 = read(assets / "data" / "sst2-sentences" / "train.tsv")[:900]
-    return [e.text for e in sst2 + read(assets / "data" / "imdb" / "train.jsonl.gz")[::250]]
-
-
-@pytest.fixture(scope="module")
-def entailment(assets):
-    """RTE's pairs: texts and seconds, 277 of each, of 8 to 200 tokens."""
-    examples = read(assets / "data" / "glue-rte" / "dev.tsv", "text=sentence1,pair=sentence2,label=label")
-    return [e.text for e in examples], [e.pair for e in examples]
 
 
 # ---- equal to transformers -------------------------------------------------------------------------------------------

@@ -169,10 +169,10 @@ def _leaks(seen: Seen, valid: Seen, prompts: str, unit: str) -> Iterator[str]:
         "examples": shared(seen.examples, valid.examples),
         prompts: shared(seen.prompts, valid.prompts),
     }
-    for what, found in matches.items():
-        if found.count:
-            place = f"{unit} {seen.lines[found.first]}, there {unit} {valid.lines[found.second]}"
-            yield f"{what} that are also in the validation file: {found.count:,} (first: {place})"
+    for what, match in matches.items():
+        if match.count:
+            place = f"{unit} {seen.lines[match.first]}, there {unit} {valid.lines[match.second]}"
+            yield f"{what} that are also in the validation file: {match.count:,} (first: {place})"
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -351,30 +351,30 @@ def check_file(
     Raises InputError for a file that isn't there or is of an unknown kind.
     """
 
-    def read(path: Path, found: Findings) -> Iterator[Item]:
+    def read(path: Path, findings: Findings) -> Iterator[Item]:
         with suppress(Stopped):
-            yield from checks.read(path, columns, header, found, max_line)
+            yield from checks.read(path, columns, header, findings, max_line)
 
     path = Path(path)
     name = printable(str(path))
     unit = "file" if path.is_dir() else "line"
-    found = Findings(say)
-    totals = _add_up(read(path, found), found, checks, tokenizer, max_length)
+    findings = Findings(say)
+    totals = _add_up(read(path, findings), findings, checks, tokenizer, max_length)
     lengths = totals.lengths
-    if totals.empty and not found.faults:
-        found.add(name, "found no text; expected at least one example", "no examples")
+    if totals.empty and not findings.faults:
+        findings.add(name, "found no text; expected at least one example", "no examples")
     elif lengths and lengths.examples and not checks.classes:
-        _check_learned(name, lengths, found)
+        _check_learned(name, lengths, findings)
     if checks.classes:
-        _check_classes(name, totals.labels, found)
-    warnings = list(found.warnings(totals.count))
-    if found.form != PLAIN_TEXT:
+        _check_classes(name, totals.labels, findings)
+    warnings = list(findings.warnings(totals.count))
+    if findings.form != PLAIN_TEXT:
         warnings += _warnings(totals.seen, lengths, checks, unit)
     if valid:
-        theirs = _seen(read, Path(valid), found)
-        if found.form != PLAIN_TEXT:
+        theirs = _seen(read, Path(valid), findings)
+        if findings.form != PLAIN_TEXT:
             warnings += _leaks(totals.seen, theirs, checks.prompts, unit)
-    return Report(path.name, found.form, totals.count, found.faults, warnings, totals.labels, lengths, epochs)
+    return Report(path.name, findings.form, totals.count, findings.faults, warnings, totals.labels, lengths, epochs)
 
 
 @dataclass
@@ -389,17 +389,17 @@ class Totals:
 
 
 def _add_up(
-    items: Iterator[Item], found: Findings, checks: Checks, tokenizer: Tokenizer | None, max_length: int
+    items: Iterator[Item], findings: Findings, checks: Checks, tokenizer: Tokenizer | None, max_length: int
 ) -> Totals:
     totals = Totals(Lengths(max_length) if tokenizer else None)
     for batch in _batches(items):
         totals.count += len(batch)
         totals.empty = totals.empty and not any(text.strip() for item in batch for text, _ in item.parts)
         if tokenizer:
-            if found.form == PLAIN_TEXT:  # it is divided, and not cut
+            if findings.form == PLAIN_TEXT:  # it is divided, and not cut
                 totals.lengths.max_length = 0
             checks.count(batch, tokenizer, totals.lengths)
-        if found.form == PLAIN_TEXT:  # pieces that are alike mean nothing
+        if findings.form == PLAIN_TEXT:  # pieces that are alike mean nothing
             continue
         for item in batch:
             totals.seen.add(item)
@@ -423,20 +423,24 @@ def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _check_learned(name: str, lengths: Lengths, found: Findings) -> None:
+def _check_learned(name: str, lengths: Lengths, findings: Findings) -> None:
     """Whether anything is learned; of a plain text, every token but the first is."""
-    learned = lengths.tokens - 1 if found.form == PLAIN_TEXT else lengths.targets
+    learned = lengths.tokens - 1 if findings.form == PLAIN_TEXT else lengths.targets
     if not learned:
         where = f" at {lengths.max_length:,} tokens" if lengths.max_length else ""
-        found.add(name, f"nothing to learn from{where}; expected at least one token that is learned", "nothing trained")
+        findings.add(
+            name, f"nothing to learn from{where}; expected at least one token that is learned", "nothing trained"
+        )
 
 
-def _check_classes(name: str, labels: Counter[str], found: Findings) -> None:
+def _check_classes(name: str, labels: Counter[str], findings: Findings) -> None:
     """One class, or two classes that look alike."""
     if len(labels) == 1:
-        found.add(name, f"found one class, {short_repr(*labels)}; expected two or more", "one class")
+        findings.add(name, f"found one class, {short_repr(*labels)}; expected two or more", "one class")
     for first, second in look_alikes(labels):
-        found.add(name, f"found the labels {first!r} and {second!r}; expected one spelling", "labels that look alike")
+        findings.add(
+            name, f"found the labels {first!r} and {second!r}; expected one spelling", "labels that look alike"
+        )
 
 
 def _warnings(seen: Seen, lengths: Lengths | None, checks: Checks, unit: str) -> Iterator[str]:
@@ -453,11 +457,11 @@ def _warnings(seen: Seen, lengths: Lengths | None, checks: Checks, unit: str) ->
         yield f"nothing trained is left at {lengths.max_length:,} tokens: {lengths.lost:,} examples"
 
 
-def _seen(read: Callable[[Path, Findings], Iterator[Item]], path: Path, found: Findings) -> Seen:
+def _seen(read: Callable[[Path, Findings], Iterator[Item]], path: Path, findings: Findings) -> Seen:
     """The examples of the validation file; its faults count, its warnings do not."""
-    other = Findings(found.say)
+    other = Findings(findings.say)
     seen = Seen()
     for item in read(path, other):
         seen.add(item)
-    found.faults += other.faults
+    findings.faults += other.faults
     return seen

@@ -32,152 +32,161 @@ END_IN_TEXT = f"{END} in a text, which is read as that token"
 # ---- one example -----------------------------------------------------------------------------------------------------
 
 
-def _check_keys(where: str, prefix: str, row: dict, needed: tuple, optional: dict, found: Findings) -> None:
+def _check_keys(where: str, prefix: str, row: dict, needed: tuple, optional: dict, findings: Findings) -> None:
     """Unrecognised and missing keys, and the types of the optional ones, where null stands for none."""
-    known, meant = [*needed, *optional], []
-    for key in (key for key in row if key not in known):
+    known = [*needed, *optional]
+    meant = []  # keys that are there, but spelt wrong: told once, not as missing too
+    for key in row:
+        if key in known:
+            continue
         near = difflib.get_close_matches(key.lower()[:40], [k for k in known if k not in row], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
-        found.add(where, f"{prefix}unrecognised key, found {short_repr(key)}; {hint}", "unrecognised key")
-        meant += near  # told once: not missing as well
-    for key in (key for key in needed if key not in row and key not in meant):
-        found.add(where, f"{prefix}no key {key!r}; found {short_repr(list(row))}", "missing key")
+        findings.add(where, f"{prefix}unrecognised key, found {short_repr(key)}; {hint}", "unrecognised key")
+        meant += near
+    for key in needed:
+        if key not in row and key not in meant:
+            findings.add(where, f"{prefix}no key {key!r}; found {short_repr(list(row))}", "missing key")
     for key, kind in optional.items():
         if row.get(key) is not None and not isinstance(row[key], kind):
-            _wrong_type(where, prefix + key, row[key], kind.__name__, found)
+            _wrong_type(where, prefix + key, row[key], kind.__name__, findings)
 
 
-def _wrong_type(where: str, name: str, value: object, expected: str, found: Findings) -> None:
-    found.add(where, f"{name} is {short_repr(value)} ({type(value).__name__}); expected {expected}", "wrong type")
+def _wrong_type(where: str, name: str, value: object, expected: str, findings: Findings) -> None:
+    findings.add(where, f"{name} is {short_repr(value)} ({type(value).__name__}); expected {expected}", "wrong type")
 
 
-def _check_text(where: str, name: str, value: object, found: Findings) -> None:
+def _check_text(where: str, name: str, value: object, findings: Findings) -> None:
     if fault := text_fault("text", value):
-        found.add(where, f"{name} {fault[1]}", fault[0])
+        findings.add(where, f"{name} {fault[1]}", fault[0])
     elif "\0" in value:
         message = f"{name} has a NUL at character {value.index(chr(0))}; expected text without"
-        found.add(where, message, "NUL character")
+        findings.add(where, message, "NUL character")
 
 
-def _judge_pair(where: str, line: int, row: dict, found: Findings) -> Item | None:
+def _judge_pair(where: str, line: int, row: dict, findings: Findings) -> Item | None:
     """A prompt and its completion. The prompt may be empty: a text to be learned as it stands."""
-    _check_keys(where, "", row, FORMS["prompt/completion"], {}, found)
+    _check_keys(where, "", row, FORMS["prompt/completion"], {}, findings)
     if row.get("prompt", "") != "":
-        _check_text(where, "prompt", row["prompt"], found)
+        _check_text(where, "prompt", row["prompt"], findings)
     if "completion" in row:
-        _check_text(where, "completion", row["completion"], found)
-    if found.where == where:
+        _check_text(where, "completion", row["completion"], findings)
+    if findings.where == where:
         return None
-    prompt, completion = row["prompt"], row["completion"]
+    prompt = row["prompt"]
+    completion = row["completion"]
     if END in prompt + completion:
-        found.warn(END_IN_TEXT, line)
+        findings.warn(END_IN_TEXT, line)
     if prompt.endswith(" "):  # and a space that the model has to say after it would be the second
-        found.warn("prompt ends in a space, which belongs before the first word of the completion", line)
+        findings.warn("prompt ends in a space, which belongs before the first word of the completion", line)
     if not completion[0].isspace():  # byte-level BPE joins a space to the word after it
-        found.warn("completion does not start with whitespace", line)
+        findings.warn("completion does not start with whitespace", line)
     return Item(line, [(prompt, False), (completion, True)], prompt, completion)
 
 
-def _judge_chat(where: str, line: int, row: dict, found: Findings) -> Item | None:
+def _judge_chat(where: str, line: int, row: dict, findings: Findings) -> Item | None:
     """A list of messages, of which those of the assistant are trained unless their weight is 0."""
-    _check_keys(where, "", row, FORMS["chat"], CHAT_KEYS, found)
+    _check_keys(where, "", row, FORMS["chat"], CHAT_KEYS, findings)
     messages = row.get("messages", [])
     if not isinstance(messages, list):
-        _wrong_type(where, "messages", messages, "a list of objects", found)
+        _wrong_type(where, "messages", messages, "a list of objects", findings)
     elif messages:
         for i, message in enumerate(messages, 1):
-            _check_message(where, i, message, found)
-        _check_trained(where, messages, found)
+            _check_message(where, i, message, findings)
+        _check_trained(where, messages, findings)
     elif "messages" in row:
-        found.add(where, "messages is []; expected at least one message", "no messages")
-    if found.where == where:
+        findings.add(where, "messages is []; expected at least one message", "no messages")
+    if findings.where == where:
         return None
-    _warn_of_roles(line, messages, found)
-    parts = chat_parts(where, row, True, found)  # the template is that of training
+    _warn_of_roles(line, messages, findings)
+    parts = chat_parts(where, row, True, findings)  # the template is that of training
     return Item(line, parts, "".join(text for text, _ in parts[:-1]), parts[-1][0])
 
 
-def _check_message(where: str, i: int, message: object, found: Findings) -> None:
+def _check_message(where: str, i: int, message: object, findings: Findings) -> None:
     if not isinstance(message, dict):
-        return _wrong_type(where, f"message {i}", message, "an object with role and content", found)
-    prefix, role = f"message {i}: ", message.get("role")
+        _wrong_type(where, f"message {i}", message, "an object with role and content", findings)
+        return
+    prefix = f"message {i}: "
+    role = message.get("role")
     calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
     silent = calls and message.get("content") is None
     needed = ("role",) if "content" not in message and silent else ("role", "content")
-    _check_keys(where, prefix, message, needed, MESSAGE_KEYS, found)
+    _check_keys(where, prefix, message, needed, MESSAGE_KEYS, findings)
     if "role" in message and role not in ROLES:
-        found.add(where, f"{prefix}role is {short_repr(role)}; expected one of {', '.join(ROLES)}", "unrecognised role")
+        findings.add(
+            where, f"{prefix}role is {short_repr(role)}; expected one of {', '.join(ROLES)}", "unrecognised role"
+        )
     if silent:
         text = "calls a tool and says nothing; expected content, for only text can be trained"
-        found.add(where, prefix + text, "tool call without text")
+        findings.add(where, prefix + text, "tool call without text")
     elif "content" in message:
-        _check_text(where, prefix + "content", message["content"], found)
+        _check_text(where, prefix + "content", message["content"], findings)
     if fault := weight_fault(message):
-        found.add(where, prefix + fault[1], fault[0])
+        findings.add(where, prefix + fault[1], fault[0])
 
 
-def _check_trained(where: str, messages: list, found: Findings) -> None:
+def _check_trained(where: str, messages: list, findings: Findings) -> None:
     """Whether anything is learned from this example."""
     spoken = [m for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
     if not spoken:
         roles = [m.get("role") for m in messages if isinstance(m, dict)]
         text = f"found the roles {short_repr(roles)}; expected at least one message of the assistant"
-        found.add(where, text, "no assistant message")
+        findings.add(where, text, "no assistant message")
     elif all(weight_of(m) == 0 for m in spoken):
         text = "found weight 0 on every message of the assistant; expected at least one to train"
-        found.add(where, text, "nothing trained")
+        findings.add(where, text, "nothing trained")
 
 
-def _warn_of_roles(line: int, messages: list[dict], found: Findings) -> None:
+def _warn_of_roles(line: int, messages: list[dict], findings: Findings) -> None:
     roles = [message["role"] for message in messages]
     if "user" not in roles:
-        found.warn("no message of the user", line)
+        findings.warn("no message of the user", line)
     if not {"system", "developer"} & set(roles):
-        found.warn_if_mixed("no system message, where other examples have one", line)
+        findings.warn_if_mixed("no system message, where other examples have one", line)
     if any(END in message["content"] for message in messages):
-        found.warn(END_IN_TEXT, line)
+        findings.warn(END_IN_TEXT, line)
     if messages[-1]["role"] != "assistant" or not weight_of(messages[-1]):
-        found.warn("messages after the last answer that is learned, which are left out", line)
+        findings.warn("messages after the last answer that is learned, which are left out", line)
     if any(message.get("tool_calls") or message.get("function_call") for message in messages):
-        found.warn("tool calls, which are left out: only text is trained", line)
+        findings.warn("tool calls, which are left out: only text is trained", line)
 
 
 # ---- files -> examples -----------------------------------------------------------------------------------------------
 
 
-def read(path: Path, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
+def read(path: Path, columns: str, header: str, findings: Findings, most: int) -> Iterator[Item]:
     """Passages as read_passages() reads them; `columns` and `header` have no meaning here."""
     require_passages(path)
     if kind_of_file(path) == ".txt":
-        return _plain_text(path, found, most)
-    return _pairs_or_chats(path, found, most)
+        return _plain_text(path, findings, most)
+    return _pairs_or_chats(path, findings, most)
 
 
-def _plain_text(path: Path, found: Findings, most: int) -> Iterator[Item]:
+def _plain_text(path: Path, findings: Findings, most: int) -> Iterator[Item]:
     """Pieces of whole lines, the same as training cuts."""
-    found.form = PLAIN_TEXT
-    for number, text in pieces(path, found, most):
+    findings.form = PLAIN_TEXT
+    for number, text in pieces(path, findings, most):
         yield Item(number, [(text, False)], "", "")
 
 
-def _pairs_or_chats(path: Path, found: Findings, most: int) -> Iterator[Item]:
+def _pairs_or_chats(path: Path, findings: Findings, most: int) -> Iterator[Item]:
     """The first example without faults sets the format of the file; a change is told at the line where it begins."""
     judges = {"chat": _judge_chat, "prompt/completion": _judge_pair}
     last = ""
-    for where, row in json_objects(path, found, most):
+    for where, row in json_objects(path, findings, most):
         form = _form(row)
         if not form:
             text = f"unknown format, found {short_repr(list(row))}; expected either prompt and completion, or messages"
-            found.add(where, text + other_form(row), "unknown format")
+            findings.add(where, text + other_form(row), "unknown format")
             continue
-        if found.form not in ("", form) and last == found.form:
-            text = f"found the format {form}; expected {found.form}, as in the lines before"
-            found.add(where, text, "mixed formats")
+        if findings.form not in ("", form) and last == findings.form:
+            text = f"found the format {form}; expected {findings.form}, as in the lines before"
+            findings.add(where, text, "mixed formats")
         last = form
         line = int(where.rpartition(":")[2])
-        item = judges[form](where, line, row, found)
+        item = judges[form](where, line, row, findings)
         if item:
-            found.form = found.form or form
+            findings.form = findings.form or form
             yield item
 
 

@@ -9,13 +9,13 @@ from .examples import labelled_rows, make_example
 from .tokenizer import Tokenizer
 
 
-def read(path: Path, columns: str, header: str, found: Findings, most: int) -> Iterator[Item]:
+def read(path: Path, columns: str, header: str, findings: Findings, most: int) -> Iterator[Item]:
     """What read_examples() reads."""
     wanted = parse_columns(columns, need_label=True, header=header)
-    found.form = "classes"
-    for number, (where, fields) in enumerate(labelled_rows(path, wanted, found, most), 1):
-        example = make_example(where, fields, wanted, found)
-        if example is None or found.where == where:  # a line that is not UTF-8 is told and then read all the same
+    findings.form = "classes"
+    for number, (where, fields) in enumerate(labelled_rows(path, wanted, findings, most), 1):
+        example = make_example(where, fields, wanted, findings)
+        if example is None or findings.where == where:  # a line that is not UTF-8 is told and then read all the same
             continue
         line = number if path.is_dir() else int(where.rpartition(":")[2])
         texts = [example.text] if example.pair is None else [example.text, example.pair]

@@ -1,11 +1,11 @@
 """Which column of a table is the text, which its pair, which the label: by `--columns`, by a header, by position.
 
-Where a first row may be a header or an example, nothing is guessed: it is shown, with the ways to say what it is.
+Where a first row could be a header or an example, nothing is guessed: the error shows the row and says how to tell.
 """
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -30,9 +30,9 @@ class Columns:
         """Whether the names are numbers of columns."""
         return all(re.fullmatch("[1-9][0-9]*", name) for name in self.names.values())
 
-    def missing(self, found) -> list[str]:
-        """The needed names that are not in `found`."""
-        return [name for role, name in self.names.items() if role in self.needed and name not in found]
+    def missing(self, names: Container[str]) -> list[str]:
+        """The needed names that are not in `names`."""
+        return [name for role, name in self.names.items() if role in self.needed and name not in names]
 
     def __str__(self) -> str:
         return ", ".join(self.missing(()))
@@ -113,7 +113,7 @@ class Layout:
 
 
 def find_layout(where: str, row: list[str], wanted: Columns, faults: Faults) -> Layout:
-    """Judged by the first row: columns by number, by the names of a header, or by position."""
+    """Decided by the first row: columns by number, by the names of a header, or by position."""
     if wanted.numbered:
         return _by_number(row, wanted)
     if wanted.header != "no" and (layout := _by_name(where, row, wanted, faults)):
@@ -134,17 +134,20 @@ def _by_number(row: list[str], wanted: Columns) -> Layout:
 
 def _by_name(where: str, row: list[str], wanted: Columns, faults: Faults) -> Layout | None:
     """The layout of a header with a column for each role that is needed; None for a row that is none."""
-    found = {role: _called(row, role, wanted) for role in wanted.names}
-    found = {role: at for role, at in found.items() if at}
-    if not found.keys() >= wanted.needed or not _is_header(row, found, wanted):
+    called = {}  # role -> the cells that may be its own
+    for role in wanted.names:
+        at = _called(row, role, wanted)
+        if at:
+            called[role] = at
+    if not called.keys() >= wanted.needed or not _is_header(row, called, wanted):
         return None
-    for role, at in found.items():
+    for role, at in called.items():
         if len(at) > 1:
             named = " and ".join(short_repr(row[i]) for i in at)
             message = f"found the header {short_repr(row)}, where {named} could each be the {role}; expected one"
-            example = ",".join(f"{r}={cells[0] + 1}" for r, cells in found.items())
+            example = ",".join(f"{r}={cells[0] + 1}" for r, cells in called.items())
             faults.stop(where, f"{message}, or its number: --header yes --columns {example}", "unknown header")
-    cells = {role: at[0] for role, at in found.items()}
+    cells = {role: at[0] for role, at in called.items()}
     return Layout(cells, len(row), f"{len(row)}, as in the header", header=True)
 
 
@@ -157,10 +160,10 @@ def _called(row: list[str], role: str, wanted: Columns) -> list[int]:
     return exact or alike or usual
 
 
-def _is_header(row: list[str], found: dict[str, list[int]], wanted: Columns) -> bool:
+def _is_header(row: list[str], called: dict[str, list[int]], wanted: Columns) -> bool:
     """Whether names that were found make a row a header. One that is only like a name may be a text of one word."""
-    exact = all(row[at[0]] == wanted.names[role] for role, at in found.items() if role in wanted.needed)
-    return exact or "label" in found or wanted.header == "yes" or all(_role_of(cell) is not None for cell in row)
+    exact = all(row[at[0]] == wanted.names[role] for role, at in called.items() if role in wanted.needed)
+    return exact or "label" in called or wanted.header == "yes" or all(_role_of(cell) is not None for cell in row)
 
 
 def _by_position(where: str, row: list[str], wanted: Columns, faults: Faults) -> Layout:
@@ -181,9 +184,9 @@ def _are_names(row: list[str], cells: dict[str, int], wanted: Columns) -> bool:
 
 
 def _is_doubtful(row: list[str], cells: dict[str, int]) -> bool:
-    """Whether a first row that is no header for certain may be one all the same: `tweet_words,label`.
+    """Whether a first row that is not clearly a header may still be one, as `tweet_words,label`.
 
-    Without a stop here it would be trained on, as an example of the class "label", or predicted as a row too many.
+    Without a stop here it would be trained on, as an example of the class "label", or get a prediction of its own.
     """
     text = row[cells["text"]] if cells["text"] < len(row) else ""
     label = row[cells["label"]] if cells.get("label", len(row)) < len(row) else ""
@@ -200,7 +203,7 @@ def _stop_at_a_doubt(where: str, row: list[str], faults: Faults) -> NoReturn:
 
 
 def _check_separator(where: str, row: list[str], wanted: Columns, faults: Faults) -> None:
-    """A first row in one piece, with something in it that elsewhere separates cells, is no row of this kind of file."""
+    """Stops at a first row of one cell that holds another kind of separator: the file is of another kind."""
     separators = {"semicolons": ";", "tabs": "\t", "commas": ",", "vertical bars": "|"}
     for name, separator in separators.items():
         if len(row) == 1 and len(wanted.needed) > 1 and separator in row[0]:
@@ -210,18 +213,20 @@ def _check_separator(where: str, row: list[str], wanted: Columns, faults: Faults
 
 
 class Doubt:
-    """Whether the first row was a header after all, by what the others say: no name of a column is a label twice.
+    """Whether the first row was a header after all, judged by the other rows: a column's name never comes as a label.
 
-    Told at the end of the file, for only then is it known; most often the second or third row clears it.
+    Known only at the end of the file; usually the second or third row settles it.
     """
 
     def __init__(self, where: str, row: list[str], layout: Layout):
-        self.where, self.row = where, row
+        self.where = where
+        self.row = row
         self.text, self.label = (row[layout.cells[role]].strip() for role in ("text", "label"))
         self.numbers = not is_number_name(self.label)  # whether all other labels are numbers
         self.word = self.numbers and not re.search(r"\s", self.text + self.label)  # whether the label never came again
         self.named = _role_of(self.text) == "text"
-        self.count, self.others = 0, set()
+        self.count = 0
+        self.others = set()
 
     def look(self, label: str) -> bool:
         """One more label; whether the first row may still be a header."""

@@ -67,8 +67,10 @@ def _fields(where: str, row: dict, wanted: Columns, faults: Faults) -> dict | No
 
 
 def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
-    name, layout, doubt, header = printable(path.name), None, None, None
-    for number, row in (csv_rows if kind_of_file(path) == ".csv" else tsv_rows)(path, faults, most):
+    name = printable(path.name)
+    read_rows = csv_rows if kind_of_file(path) == ".csv" else tsv_rows
+    layout = header = doubt = None
+    for number, row in read_rows(path, faults, most):
         where = f"{name}:{number}"
         if layout is None:
             if is_excels_line(where, row, faults):
@@ -100,12 +102,18 @@ def _folder(path: Path, faults: Faults, most: int) -> Iterator:
     if not classes:
         message = "a folder without sub-folders; expected one sub-folder of .txt files per class"
         faults.stop(printable(str(path)), message, "no examples")
-    files = {entry: [f for f in sorted(entry.iterdir()) if not f.name.startswith(".")] for entry in classes}
+    files = []
+    empty = []
     for entry in classes:
-        if not files[entry] and any(files.values()):
+        inside = [file for file in sorted(entry.iterdir()) if not file.name.startswith(".")]
+        files += inside
+        if not inside:
+            empty.append(entry)
+    if files:  # of a folder without any, something else is told
+        for entry in empty:
             message = "a class without examples; expected at least one .txt file"
             faults.add(printable("/".join(entry.parts[-2:])), message, "no examples")
-    for file in (file for entry in classes for file in files[entry]):
+    for file in files:
         where = printable("/".join(file.parts[-3:]))
         if file.suffix.lower() != ".txt":
             faults.add(where, "not a .txt file; expected only FOLDER/CLASS/NAME.txt", "not a .txt file")
@@ -131,9 +139,9 @@ def labelled_rows(path: Path, wanted: Columns, faults: Faults, most: int) -> Ite
 
 
 class Stream:
-    """Examples or passages of a file, read anew each time they are asked for: memory does not grow with their number.
+    """Examples or passages of a file, read again on each pass, so memory does not grow with their number.
 
-    A first pass judges them all, so that a later one has nothing to refuse.
+    The first pass finds every fault, so a later one has none left to raise.
     """
 
     def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str):
@@ -141,8 +149,10 @@ class Stream:
         self.count: int | None = None  # examples, after the first pass
 
     def __iter__(self) -> Iterator:
-        """Every example without faults; at the end raises InputError for those with."""
-        faults, count, name = Faults(), 0, printable(str(self.path))
+        """Every example without faults; raises InputError at the end if any had one."""
+        faults = Faults()
+        name = printable(str(self.path))
+        count = 0
         for example in self.read(faults):
             if example is None:
                 continue
@@ -154,7 +164,8 @@ class Stream:
             faults.check()
             if not count:
                 raise InputError(f"{name}: {self.nothing}")
-            self.count = count if self.count is None else self.count
+            if self.count is None:
+                self.count = count
             if count == self.count:
                 return
         raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
@@ -228,15 +239,14 @@ def examples_from(rows: Iterable, columns: str = "", need_label: bool = True) ->
 
 
 def split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
-    """(train, valid): a random `fraction` of the examples set aside; both keep the order of the input."""
+    """(train, valid), with a random `fraction` of the examples set aside as valid; both keep the input's order."""
     count = round(fraction * len(examples)) if 0 < fraction < 1 else 0  # nan and inf have no round number
     if not 0 < count < len(examples):
         raise InputError(f"--valid {fraction} sets {count} of {len(examples)} examples aside; both parts need some")
     aside = set(random.Random(seed).sample(range(len(examples)), count))
-    parts = [], []
-    for i, example in enumerate(examples):
-        parts[i in aside].append(example)
-    return parts
+    train = [example for i, example in enumerate(examples) if i not in aside]
+    valid = [example for i, example in enumerate(examples) if i in aside]
+    return train, valid
 
 
 def at(examples: Iterable, numbers: Iterable[int]) -> Iterator:

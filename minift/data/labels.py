@@ -19,8 +19,8 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
     """
     names = split_list("--labels", given) if given else list({str(e.label) for e in examples})
     if "" in names or len(set(names)) < max(2, len(names)):
-        found = [printable(name) for name in sorted(names)]
-        source = f"--labels {given!r}" if given else f"the labels of the training data are {found}"
+        shown = [printable(name) for name in sorted(names)]
+        source = f"--labels {given!r}" if given else f"the labels of the training data are {shown}"
         raise InputError(f"{source}; expected two or more different classes")
     if given:
         return names
@@ -32,11 +32,13 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
             f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}; expected one spelling, "
             "or both in --labels if they are two classes"
         )
-    return sorted(names, key=lambda name: (int(name), name)) if all(map(is_number_name, names)) else sorted(names)
+    if all(map(is_number_name, names)):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def _check_numbers(names: list[str]) -> None:
-    """Raises InputError for labels that are scores, or that stand for no label: they would be classes like others."""
+    """Raises InputError for labels that are scores or stand for "no label": they would silently become classes."""
     if not all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
         return
     numbers = sorted(map(float, names))
@@ -51,8 +53,9 @@ def _check_numbers(names: list[str]) -> None:
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of labels that are one to the eye: they differ in spaces, invisible characters or how accents are coded."""
-    seen, twins = {}, []
+    """Pairs of labels that look the same: they differ in spaces, invisible characters or how accents are coded."""
+    seen = {}  # how a name looks -> the first that looks so
+    twins = []
     for name in sorted(names):
         visible = "".join(c for c in unicodedata.normalize("NFKC", name) if c.isprintable())
         key = " ".join(visible.split())
@@ -71,7 +74,8 @@ def label_ids(examples: Iterable[Example], names: list[str]) -> list[int]:
     if not any(map(is_number_name, names)):
         index |= {str(i): i for i in range(len(names))}
     expected = ", ".join(map(printable, names))
-    faults, ids = Faults(), []
+    faults = Faults()
+    ids = []
     for example in examples:
         number = index.get(str(example.label))
         if number is None:

@@ -27,13 +27,13 @@ BUFFER = 1 << 16  # bytes of a file read at once
 
 
 class Faults:
-    """The faults of one input, told together in one InputError."""
+    """The faults of one input, raised together as one InputError."""
 
     def __init__(self):
         self.lines: list[str] = []
 
     def add(self, where: str, message: str, kind: str = "other") -> None:
-        """Note a fault and go on; the sixth ends it. `kind` is what check.py counts it under."""
+        """Note a fault and go on; the sixth stops the reading. `kind` is what check.py counts it under."""
         if len(self.lines) == MOST:
             raise InputError("\n".join([*self.lines, f"... stopped after {MOST} faults"]))
         self.lines.append(f"{where}: {message}")
@@ -52,9 +52,9 @@ class Faults:
 
 
 def read_lines(path: Path, name: str, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
-    """(number, line with its end). One of `most` bytes is a fault, never held whole, and passed over; 0: none is.
+    """(number, line with its end). A line of `most` bytes or more is a fault: skipped, never held whole. 0: any.
 
-    A line that is not UTF-8 is noted as a fault and repaired, so that reading can go on.
+    A line that is not UTF-8 is a fault too, and is repaired so that reading can go on.
     """
     number = 0
     if path.exists() and not path.is_file():
@@ -119,7 +119,7 @@ MAGIC = {  # how files begin that are often given a name that is not theirs
 
 
 def _first_line(raw: bytes, name: str, faults: Faults) -> bytes:
-    """The first line without a byte order mark; what cannot be UTF-8 text ends the reading here."""
+    """The first line without its byte order mark. Stops at what cannot be UTF-8 text."""
     for start, what in MAGIC.items():
         if raw.startswith(start):
             faults.stop(f"{name}:1", f"the file is {what}; expected text in UTF-8", "not UTF-8")
@@ -135,8 +135,8 @@ def _first_line(raw: bytes, name: str, faults: Faults) -> bytes:
 def _wide(raw: bytes) -> str:
     """iconv's name of the encoding with 2 or 4 bytes a character that a file begins in, or "".
 
-    Without a byte order mark UTF-16 shows by its upper bytes, below 9 for the alphabets from Latin to Arabic: most of
-    them stand at every second place. In UTF-8 these are control characters that no text holds in such numbers.
+    Without a byte order mark, UTF-16 shows in its upper bytes: below 9 for the alphabets from Latin to Arabic, at every
+    second place. In UTF-8 such bytes are control characters, which no text has that many of.
     """
     for mark, encoding in (
         (codecs.BOM_UTF32_LE, "utf-32"),
@@ -146,15 +146,19 @@ def _wide(raw: bytes) -> str:
     ):
         if raw.startswith(mark):
             return encoding
-    start = raw[:400]
-    even, odd = (sum(byte < 9 for byte in start[i::2]) / max(1, len(start[i::2])) for i in (0, 1))
+    even = _share_of_controls(raw[:400:2])
+    odd = _share_of_controls(raw[1:400:2])
     if max(even, odd) < 0.5 or even == odd:
         return ""
     return "utf-16le" if odd > even else "utf-16be"
 
 
+def _share_of_controls(raw: bytes) -> float:
+    return sum(byte < 9 for byte in raw) / max(1, len(raw))
+
+
 def _repaired(raw: bytes, at: int, where: str, faults: Faults) -> str:
-    """A line with a byte that is not UTF-8, which is told, and stands for U+FFFD so that reading can go on."""
+    """Notes a byte that is not UTF-8, and gives the line with U+FFFD in its place, so that reading can go on."""
     faults.add(
         where,
         f"byte offset {at} of the line holds {raw[at]:#04x}; expected UTF-8 "
@@ -178,11 +182,15 @@ def without_line_end(line: str) -> str:
 
 def json_objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:
     """(where, JSON object) of a JSONL file."""
-    name, began = printable(path.name), False
-    blank, first = 0, 0  # blank lines since the last other one; those at the end of a file do no harm
+    name = printable(path.name)
+    began = False
+    blank = 0  # blank lines since the last other one; those at the end of a file do no harm
+    first = 0  # number of the first of these
     for number, line in read_lines(path, name, faults, most):
         if line.isspace():
-            blank, first = blank + 1, first if blank else number
+            if not blank:
+                first = number
+            blank += 1
             continue
         if blank:
             faults.warn("blank lines", first, blank)
@@ -192,7 +200,8 @@ def json_objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, d
             _check_line_ends(where, line, faults)
             _check_lines_of_json(where, line.strip(), faults)
             began = True
-        if (row := _object(where, without_line_end(line), faults)) is not None:
+        row = _object(where, without_line_end(line), faults)
+        if row is not None:
             yield where, row
 
 
@@ -208,7 +217,7 @@ def _check_lines_of_json(where: str, line: str, faults: Faults) -> None:
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object; of a key that is there twice, json.loads would keep the last value without a word."""
+    """A JSON object without repeated keys, of which json.loads would silently keep the last value."""
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -238,7 +247,8 @@ def _object(where: str, line: str, faults: Faults) -> dict | None:
 def csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
     """(line, cells); a record with line ends inside its quotes counts by its first line."""
     csv.field_size_limit(most or 2**31 - 1)  # Python's own refuses a text of 128 KiB
-    name, numbers = printable(path.name), []  # of the lines of the record at hand
+    name = printable(path.name)
+    numbers = []  # of the lines of the record at hand
 
     def lines() -> Iterator[str]:
         for number, line in read_lines(path, name, faults, most):

@@ -29,10 +29,10 @@ def stream_passages(
     """What a language model learns: a .txt of running text, or .jsonl (also .gz) of prompts or of chats.
 
     {"prompt": ..., "completion": ...} or {"messages": [{"role", "content", "weight" 0 or 1}, ...]}, of which the
-    assistant's messages with weight 1 (the default) are learned. Nothing is learned from what is said after the last
-    of these, so it is left out.
-    need_label: False for prompts. A completion may then be missing and is not given; of a chat the whole history is
-    the prompt, but for an answer at its end, which is what is to be said.
+    assistant's messages with weight 1 (the default) are learned. What comes after the last of these teaches nothing and
+    is left out.
+    need_label: False reads prompts. A completion may then be missing, and is dropped; a chat's prompt is its whole
+    history without an answer at its end, which is what the model is to say.
     max_line: most bytes of a line, 0: any. Raises InputError: file, line, what was found, what was expected.
     """
     path = Path(path)
@@ -64,7 +64,9 @@ def read_passages(
 
 def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
     """(first line, text) of running text in pieces of whole lines; together they are the file, line ends included."""
-    held, size, first = [], 0, 1
+    held = []
+    size = 0
+    first = 1
     for number, line in read_lines(path, printable(path.name), faults, most):
         if number == 1:
             _check_running_text(f"{printable(path.name)}:1", line, faults)
@@ -72,13 +74,15 @@ def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
         size += len(line)
         if size >= PIECE:
             yield first, "".join(held)
-            held, size, first = [], 0, number + 1
+            held = []
+            size = 0
+            first = number + 1
     if held:
         yield first, "".join(held)
 
 
 def _check_running_text(where: str, line: str, faults: Faults) -> None:
-    """Lines of JSON under a name that ends in .txt would be learned with all their brackets and quotes."""
+    """Stops at JSON in a .txt, which would be learned with all its brackets and quotes."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -145,7 +149,7 @@ OTHER_FORMS = {  # a key of a common form that is not read here -> its name, and
 
 
 def other_form(row: dict) -> str:
-    """What is said, after the rest of a message, of an object in a common form that is not read here; or ""."""
+    """What a message adds about an object in a common form that is not read here; or ""."""
     key = next((key for key in OTHER_FORMS if key in row), "")
     if not key or row.keys() & {"prompt", "completion", "messages"} == {"prompt", "completion"}:
         return ""
@@ -171,9 +175,12 @@ def _prompt(where: str, row: dict, need_label: bool, faults: Faults) -> list[tup
 def chat_parts(where: str, row: dict, need_label: bool, faults: Faults) -> list[tuple[str, bool]]:
     """The parts of a conversation, as plain text: <|role|>, a line end, what is said, a line end.
 
-    The flag of a part says that it is learned, and so ends with end-of-text: in the history of a prompt too.
+    A part whose flag is set is learned and so ends with end-of-text, also in the history of a prompt.
     """
-    messages, parts, text, whole = row["messages"], [], "", True
+    messages = row["messages"]
+    parts = []
+    text = ""  # said since the last part
+    whole = True  # no message has a fault
     if not isinstance(messages, list) or not messages:
         faults.add(where, f"messages is {short_repr(messages)}; expected a list of at least one message", "no messages")
         return []

@@ -81,11 +81,11 @@ class Tokenizer:
         max_length: int = 0,
         special: bool = True,
     ) -> list[Tokens]:
-        """Texts, alone or each with its pair, as token ids with the special tokens.
+        """The token ids of texts, each alone or with its pair.
 
-        max_length: most tokens per text, special ones included; the longer of a pair is cut first, at its end. 0: all.
-        special: whether with the special tokens that stand around a text.
-        Raises InputError if the special tokens alone are more, or if a text is not valid Unicode.
+        max_length: most tokens per text, special ones included; the longer of a pair is cut first. 0: no limit.
+        special: whether to put the special tokens around each text.
+        Raises InputError if the special tokens alone exceed max_length, or if a text is not valid Unicode.
         """
         pairs = pairs or [None] * len(texts)
         has_pair = any(pair is not None for pair in pairs)
@@ -254,7 +254,7 @@ def join_bert(sep: Token, cls: Token, settings: dict) -> processors.BertProcessi
 
 def join_roberta(sep: Token, cls: Token, settings: dict) -> processors.RobertaProcessing:
     """<s> a </s>, <s> a </s></s> b </s>; all are of type 0."""
-    trim_offsets = settings.get("trim_offsets", True)
+    trim_offsets = settings.get("trim_offsets") is not False
     return processors.RobertaProcessing(sep, cls, trim_offsets, bool(settings.get("add_prefix_space")))
 
 
@@ -385,9 +385,11 @@ def _choose_rules(settings: dict, config: Path, names: tuple[str, ...], own: Rul
     declared = settings.get("tokenizer_class")
     if declared is None and isinstance(model, dict):
         declared = model.get("tokenizer_class")
-    known = (own, *KNOWN) if own else KNOWN
+    if declared is None and names == WHOLE:
+        return own
+    known = [rules for rules in (own, *KNOWN) if rules]
     if declared is None:
-        return own if names == WHOLE else next(rules for rules in known if rules.files == names)
+        return next(rules for rules in known if rules.files == names)
     name = str(declared).removesuffix("Fast").removesuffix("Tokenizer")
     if name == "BertJapanese":
         raise InputError("tokenizer_class is BertJapaneseTokenizer, which splits words by MeCab; that is not supported")
