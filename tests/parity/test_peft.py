@@ -284,7 +284,10 @@ def test_the_real_adapters(name, assets, tmp_path):
     """Adapters of others, on a random base of the right width and depth: PEFT and we compute the same with them."""
     kind = {"bert-seqcls": "bert", "gpt2-causal-lm": "gpt2", "gpt2-seqcls": "gpt2-classify"}[name]
     cls, task, _ = CLASSES[kind]
-    shutil.copytree(assets / "weights/peft-adapters" / name, tmp_path / "adapter")
+    published = assets / "weights/peft-adapters" / name
+    if not published.is_dir():
+        pytest.skip(f"{published} is missing; benchmarks/assets.py knows no public address of it")
+    shutil.copytree(published, tmp_path / "adapter")
     heads = [t for n, t in load_file(tmp_path / "adapter" / peft_format.WEIGHTS).items() if ".lora_" not in n]
     small = {"vocab_size": 99}
     if kind == "bert":
