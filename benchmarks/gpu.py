@@ -212,12 +212,17 @@ def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Names
 
 
 def figures(row: dict) -> list[str]:
-    """A line of the table; of a run that failed, why."""
-    names = [row["case"], row["method"], row["engine"]]
-    if "why" in row:
-        return [*names, row["why"], "", "", "", ""]
-    mfu, memory = (format(row[key], form) if key in row else "-" for key, form in (("mfu", ".1%"), ("peak_mb", ",.0f")))
-    return [*names, f"{row['ms']:.1f}", f"{row['tokens_per_second']:,.0f}", mfu, memory, f"{row['launches']:,}"]
+    """A line of the table; dashes for what could not be measured."""
+    forms = {"ms": ".1f", "tokens_per_second": ",.0f", "mfu": ".1%", "peak_mb": ",.0f", "launches": ","}
+    return [
+        *(row[key] for key in COLUMNS[:3]),
+        *(format(row[key], form) if key in row else "-" for key, form in forms.items()),
+    ]
+
+
+def failures(rows: list[dict]) -> str:
+    """Below the table: which runs have no figures, and why."""
+    return "".join(f"\n- {row['case']}, {row['method']}, {row['engine']}: {row['why']}" for row in rows if "why" in row)
 
 
 def plan(a: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -242,7 +247,7 @@ def run_one(case: dict, work: str) -> dict:
         return fresh(case | {"work": work}, stderr=subprocess.PIPE)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["failed"]
-        return {"why": lines[-1][:160].replace("|", "/")}
+        return {"why": lines[-1][:160]}
 
 
 def main() -> None:
@@ -272,7 +277,7 @@ def main() -> None:
             else:
                 row |= run_one(row, work)
             rows.append(told(row))
-    found = table(COLUMNS, [figures(row) for row in rows], left=3)
+    found = table(COLUMNS, [figures(row) for row in rows], left=3) + failures(rows)
     print(found)
     if a.write:
         device = "CPU" if a.dry_run else torch.cuda.get_device_name()
