@@ -196,6 +196,7 @@ def test_instructions_become_chats():
 # ---- the list
 
 
+@pytest.mark.slow
 def test_the_real_files_are_those(assets, capsys):
     assert known.main(["--to", str(assets), "--check"]) == 0, capsys.readouterr().out
 

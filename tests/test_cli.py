@@ -187,6 +187,7 @@ def test_limit_steps_and_eval_every(run, capsys):
     assert "40 examples to train on, 101 to validate on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gpt2_classifies_too(tmp_path, assets, capsys):
     """From vocab.json and merges.txt, as old GPT-2 folders have them."""
     peer(transformers.GPT2Model, tmp_path / "model", vocab_size=50257, n_positions=32)
@@ -342,6 +343,7 @@ def test_a_wrong_type_in_a_config_file(tmp_path, capsys):
 # what people see
 
 
+@pytest.mark.slow
 def test_help_answers_at_once():
     """Without importing torch."""
     code = (
@@ -356,6 +358,7 @@ def test_help_answers_at_once():
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.slow
 def test_plain_lines_when_piped(run, tmp_path):
     done = subprocess.run(
         [
@@ -384,6 +387,7 @@ def test_plain_lines_when_piped(run, tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["valid"] * 4  # results alone
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal(run, tmp_path):
     main_end, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))

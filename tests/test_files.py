@@ -244,6 +244,7 @@ def test_a_mount_point_as_the_output(made, tmp_path, command):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_within_its_own_class_folders(made, tmp_path, capsys):
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
@@ -298,6 +299,7 @@ def test_results_to_a_device_and_to_a_pipe(made, tmp_path):
     assert len(reader.communicate(timeout=30)[0].splitlines()) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop, code", [(KeyboardInterrupt, 130), (OSError(errno.ENOSPC, "No space left on device"), 1)]
 )
@@ -443,6 +445,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(

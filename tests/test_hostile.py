@@ -23,6 +23,8 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
 
+pytestmark = pytest.mark.slow
+
 SECONDS, BYTES = 5, 1 << 30
 ODD = [
     0,

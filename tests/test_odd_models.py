@@ -20,6 +20,8 @@ from minift.checkpoints import peft as peft_format
 from minift.cli import main
 from minift.data.batch import pack
 
+pytestmark = pytest.mark.slow
+
 IDS = random_ids([7])[0]
 BATCH = pack([sequence(0, IDS, rows=[0])])
 EVERY = pack([sequence(0, IDS)])

@@ -102,6 +102,7 @@ def test_adamw_is_torchs_to_the_bit(decay):
     assert all(p.grad is None for p in mine)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_import_the_compiler():
     code = (
         "import sys, torch; from minift.engine.optim import AdamW, clip; p = torch.nn.Parameter(torch.ones(2));"

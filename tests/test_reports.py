@@ -21,6 +21,8 @@ from minift.data.batch import pack
 from minift.data.passages import Passage
 from minift.tasks import complete
 
+pytestmark = pytest.mark.slow
+
 IDS = random_ids([7])[0]
 EVERY = pack([sequence(0, IDS)])
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

@@ -88,6 +88,7 @@ def test_no_module_is_called_as_a_public_function():
     assert not {path.name for path in PACKAGE.iterdir() if path.is_dir()} & set(minift.__all__)
 
 
+@pytest.mark.slow
 def test_an_import_does_nothing():
     """No device is probed, no thread setting touched, nothing printed."""
     code = """

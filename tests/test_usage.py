@@ -22,6 +22,8 @@ from minift.config import TrainConfig
 from minift.measure import track
 from minift.training import is_better
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

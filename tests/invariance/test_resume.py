@@ -121,6 +121,7 @@ def test_checkpoints_are_safetensors_and_json_alone(folder):
     assert not list((folder / "whole").rglob(".minift-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("k", range(1, STEPS))
 def test_stopped_at_every_step(folder, number, code, k, monkeypatch, capsys):
@@ -165,6 +166,7 @@ def test_killed_anywhere(folder, where):
     assert not list((folder / name).rglob(".minift-*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, capsys):
     """From step 5 on no file may grow beyond 20 kB: step 6 cannot be saved, step 4 stays whole."""
     written, limits = track.Tracker.step, resource.getrlimit(resource.RLIMIT_FSIZE)

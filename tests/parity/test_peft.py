@@ -110,6 +110,7 @@ def test_the_same_layers_and_first_weights(name, tmp_path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == their.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.slow
 def test_the_counts_people_know(tmp_path):
     """gpt2, r=8, c_attn: 294,912; bert-base, r=8, query and value, two labels: 296,450."""
     for config, cls, task, count in (
@@ -180,6 +181,7 @@ def peer_losses(model, kind, lr) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, method", [(k, m) for k in CLASSES for m in ("lora", "dora", "pissa")])
 def test_twenty_steps_follow_peft(kind, method, tmp_path):
     """From the same seed, without copying any weight; dropout 0; a classifier that is trained and saved beside it."""
@@ -192,6 +194,7 @@ def test_twenty_steps_follow_peft(kind, method, tmp_path):
     assert torch.allclose(logits(model, ids), peer_logits(their, ids), atol=2e-4)  # weights after 20 steps of AdamW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_qlora_follows_peft_and_bitsandbytes(kind, tmp_path):
     """Twenty steps over an NF4 base with double quantisation, bit-equal codes; sums in another order make the rest."""
@@ -326,6 +329,7 @@ def saved(tmp_path):
 A = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, words",
     [
