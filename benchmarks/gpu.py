@@ -1,7 +1,7 @@
 """On an NVIDIA GPU: every CUDA test, then training steps of minift, of transformers, and of both in fewer launches.
 
-    python benchmarks/gpu.py --assets ../shared --write benchmarks/RESULTS.md       about ten minutes
-    python benchmarks/gpu.py --dry-run --engines minift,eager                       small, on the CPU: does it run?
+    python benchmarks/gpu.py --write benchmarks/RESULTS.md              about ten minutes
+    python benchmarks/gpu.py --dry-run --engines minift,eager           small, on the CPU: does it run?
 
 bert-128    BERT-base, one label a sequence, 32 sequences of 128 random tokens: no padding, the peers' best case
 bert-imdb   the same on 32 IMDB reviews, cut at 512 tokens: the peers pad each batch to its longest (needs --assets)
@@ -19,7 +19,6 @@ counted by torch.profiler in one step.
 """
 
 import argparse
-import gzip
 import json
 import statistics
 import subprocess
@@ -31,6 +30,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import (
+    SEED,
+    command,
+    fresh,
+    machine,
+    make_parser,
+    peer_model,
+    random_model,
+    read_rows,
+    seconds,
+    table,
+    told,
+    write_section,
+)
 
 CASES = {
     "bert-128": dict(family="bert", batch=32, length=128),
@@ -38,18 +51,10 @@ CASES = {
     "gpt2-1024": dict(family="gpt2", batch=8, length=1024),
 }
 METHODS, ENGINES = ("full", "lora", "nf4"), ("minift", "graph", "eager", "compiled")
-LAYERS, WIDTH, VOCABULARY, SEED = 12, 768, {"bert": 30522, "gpt2": 50257}, 42
-PEAK = {
-    "H100": 989,
-    "H200": 989,
-    "GH200": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-    "L4": 121,
-}  # bf16 TFLOP/s, dense
+LAYERS, WIDTH, VOCABULARY = 12, 768, {"bert": 30522, "gpt2": 50257}
+PEAK = {"H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "L4": 121}  # bf16 TFLOP/s
 LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"
-COLUMNS = ("case", "method", "engine", "ms a step", "tokens/s", "MFU", "peak MB", "launches a step")
+COLUMNS = ["case", "method", "engine", "ms a step", "tokens/s", "MFU", "peak MB", "launches a step"]
 
 Step = Callable[[int], int]  # number of the step -> its real tokens
 
@@ -64,8 +69,7 @@ def batches(case: dict, steps: int, a: argparse.Namespace) -> list[list[np.ndarr
             str(a.assets / "weights/tokenizers/bert-base-uncased/tokenizer.json")
         )
         tokenizer.enable_truncation(length)
-        with gzip.open(a.assets / "data/imdb/train.jsonl.gz", "rt", encoding="utf-8") as f:
-            texts = [json.loads(line)["text"] for line in f]
+        texts = [row["text"] for row in read_rows(a.assets, "imdb")]
         chosen = rng.permutation(len(texts))[:n]
         rows = [np.array(e.ids, np.int32) for e in tokenizer.encode_batch([texts[i] for i in chosen])]
     else:
@@ -73,20 +77,6 @@ def batches(case: dict, steps: int, a: argparse.Namespace) -> list[list[np.ndarr
     if a.dry_run:
         rows = [row[:16] for row in rows]
     return [rows[i : i + case["batch"]] for i in range(0, n, case["batch"])]
-
-
-def make_model(family: str, folder: Path, small: bool) -> None:
-    """A random model as a hub folder."""
-    import transformers
-
-    torch.manual_seed(SEED)
-    if family == "bert":
-        sizes = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128) if small else {}
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2, **sizes))
-    else:
-        sizes = dict(n_layer=2, n_embd=64, n_head=2) if small else {}
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    model.save_pretrained(folder)
 
 
 def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, graph: bool) -> Step:
@@ -129,29 +119,9 @@ def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch
 
 def peer_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, compiled: bool) -> Step:
     """Steps by transformers, PEFT and bitsandbytes."""
-    import transformers
-
     bert, cuda = case["family"] == "bert", device.type == "cuda"
-    kind = transformers.AutoModelForSequenceClassification if bert else transformers.AutoModelForCausalLM
     half = torch.bfloat16 if cuda else torch.float32
-    options = {"dtype": torch.float32 if method == "full" else half}
-    if method == "nf4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=half,
-            llm_int8_skip_modules=["classifier", "pooler", "lm_head"],
-        )
-        options["device_map"] = {"": device.type}
-    model = kind.from_pretrained(folder, **options)
-    if method != "full":
-        import peft
-
-        task = "SEQ_CLS" if bert else "CAUSAL_LM"
-        lora = dict(r=8, lora_alpha=32, lora_dropout=0.1, task_type=task, fan_in_fan_out=not bert)
-        model = peft.get_peft_model(model, peft.LoraConfig(**lora))
-    model = model.to(device).train()
+    model = peer_model(case["family"], method, folder, half, device.type).train()
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=5e-5, weight_decay=0.01, fused=True)
     run = torch.compile(model) if compiled else model
@@ -194,11 +164,13 @@ def peak(device: torch.device) -> float:
 
 def timed(f: Callable, device: torch.device) -> float:
     """Seconds of f, all its kernels included."""
-    start = time.perf_counter()
-    f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+
+    def whole() -> None:
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return seconds(whole)
 
 
 def launches(f: Callable) -> int:
@@ -233,37 +205,18 @@ def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Names
     return found | {"launches": launches(lambda: step(steps - 1))}
 
 
-def table(rows: list[dict]) -> str:
-    """A line a run; one that failed says why."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---:|" * (len(COLUMNS) - 3)]
-    for r in rows:
-        head = f"| {r['case']} | {r['method']} | {r['engine']} | "
-        if "why" in r:
-            lines.append(f"{head}{r['why']} | | | | |")
-            continue
-        mfu, memory = (format(r[k], form) if k in r else "-" for k, form in (("mfu", ".1%"), ("peak_mb", ",.0f")))
-        lines.append(f"{head}{r['ms']:.1f} | {r['tokens_per_second']:,.0f} | {mfu} | {memory} | {r['launches']:,} |")
-    return "\n".join(lines)
+def figures(row: dict) -> list[str]:
+    """A line of the table; dashes for what could not be measured."""
+    forms = {"ms": ".1f", "tokens_per_second": ",.0f", "mfu": ".1%", "peak_mb": ",.0f", "launches": ","}
+    return [
+        *(row[key] for key in COLUMNS[:3]),
+        *(format(row[key], form) if key in row else "-" for key, form in forms.items()),
+    ]
 
 
-def write(path: Path, rows: list[dict], tests: str) -> None:
-    """Replaces this script's section of the results file."""
-    import transformers
-
-    begin, end = "<!-- gpu -->", "<!-- end gpu -->"
-    name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, transformers {transformers.__version__}"
-    section = f"""{begin}
-## On a GPU: minift, minift as graphs, transformers, and transformers compiled
-
-`python benchmarks/gpu.py --assets ../shared` on {time.strftime("%Y-%m-%d")}: {name}; {versions}. bfloat16, dropout 0.1.
-Tests: {tests}
-
-{table(rows)}
-{end}
-"""
-    old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
-    before, _, rest = old.partition(begin)
-    path.write_text(before + section + (rest.partition(end)[2].lstrip("\n") if rest else ""))
+def failures(rows: list[dict]) -> str:
+    """Below the table: which runs have no figures, and why."""
+    return "".join(f"\n- {row['case']}, {row['method']}, {row['engine']}: {row['why']}" for row in rows if "why" in row)
 
 
 def plan(a: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -273,53 +226,59 @@ def plan(a: argparse.Namespace) -> list[tuple[str, str, str]]:
     return [(c, m, e) for e in engines for c in cases for m in methods if c not in skipped]
 
 
+def run_tests() -> str:
+    """Every CUDA test; pytest's last line. Those that fail are printed."""
+    words = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cuda.py", "tests/test_graph.py"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.strip().splitlines() or ["nothing printed"]
+    print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))) or lines[-1], flush=True)
+    return lines[-1]
+
+
+def run_one(case: dict, work: str) -> dict:
+    """Its figures, by a process of its own, or why there are none."""
+    try:
+        return fresh(case | {"work": work}, stderr=subprocess.PIPE)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["failed"]
+        return {"why": lines[-1][:160]}
+
+
 def main() -> None:
-    """The tests, then every run in a process of its own; one JSON line each, and a table at the end."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--assets", type=Path, help="the folder with data/ and weights/; without it, no bert-imdb")
+    p = make_parser(__doc__, needs_assets=False)
     p.add_argument("--cases", default=",".join(CASES))
     p.add_argument("--methods", default=",".join(METHODS))
     p.add_argument("--engines", default=",".join(ENGINES))
     p.add_argument("--steps", type=int, default=20, help="timed, each on its batch (default %(default)s)")
     p.add_argument("--minutes", type=float, default=10, help="after which no further run begins (default %(default)s)")
-    p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
     p.add_argument("--dry-run", action="store_true", help="small models on the CPU, two steps each, no tests")
-    p.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # the folder with the models; one run in this process
     a = p.parse_args()
     a.steps = min(a.steps, 2) if a.dry_run else a.steps
     if a.here:
-        print(json.dumps(measure(a.cases, a.methods, a.engines, a.here, a)))
+        print(json.dumps(measure(a.here["case"], a.here["method"], a.here["engine"], Path(a.here["work"]), a)))
         return
     if not a.dry_run and not torch.cuda.is_available():
         p.error("torch finds no CUDA device; expected one, or --dry-run")
-    start, tests, rows = time.monotonic(), "not run", []
-    if not a.dry_run:
-        root = Path(__file__).parents[1]
-        command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_cuda.py", "tests/test_graph.py"]
-        lines = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()
-        tests = lines[-1] if lines else "nothing printed"
-        print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))) or tests, flush=True)
+    start, rows = time.monotonic(), []
+    tests = "not run" if a.dry_run else run_tests()
     with tempfile.TemporaryDirectory() as work:
         for family in VOCABULARY:
-            make_model(family, Path(work, family), a.dry_run)
+            random_model(family, Path(work, family), small=a.dry_run)
         for case, method, engine in plan(a):
             row = {"case": case, "method": method, "engine": engine}
             if time.monotonic() - start > 60 * a.minutes:
                 row["why"] = f"not run: {a.minutes:g} minutes were over"
             else:
-                command = [sys.executable, __file__, "--cases", case, "--methods", method, "--engines", engine]
-                command += ["--steps", str(a.steps), "--here", work, *(["--dry-run"] if a.dry_run else [])]
-                command += ["--assets", str(a.assets)] if a.assets else []
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    row["why"] = (done.stderr.strip().splitlines() or ["failed"])[-1][:160].replace("|", "/")
-                else:
-                    row |= json.loads(done.stdout.strip().splitlines()[-1])
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    print(table(rows))
+                row |= run_one(row, work)
+            rows.append(told(row))
+    found = table(COLUMNS, [figures(row) for row in rows], left=3) + failures(rows)
+    print(found)
     if a.write:
-        write(a.write, rows, tests)
+        device = "CPU" if a.dry_run else torch.cuda.get_device_name()
+        text = f"`{command(p, a)}` on {machine(device)}. bfloat16, dropout 0.1.\nTests: {tests}\n\n{found}"
+        write_section(
+            a.write, "gpu", "On a GPU: minift, minift as graphs, transformers, and transformers compiled", text
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How far apart the curves of the same run are when it is split differently: micro-batches, processes, shards.
 
-    python benchmarks/invariance.py --assets ../shared
+    python benchmarks/invariance.py [--write benchmarks/RESULTS.md]
 
 12 steps of 8 examples at learning rate 1e-3, dropout 0.1, float32: a random BERT (2 layers, width 32) on 60 short
 reviews, a random GPT-2 (2 layers, width 32, the real vocabulary) on 60 WebNLG completions of very unequal length.
@@ -8,12 +8,13 @@ Printed: the largest difference of any step's loss, and of any final weight but 
 on one process.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common import command, copy_tokenizer, machine, make_parser, read_rows, table, write_rows, write_section
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -29,11 +30,8 @@ def prepare(task: str, folder: Path, assets: Path) -> list[str]:
         small_bert(folder / "model")
         return ["--data", str(reviews(folder / "train.tsv", 60))]
     peer(GPT2LMHeadModel, folder / "model", scale=0.05, vocab_size=50257, n_positions=128)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / "model" / name).write_bytes((assets / "weights/tokenizers/gpt2" / name).read_bytes())
-    with open(assets / "data/webnlg/train.jsonl") as f:
-        (folder / "train.jsonl").write_text("".join(next(f) for _ in range(60)))
-    return ["--data", str(folder / "train.jsonl")]
+    copy_tokenizer("gpt2", folder / "model", assets)
+    return ["--data", str(write_rows(folder / "train.jsonl", read_rows(assets, "webnlg")[:60]))]
 
 
 def run(options: list[str], out: Path, processes: int) -> tuple[list[float], dict]:
@@ -50,24 +48,27 @@ def run(options: list[str], out: Path, processes: int) -> tuple[list[float], dic
 
 
 def main() -> None:
-    """One row per task and split."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--assets", type=Path, required=True, help="the folder with data/ and weights/")
-    assets = p.parse_args().assets
-    print("| task | processes | --tokens | | loss | weights |\n|---|---|---|---|---|---|")
+    p = make_parser(__doc__)
+    a = p.parse_args()
+    rows = []
     for task in ("classify", "complete"):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             fixed = ["--task", task, "--model", str(folder / "model"), "--steps", "12", "--lr", "1e-3"]
-            options = fixed + prepare(task, folder, assets)
+            options = fixed + prepare(task, folder, a.assets)
             losses, weights = run(options, folder / "one", 1)
             for n, tokens, more in CASES:
                 found, theirs = run([*options, "--tokens", str(tokens), *more], folder / f"{n}-{tokens}{more}", n)
-                loss = max(abs(a - b) for a, b in zip(losses, found, strict=True))
+                loss = max(abs(x - y) for x, y in zip(losses, found, strict=True))
                 weight = max((weights[k] - theirs[k]).abs().max().item() for k in weights)
-                print(
-                    f"| {task} | {n} | {tokens or 'all'} | {' '.join(more)} | {loss:.1e} | {weight:.1e} |", flush=True
-                )
+                rows.append([task, str(n), str(tokens or "all"), " ".join(more), f"{loss:.1e}", f"{weight:.1e}"])
+                print(*rows[-1], flush=True)
+    found = table(["task", "processes", "--tokens", "", "loss", "weights"], rows, left=1)
+    print(found)
+    if a.write:
+        write_section(
+            a.write, "invariance", "How far splits of a run differ", f"`{command(p, a)}` on {machine()}\n\n{found}"
+        )
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ matrix products alone. The ceilings, a copy and a product by torch.mm and by min
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from common import in_turns, machine
 from torch import Tensor
 
 from minift.data.batch import token_keys
@@ -145,13 +145,7 @@ def torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def fastest(functions: list[Callable], seconds: float) -> list[float]:
     """The shortest time of each, in seconds; they take turns."""
-    best, end = [float("inf")] * len(functions), time.perf_counter() + seconds
-    while time.perf_counter() < end or float("inf") in best:
-        for i, f in enumerate(functions):
-            start = time.perf_counter()
-            f()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
+    return [min(times) for times in in_turns(functions, rounds=1, at_least=seconds)]
 
 
 def in_mode(mode: str, f: Callable) -> Callable:
@@ -180,7 +174,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     memory.keep_memory()  # as in training
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; {native.use('native')}")
+    print(f"{machine()}; {args.threads} threads, {args.dtype}; {native.use('native')}")
     copy, mm, ours = (rate / 1e9 for rate in ceilings(DTYPES[args.dtype], args.seconds))
     print(f"ceilings: copy {copy:.1f} GB/s; matrix product {mm:.1f} GFLOP/s by torch.mm, {ours:.1f} by minift\n")
     columns = ("native", "reference", "plain", "plain/native", "achieved")

@@ -17,7 +17,9 @@ def assets() -> Path:
     """The folder with data/ and weights/."""
     folder = os.environ.get("MINIFT_ASSETS")
     if not folder:
-        pytest.skip("MINIFT_ASSETS is not set; it names the folder with real data/ and weights/")
+        pytest.skip(
+            "MINIFT_ASSETS is not set; it names the folder that benchmarks/assets.py fills with data/ and weights/"
+        )
     if not Path(folder, "weights").is_dir():
         pytest.fail(f"MINIFT_ASSETS={folder} has no weights/")
     return Path(folder).resolve()

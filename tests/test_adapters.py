@@ -191,6 +191,7 @@ def saved_values(model, batch, noise) -> int:
     return sum(n for n, _ in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["", "nf4"])
 @pytest.mark.parametrize("cls", [transformers.BertForSequenceClassification, transformers.GPT2LMHeadModel])
 def test_saved_activations_of_lora(cls, base, tmp_path):
@@ -283,6 +284,7 @@ def test_what_was_learned(folder):
 # whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [
     "--method lora --base nf4",
     "--method dora --targets all-linear",
@@ -316,6 +318,7 @@ def stop_after(out, step) -> None:
             shutil.rmtree(path)
 
 
+@pytest.mark.slow
 def test_a_run_from_python_can_be_repeated_by_its_config(folder, tmp_path):
     model, tokenizer = minift.load(folder, task="classify", labels=["blame", "praise"], base="nf4")
     minift.add_lora(model, rank=3, alpha=6, targets="query,key", rank_pattern={"key": 2}, rslora=True)
@@ -343,6 +346,7 @@ def test_frozen_weights_are_kept_in_the_activations_dtype(folder, tmp_path, monk
     assert torch.equal(model.body.embeddings.word.weight, plain.body.embeddings.word.weight)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(folder, tmp_path):
     works(f"{TRAIN} --method lora", **options(folder, tmp_path / "a"))
     works(f"{TRAIN} --method lora", **options(tmp_path / "a", tmp_path / "b"))

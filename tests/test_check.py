@@ -269,6 +269,7 @@ def growth(small, large, task="complete") -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, times", [("complete", 0.5), ("classify", 0.5)])
 def test_a_line_of_50_mb(tmp_path, task, times):
     """It is refused unread, as in training."""
@@ -279,6 +280,7 @@ def test_a_line_of_50_mb(tmp_path, task, times):
     assert growth(small, large, task) < times * size
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     files = []
     for n in (5_000, 50_000):
@@ -424,6 +426,7 @@ def test_tokens_of_a_chat(tmp_path, gpt2):
     assert report.lengths.examples == {a + b + 1: 1} and report.lengths.trained == {b + 1: 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["instruct/instructions.messages.jsonl", "webnlg/dev.jsonl", "wikitext2/valid.txt"])
 def test_the_counts_are_those_of_training(assets, gpt2, name):
     path, most = assets / "data" / name, 50
@@ -453,6 +456,7 @@ def test_clean_real_files(assets, name, count):
     assert report.examples == count and told == {} and report.warnings == []
 
 
+@pytest.mark.slow
 def test_webnlg_training_file(assets):
     """Counted once more, with whole examples instead of hashes."""
     paths = [assets / f"data/webnlg/{name}.jsonl" for name in ("train", "dev")]

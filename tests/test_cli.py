@@ -111,6 +111,7 @@ def test_limit_steps_and_eval_every(run):
     assert "40 examples to train on, 101 to validate on" in said.err
 
 
+@pytest.mark.slow
 def test_gpt2_classifies_too(tmp_path, assets):
     """From vocab.json and merges.txt, as old GPT-2 folders have them."""
     real_gpt2(tmp_path / "model", assets, transformers.GPT2Model, n_positions=32)
@@ -186,6 +187,7 @@ def test_a_wrong_type_in_a_config_file(tmp_path):
 # what people see
 
 
+@pytest.mark.slow
 def test_help_answers_at_once():
     """Without importing torch."""
     code = (
@@ -202,6 +204,7 @@ def test_help_answers_at_once():
 FIVE = f"{TRAIN} --steps 5 --out {{here}}/run"
 
 
+@pytest.mark.slow
 def test_plain_lines_when_piped(run, tmp_path):
     line = command(f"{FIVE} --valid {{run}}/test.tsv", run=run, here=tmp_path)
     done = subprocess.run(line, capture_output=True, text=True)
@@ -211,6 +214,7 @@ def test_plain_lines_when_piped(run, tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["valid"] * 4  # results alone
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal(run, tmp_path):
     """Of 24 lines and 80 columns."""
     main_end, other = pty.openpty()

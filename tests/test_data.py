@@ -389,6 +389,7 @@ def test_a_record_and_a_text_of_more_than_4_mib(tmp_path):
     assert len(read(tmp_path / "f", max_line=0)) == 1
 
 
+@pytest.mark.slow
 def test_a_line_of_100_mb_is_never_held(tmp_path):
     """The peak of a fresh process that is refused it, beside one that is refused a short line."""
     code = """
@@ -546,6 +547,7 @@ def test_sms_spam(assets):
     assert sum(label_ids(examples, ["ham", "spam"])) == 747
 
 
+@pytest.mark.slow
 def test_rte(assets):
     folder, columns = assets / "data" / "glue-rte", "text=sentence1,pair=sentence2,label=label"
     train = read(folder / "train.tsv", columns)
@@ -556,6 +558,7 @@ def test_rte(assets):
     refused(read, folder / "test.tsv", "test.tsv:1", "expected one with sentence1, sentence2, label", columns=columns)
 
 
+@pytest.mark.slow
 def test_imdb(assets):
     examples = read(assets / "data" / "imdb" / "train.jsonl.gz")
     assert len(examples) == 25_000 and sum(label_ids(examples, ["neg", "pos"])) == 12_500

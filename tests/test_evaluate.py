@@ -50,6 +50,7 @@ def test_the_size_of_batches_changes_nothing(untouched):
     assert sum(sizes) == 104 and max(sizes) <= 50
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(untouched):
     """Ten times the examples, the same peak: in fresh processes, the data made as it is asked for."""
     code = """

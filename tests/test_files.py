@@ -230,6 +230,7 @@ def test_a_mount_point_as_the_output(made, tmp_path, line):
         assert names_in(tmp_path) == ["disk"] and not list(disk.rglob(".minift-*"))
 
 
+@pytest.mark.slow
 def test_a_run_within_its_own_class_folders(made, tmp_path):
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
@@ -276,6 +277,7 @@ def test_results_to_a_device_and_to_a_pipe(made, tmp_path):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop, code", [(KeyboardInterrupt, 130), (FULL, 1)])
 def test_interrupted_predictions_are_kept(made, tmp_path, stop, code, monkeypatch):
     """Under a name that says so, and the command says it too; what was in --out is still there."""
@@ -408,6 +410,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(

@@ -36,6 +36,7 @@ def small(tmp_path):
     return minift.load(tmp_path, task="complete")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 17, 39])
 @pytest.mark.parametrize("changes", GPTS.values(), ids=GPTS.keys())
 def test_greedy_is_transformers(changes, length, tmp_path):

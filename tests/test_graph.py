@@ -73,6 +73,7 @@ def test_what_is_filled_up_changes_nothing(family, mode, tmp_path, monkeypatch):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

@@ -23,6 +23,8 @@ from transformers import BertForSequenceClassification
 
 import minift
 
+pytestmark = pytest.mark.slow
+
 SECONDS, BYTES = 5, 1 << 30
 ODD = [
     0, -1, 1, 2, 5, 7, 10**9, 10**19, 10**400, -(10**19), 0.0, 0.5, 1.0, 1e308, float("inf"), float("nan"),

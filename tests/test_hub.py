@@ -79,6 +79,7 @@ def test_shards(bert, stem, kind):
     assert torch.equal(logits(bert), want)
 
 
+@pytest.mark.slow
 def test_transformers_own_shards(gpt2, tmp_path):
     GPT2LMHeadModel.from_pretrained(gpt2).save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
@@ -213,6 +214,7 @@ def test_a_loaded_model_does_not_hang_on_its_file(bert):
     assert torch.equal(model.logits(batch), want)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_result_and_one_tensor(tmp_path):
     """The largest resident size, mapped pages of the file counted: 51 MB of weights, the largest tensor 12.6 MB."""
@@ -234,6 +236,7 @@ print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()) / 2**2
     assert 45 < size < 55 and size * 0.9 < taken < size + 13, (taken, size)
 
 
+@pytest.mark.slow
 def test_only_a_files_memory_is_given_back(tmp_path):
     save_file({"a": torch.arange(1 << 16, dtype=torch.float32)}, tmp_path / "x.safetensors")
     tensors = weights.safetensors_in(tmp_path / "x.safetensors")
@@ -340,6 +343,7 @@ def test_no_config(bert):
     refuse(bert, bert, "no config.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, words", [
     ("{", ["not JSON"]),
     ("[1]", ["model_type is 'list'"]),

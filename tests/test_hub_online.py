@@ -15,6 +15,8 @@ import pytest
 from helpers import peer
 from transformers import BertForSequenceClassification
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = (
     "import sys, minift; model, _ = minift.load(sys.argv[1], task='classify');"

@@ -19,6 +19,8 @@ from minift.checkpoints import hub, loading
 from minift.checkpoints import peft as peft_format
 from minift.data.batch import pack
 
+pytestmark = pytest.mark.slow
+
 
 def theirs(model):
     return peer_logits(model.eval())

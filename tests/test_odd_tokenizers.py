@@ -23,6 +23,8 @@ from minift.data.passages import Passage
 from minift.errors import InputError
 from minift.tasks import complete
 
+pytestmark = pytest.mark.slow
+
 WORDS = [
     "naive",
     "cafe",

@@ -104,6 +104,7 @@ def test_adamw_is_torchs_to_the_bit(decay):
     assert all(p.grad is None for p in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tables.OPTIMIZERS)
 def test_a_step_does_not_import_the_compiler(name):
     code = (

@@ -58,6 +58,7 @@ def test_recomputing_is_exact_and_saves_less(model):
     assert smaller < size / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_low_precision_is_near_float32(model, dtype, tolerance):
     """Gradients as a whole within a few units of the dtype; parameters, their gradients and the loss stay float32."""
@@ -88,6 +89,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(model):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 def test_all_learn_the_same(kind, tmp_path, capsys):
     small_bert(tmp_path / "model")

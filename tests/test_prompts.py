@@ -264,6 +264,7 @@ def test_streamed_sequences_are_those_of_encode(tmp_path, tokenizer):
         assert [s.number for s in found] == list(range(len(found)))
 
 
+@pytest.mark.slow
 def test_memory_of_eval_and_predict_does_not_grow_with_the_file(tmp_path):
     """Eight times the examples, in fresh processes: the peak grows by the labels and counts alone."""
     if not Path("/proc/self/status").exists():

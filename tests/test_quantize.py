@@ -60,6 +60,7 @@ def same_logits(ours, peers, family) -> bool:
     return torch.allclose(mine, peer_logits(peers, ids), atol=1e-5)
 
 
+@pytest.mark.slow
 @FAMILY
 def test_transformers_loads_ours(family, tmp_path):
     base(family, tmp_path / "base")
@@ -128,6 +129,7 @@ def test_packing_while_loading_and_after(family, tmp_path):
     assert while_.size() == sum(p.numel() for p in minift.load(tmp_path / "base", task=task)[0].parameters())
 
 
+@pytest.mark.slow
 def test_the_size_of_gpt2(tmp_path):
     """The linear layers of GPT-2 small: 340 MB in float32, less than 44 MB packed."""
     from minift.models import gpt2

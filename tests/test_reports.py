@@ -21,6 +21,8 @@ from minift.data.batch import pack
 from minift.data.passages import Passage
 from minift.tasks import complete
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bert(bert):

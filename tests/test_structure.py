@@ -117,6 +117,7 @@ def compared_names(tree: ast.AST) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_what_a_thing_is_it_says_itself(path):
     """Outside tasks/ no task's name is compared, outside models/ no family's, outside adapters/ no method's."""

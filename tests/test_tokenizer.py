@@ -70,6 +70,7 @@ def test_hostile_texts(both):
         assert_same(both, HOSTILE, HOSTILE[::-1], max_length)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"])),
@@ -125,6 +126,7 @@ def test_no_call_leaves_anything_to_the_next(both):
     assert len(ours.encode(["word"])[0].ids) <= 3  # ... and pads
 
 
+@pytest.mark.slow
 def test_two_long_texts_cost_no_more_than_their_length(bert):
     """The library's own truncation takes 3.7 GB for this pair: it keeps all combinations of the pieces cut off."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -142,6 +144,7 @@ def copy(source, target, *names):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, names", [("bert", ["vocab.txt"]), ("gpt2", ["vocab.json", "merges.txt"])])
 def test_vocabulary_files_alone_make_the_same_tokenizer(assets, tmp_path, sentences, entailment, kind, names):
     source = assets / "weights" / FOLDERS[kind]
@@ -182,6 +185,7 @@ def test_gpt2_prefix_space_and_added_tokens(assets, tmp_path, gpt2):
         read_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_what_is_saved_loads_in_transformers(assets, tmp_path, sentences, kind):
     transformers = pytest.importorskip("transformers")

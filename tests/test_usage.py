@@ -25,6 +25,8 @@ from minift.runs import is_better
 
 TRAIN = "train --model {f}/model --data {f}/train.tsv --out {out} --steps 1 --kernels reference"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -11,14 +11,13 @@ computed) has to be the same both times. A line of LONGEST bytes or more is refu
 import codecs
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from ..errors import InputError, printable, short_repr
 
@@ -83,7 +82,7 @@ def read_lines(path: Path, name: str, faults: Faults, most: int) -> Iterator[tup
         faults.stop(printable(str(path)), f"can't be read: {error.strerror}", "unreadable file")
 
 
-def _opened(path: Path) -> io.BufferedIOBase:
+def _opened(path: Path) -> gzip.GzipFile | BinaryIO:
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb", BUFFER)
 
 

@@ -1,9 +1,9 @@
-"""Multiple choice: which of several endings goes on from a text. One score an ending, the highest wins.
+"""Multiple choice: which of several endings goes on from a text. One score for each, the highest wins.
 
     {"text": "She opened the umbrella", "choices": ["since it rained.", "to eat it."], "label": 0}
 
-An example is one sequence of as many pieces as it has endings, each the text and an ending as a pair: attention sees one
-piece at a time, and the loss sets them against each other. This file is a fork's: it stands in minift/tasks/, and
+An example is one sequence of as many pieces as it has endings, each the text and an ending as a pair. Attention sees
+one piece at a time, and the loss sets them against each other. This file is a fork's: it stands in minift/tasks/, and
 tables.TASKS has the line `"choose": "which of several endings goes on from a text"`. What each name is for:
 minift/tasks/__init__.py. T examples, M rows: one an ending.
 """

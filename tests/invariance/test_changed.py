@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from minift.checkpoints import resume as checkpoint
 
+pytestmark = pytest.mark.slow
+
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "minift.json"]
 METHODS = ["lora", "lora-fa", "head", "full"]
 

@@ -91,6 +91,7 @@ def test_checkpoints_are_safetensors_and_json_alone(folder):
     assert not list((folder / "whole").rglob(".minift-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("k", range(1, STEPS))
 def test_stopped_at_every_step(folder, tmp_path, number, code, k, monkeypatch):
@@ -130,6 +131,7 @@ def check_whole(run):
     assert all(checkpoint.is_whole(run / f"checkpoints/step-{n}") for n in checkpoint.steps(run))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint(folder, tmp_path, monkeypatch):
     """From step 5 on no file may grow beyond 20 kB: step 6 cannot be saved, step 4 stays whole."""
     written = track.Tracker.step

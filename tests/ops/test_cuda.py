@@ -295,7 +295,7 @@ def emulated(emulator, monkeypatch) -> ctypes.CDLL:
     cuda.driver.cache_clear()
 
 
-@pytest.fixture(params=["emulated", pytest.param("device", marks=needs_device)])
+@pytest.fixture(params=[pytest.param("emulated", marks=pytest.mark.slow), pytest.param("device", marks=needs_device)])
 def place(request, monkeypatch) -> torch.device:
     """Where a test's tensors lie; operators run the CUDA kernels there."""
     if request.param == "emulated":
@@ -562,6 +562,7 @@ def test_views(view, place):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads,most,backwards", [(32, 1, 0), (96, 2, 0), (256, 7, 1), (64, 3, 1)])
 def test_results_do_not_depend_on_the_grid(threads, most, backwards, emulated):
     torch.manual_seed(0)

@@ -135,6 +135,7 @@ print((found[-1] - found[39]) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64",
     reason="asks glibc; other CPUs have no such code",

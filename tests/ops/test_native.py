@@ -86,6 +86,7 @@ def test_a_kernel_is_compiled_once_and_then_found(monkeypatch):
     assert native.kernel("add", torch.ones(1)) is native.kernel("add", torch.ones(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["source", "header", "flags", "compiler", "cpu"])
 def test_whatever_it_is_made_from_is_in_the_key(what, monkeypatch):
     before = native.key("add")
@@ -133,6 +134,7 @@ def test_what_belongs_to_others_is_not_loaded(monkeypatch):
     assert adds(again(monkeypatch)) and names == ["add"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\x7fELF but no more", "half"])
 def test_a_damaged_file_is_made_again(content, monkeypatch):
     assert native.kernel("add", torch.ones(1))
@@ -144,6 +146,7 @@ def test_a_damaged_file_is_made_again(content, monkeypatch):
     assert adds(again(monkeypatch)) and names == ["add"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["read-only", "full", "no folder"])
 def test_without_a_cache_it_is_compiled_aside(why, monkeypatch, tmp_path):
     if why == "full":
@@ -170,6 +173,7 @@ def test_nothing_is_left_in_the_temporary_folder(monkeypatch, tmp_path):
     assert native.kernel("add", torch.ones(1)) and not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path):
     code = (
         "import torch; from minift.ops import native; from pathlib import Path;"
@@ -261,6 +265,7 @@ def test_signatures_are_those_of_the_source():
         assert len(found) == source.read_text().count('extern "C" void') > 0, source.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arch"),
     [
@@ -285,6 +290,7 @@ def test_every_kernel_compiles_for_other_cpus_and_without_a_warning(command, arc
         assert not done.returncode and not done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_clangs_vectors_lie_anywhere(monkeypatch):
     """It took references to them to be aligned, and the process died."""
     if not shutil.which("clang++"):
@@ -329,6 +335,7 @@ def test_without_torchs_loop_one_thread_does_all(monkeypatch):
     assert adds(native.kernel("add", torch.ones(1)))
 
 
+@pytest.mark.slow
 def test_subnormals_stay_after_loading_every_kernel(monkeypatch):
     monkeypatch.setattr(native, "sources", lambda: ROOT / "kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -339,6 +346,7 @@ def test_subnormals_stay_after_loading_every_kernel(monkeypatch):
     assert gelu_erf(torch.full((8,), 1e-38)).min() > 0  # half of it is subnormal
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_at_import(tmp_path):
     code = "import minift, minift.cli, minift.training; from minift.ops import native; assert not native.loaded"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -351,6 +359,7 @@ def test_the_option_takes_the_modes():
         TrainConfig(kernels="fast").check()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_memory_is_kept_from_step_to_step():
     """Page faults of 96 MB in six blocks that were there before: hardly any with keep_memory, one a page where memory
@@ -376,6 +385,7 @@ print(last)
     assert count["keep"] < 32 <= count["give back"], count  # 48 huge pages at least
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_a_freed_block_is_found_again():
     """Blocks of 4 MB with smaller ones between that stay: their holes take as many blocks of 4 MB again, and the
@@ -398,6 +408,7 @@ print(resident() - before)
     assert float(done.stdout) < 4
 
 
+@pytest.mark.slow
 def test_the_profiler_still_sees_memory():
     code = """
 import torch
@@ -431,6 +442,7 @@ def test_a_compiler_that_is_no_command(given, monkeypatch, capsys):
         native.use("native")
 
 
+@pytest.mark.slow
 def test_a_compiler_that_never_ends(monkeypatch, tmp_path, capsys):
     """It is waited for once, and not for every kernel."""
     monkeypatch.setattr(native, "hung", set())
@@ -443,6 +455,7 @@ def test_a_compiler_that_never_ends(monkeypatch, tmp_path, capsys):
     assert time.monotonic() - began < 9
 
 
+@pytest.mark.slow
 def test_a_compiler_that_prints_garbage(monkeypatch, tmp_path, capsys):
     """Its words reach the terminal with the control characters taken out, and only the first of a hundred megabytes."""
     lines = r"printf 'error: \033[31mred\007\n'; yes error | head -c 30000000; exit 1"

@@ -168,6 +168,7 @@ def test_rows_are_a_selection(cls, task, tmp_path):
     assert torch.allclose(everywhere[some.rows], there, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pretrained_size_has_the_known_counts():
     """Built on the meta device: BERT-base with two labels, GPT-2 with a tied head."""
     for config, task, count in (
@@ -179,6 +180,7 @@ def test_a_pretrained_size_has_the_known_counts():
         assert sum(p.numel() for p in model.parameters()) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls, task", [(BertForSequenceClassification, "classify"), (GPT2LMHeadModel, "complete")])
 def test_dropout_spreads_hidden_states_as_the_peers_does(cls, task, tmp_path):
     """1,200 draws each: other masks, but the same mean (within chance) and the same spread of the states."""

@@ -107,6 +107,7 @@ def test_the_same_layers_and_first_weights(name, tmp_path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == their.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.slow
 def test_the_counts_people_know(tmp_path):
     """gpt2, r=8, c_attn: 294,912; bert-base, r=8, query and value, two labels: 296,450."""
     gpt2 = transformers.GPT2Config(vocab_size=9, n_positions=4)
@@ -172,6 +173,7 @@ def peer_losses(model, kind, lr) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, method", [(k, m) for k in CLASSES for m in ("lora", "dora", "pissa")])
 def test_twenty_steps_follow_peft(kind, method, tmp_path):
     """From the same seed, without copying any weight; dropout 0; a classifier that is trained and saved beside it."""
@@ -183,6 +185,7 @@ def test_twenty_steps_follow_peft(kind, method, tmp_path):
     assert torch.allclose(logits(model, ids), peer_logits(their, ids), atol=2e-4)  # weights after 20 steps of AdamW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_qlora_follows_peft_and_bitsandbytes(kind, tmp_path):
     """Twenty steps over an NF4 base with double quantisation, bit-equal codes; sums in another order make the rest."""
@@ -258,7 +261,10 @@ def test_the_real_adapters(name, assets, tmp_path):
     """Adapters of others, on a random base of the right width and depth: PEFT and we compute the same with them."""
     kind = {"bert-seqcls": "bert", "gpt2-causal-lm": "gpt2", "gpt2-seqcls": "gpt2-classify"}[name]
     cls, task, _ = CLASSES[kind]
-    shutil.copytree(assets / "weights/peft-adapters" / name, tmp_path / "adapter")
+    published = assets / "weights/peft-adapters" / name
+    if not published.is_dir():
+        pytest.skip(f"{published} is missing; benchmarks/assets.py knows no public address of it")
+    shutil.copytree(published, tmp_path / "adapter")
     heads = [t for n, t in load_file(tmp_path / "adapter" / peft_format.WEIGHTS).items() if ".lora_" not in n]
     small = {"vocab_size": 99}
     if kind == "bert":
@@ -308,6 +314,7 @@ FAULTS = {  # what becomes of the tensors, and what is said of it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ill_formed_weights_are_refused_by_name(saved, fault):
     change, words = FAULTS[fault]

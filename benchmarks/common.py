@@ -1,0 +1,261 @@
+"""What the benchmarks share: fresh processes, timing, data, models, the peers, tables and RESULTS.md.
+
+A script calls itself once per case, with its own arguments and `--here CASE`, so that every figure is that of a fresh
+process. torch and the peers are imported where they are used: the process that only starts others stays small.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+SEED = 42
+PEERS = ("transformers", "peft", "bitsandbytes")
+UNTOLD = {"assets", "write", "here", "rows", "note", "work"}  # options that a reader of the results need not repeat
+TOKENIZERS = {
+    "bert": ("bert-base-uncased", ("vocab.txt", "tokenizer.json", "tokenizer_config.json")),
+    "gpt2": ("gpt2", ("vocab.json", "merges.txt")),
+}
+
+# ---- the command line, and a fresh process for each case
+
+
+def make_parser(doc: str, needs_assets: bool = True) -> argparse.ArgumentParser:
+    """The options that all scripts have; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    assets = os.environ.get("MINIFT_ASSETS")
+    p.add_argument(
+        "--assets",
+        type=Path,
+        default=assets and Path(assets),
+        required=needs_assets and not assets,
+        help="the folder with data/ and weights/ that assets.py fills (default: MINIFT_ASSETS)",
+    )
+    p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
+    p.add_argument("--here", type=json.loads, help=argparse.SUPPRESS)  # a case; how a script calls itself
+    return p
+
+
+def fresh(case: dict, **options) -> dict:
+    """The JSON object that this script prints for `--here case`, in a process of its own.
+
+    options: for subprocess.run. Raises subprocess.CalledProcessError if the process fails.
+    """
+    command = [sys.executable, *sys.argv, "--here", json.dumps(case)]
+    options = {"stdout": subprocess.PIPE, "text": True, "check": True} | options
+    return json.loads(subprocess.run(command, **options).stdout.strip().splitlines()[-1])
+
+
+def told(row: dict) -> dict:
+    """The row, printed as a JSON line as soon as it is there."""
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process in MB (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+# ---- timing
+
+
+def seconds(f: Callable) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def in_turns(functions: list[Callable], rounds: int = 2, at_least: float = 0) -> list[list[float]]:
+    """Seconds of each function in each round; they take turns, so that a busy machine slows all alike.
+
+    rounds: how many, and more until `at_least` seconds have passed.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + at_least
+    while len(times[-1]) < rounds or time.perf_counter() < end:
+        for f, found in zip(functions, times, strict=True):
+            found.append(seconds(f))
+    return times
+
+
+# ---- data and models
+
+
+def read_rows(assets: Path, data: str, split: str = "train") -> list[dict]:
+    """A data set as minift's JSON lines: imdb, sst2 (text, label) or webnlg (prompt, completion)."""
+    folder = assets / "data"
+    if data == "imdb":
+        with gzip.open(folder / f"imdb/{split}.jsonl.gz", "rt", encoding="utf-8") as f:
+            return [{"text": row["text"], "label": row["label"]} for row in map(json.loads, f)]
+    if data == "sst2":
+        with open(folder / f"sst2-sentences/{split}.tsv", newline="", encoding="utf-8") as f:
+            lines = csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            return [{"text": text, "label": int(label)} for text, label in lines]
+    with open(folder / f"webnlg/{split}.jsonl", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def draw(rows: list, n: int) -> list:
+    """n of the rows at random, always the same ones."""
+    import torch
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
+    return [rows[i] for i in order[:n].tolist()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def random_model(family: str, folder: Path, assets: Path | None = None, small: bool = False) -> None:
+    """A hub folder with random weights of the published sizes (bert: a classifier of two classes), or small ones.
+
+    With assets, the tokenizer's files are in it.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(SEED)
+    if family == "bert":
+        sizes = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128) if small else {}
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2, **sizes))
+    else:
+        sizes = dict(n_layer=2, n_embd=64, n_head=2) if small else {}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.save_pretrained(folder)
+    if assets:
+        copy_tokenizer(family, folder, assets)
+
+
+def copy_tokenizer(family: str, folder: Path, assets: Path) -> None:
+    kind, names = TOKENIZERS[family]
+    for name in names:
+        (folder / name).write_bytes((assets / "weights/tokenizers" / kind / name).read_bytes())
+
+
+# ---- the peers
+
+
+def with_lora(model, family: str):
+    """PEFT's LoRA at the settings that minift has where nothing else is said, on PEFT's default targets."""
+    import peft
+
+    task, turned = ("SEQ_CLS", False) if family == "bert" else ("CAUSAL_LM", True)
+    lora = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, task_type=task, fan_in_fan_out=turned)
+    return peft.get_peft_model(model, lora)
+
+
+def peer_model(family: str, method: str, folder: Path, dtype, device: str = "cpu"):
+    """transformers' model: full; lora (PEFT); nf4 (the same over bitsandbytes, double quantisation).
+
+    dtype: of the weights that stay frozen, and in which NF4 computes; those of full are float32.
+    """
+    import torch
+    import transformers
+
+    if family == "bert":
+        kind = transformers.AutoModelForSequenceClassification
+    else:
+        kind = transformers.AutoModelForCausalLM
+    options = {"dtype": torch.float32 if method == "full" else dtype}
+    if method == "nf4":
+        options["device_map"] = {"": device}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["classifier", "bert.pooler.dense", "lm_head"],
+        )
+    model = kind.from_pretrained(folder, **options)
+    if method != "full":
+        model = with_lora(model, family)
+    return model.to(device)
+
+
+def classified(tokenizer, rows: list[dict], length: int, pad: bool) -> list[dict]:
+    """Texts and labels as the Trainer takes them; pad: all to `length`, else each batch to its longest."""
+    padding = "max_length" if pad else False
+    encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=length, padding=padding)
+    return [{key: encoded[key][i] for key in encoded} | {"labels": row["label"]} for i, row in enumerate(rows)]
+
+
+def make_trainer(model, tokenizer, rows: list[dict], out: str, batch: int, lr: float, **options):
+    """transformers.Trainer: fused AdamW, linear schedule, nothing saved or reported.
+
+    options: of TrainingArguments, and of Trainer: eval_dataset, compute_metrics, callbacks, data_collator.
+    """
+    import transformers
+
+    own = {key: options.pop(key) for key in ("eval_dataset", "compute_metrics", "callbacks") if key in options}
+    collator = options.pop("data_collator", None) or transformers.DataCollatorWithPadding(tokenizer)
+    arguments = transformers.TrainingArguments(
+        output_dir=out,
+        learning_rate=lr,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, **own)
+
+
+# ---- results
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; its first `left` columns are words, the others figures."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def machine(*more: str) -> str:
+    """The day, the CPU and the libraries that figures belong to."""
+    name = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists() and "model name" in info.read_text():
+        name = info.read_text().split("model name")[1].split("\n")[0].strip("\t :")
+    versions = []
+    for package in ("torch", *PEERS):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    hardware = ", ".join((name, f"{os.cpu_count()} cores", *more))
+    return f"{time.strftime('%Y-%m-%d')}: {hardware}; {', '.join(versions)}"
+
+
+def command(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
+    """How to run this again; paths are left out."""
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+    for key, value in vars(given).items():
+        if key not in UNTOLD and value != parser.get_default(key):
+            words += [f"--{key.replace('_', '-')}"] if value is True else [f"--{key.replace('_', '-')}", str(value)]
+    return " ".join(words)
+
+
+def write_section(path: Path, key: str, title: str, text: str) -> None:
+    """Puts a section where an older one of that key stands in a results file, or at its end."""
+    begin, end = f"<!-- {key} -->", f"<!-- end {key} -->"
+    old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
+    before, _, rest = old.partition(begin)
+    after = rest.partition(end)[2].lstrip("\n")
+    path.write_text(f"{before}{begin}\n## {title}\n\n{text}\n{end}\n{after}")
