@@ -113,9 +113,11 @@ def settings_with_run(folder: Path, given: Path) -> dict:
     The shape of the model is its base's affair.
     """
     settings = read_settings(folder)
-    if not (given / "config.json").is_file():
+    names = (peft_format.SETTINGS, "config.json")  # the second of an older minift, or of a whole model beside it
+    name = next((name for name in names if (given / name).is_file()), None)
+    if name is None:
         return settings
-    of_run = read_settings(given)
+    of_run = read_settings(given, name)
     settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
     settings.pop("problem_type", None)  # of the base's head; the run has its own
     return settings

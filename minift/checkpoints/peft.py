@@ -24,6 +24,9 @@ from ..tasks import task_named, task_of_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")
+# config.json of the adapted model. It has another name, for where transformers finds a config.json beside an adapter it
+# takes the folder for a whole model's (an older minift wrote one)
+SETTINGS = "minift-model.json"
 
 
 # in
