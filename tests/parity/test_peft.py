@@ -360,7 +360,7 @@ def test_ill_formed_weights_are_refused_by_name(saved, fault, words):
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'; expected 'LORA'"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
