@@ -11,9 +11,13 @@ and, if it wraps layers,
 
 `add` then leaves model.adapter: a frozen dataclass with the fields variant (the method's name), targets, exclude, saved
 (modules of the head that learn, by the hub's names), kept (frozen parameters that are saved with the adapter, by our
-names) and base (the folder or hub id that the frozen weights come from). What wraps a layer is a layer itself
-(layers/__init__.py) and has `frozen`, the layer inside, set_frozen(layer), and tensors() -> {end of the name in PEFT's
-file: parameter}. Layers are chosen by targets.py.
+names) and base (the folder or hub id that the frozen weights come from). Layers are chosen by targets.py.
+
+What wraps a layer is a layer itself (layers/__init__.py), whose `matrix` and `bias` say what it computes now: merging
+needs no more than these two. It also has
+
+    frozen, set_frozen(layer)  the layer inside, a Linear or NF4Linear; another in its place
+    tensors() -> {end of the name in PEFT's file: parameter, or a view of one in the shape that it has there}
 
 A file whose layers are its own, not those of another method, also defines
 

@@ -76,7 +76,7 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     model.report.adapter = len(expected)
 
 
-def put(name: str, tensor: Tensor | None, parameter: nn.Parameter) -> str:
+def put(name: str, tensor: Tensor | None, parameter: Tensor) -> str:
     """Copies a tensor of the file into the parameter it is for; returns what is wrong with it, or ""."""
     if tensor is None:
         return f"{name} is missing; expected {tuple(parameter.shape)}"
@@ -162,7 +162,7 @@ def take_embeddings(
 # out
 
 
-def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters by their names in the file."""
     found = {}
     for name, layer in wrappers(model).items():
