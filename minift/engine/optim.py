@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..layers import LayerNorm
 from .distributed import whole
 
 
@@ -56,15 +55,15 @@ class AdamW:
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, lora_plus: float = 1.0) -> AdamW:
     """AdamW over what is trainable.
 
-    Biases, layer norms and DoRA's lengths are not decayed; embeddings are, as in transformers.
+    Vectors are not decayed: biases, layer norms, an adapter's lengths or factors. Matrices are, embeddings too, as in
+    transformers.
     lora_plus: a group's learning rate is its "ratio" times the step's: this for an adapter's B (LoRA+, Hayou et al.,
     https://arxiv.org/abs/2402.12354), else 1.
     """
-    plain = {id(p) for m in model.modules() if isinstance(m, LayerNorm) for p in m.parameters()}
     groups: dict[tuple[float, float], list] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decayed = not name.endswith(("bias", "magnitude")) and id(p) not in plain
+            decayed = p.dim() > 1
             ratio = lora_plus if name.endswith(".B") else 1.0
             groups.setdefault((weight_decay if decayed else 0.0, ratio), []).append(p)
     return AdamW([{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ps in groups.items()], lr)
