@@ -178,7 +178,9 @@ class TrainConfig(Config):
         0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
     )
     lr: float = option(
-        0.0, "learning rate at its peak; 0: 5e-5 where all is trained, 5e-4 for adapters, 1e-3 for a part", at_least=0
+        0.0,
+        "learning rate at its peak; 0: 5e-5 where all is trained, 1e-3 for a part, for adapters 5e-4 or their own",
+        at_least=0,
     )
     warmup: float = option(0.0, "steps of linear warm-up, or below 1 the fraction of all steps", at_least=0)
     schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))

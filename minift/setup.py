@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .adapters import adapt, changes_base, saved_as
+from .adapters import adapt, changes_base, learning_rate, saved_as
 from .adapters.targets import names
 from .checkpoints import loading, resume
 from .config import TrainConfig
@@ -177,9 +177,9 @@ def keep_frozen(model: Model, dtype: torch.dtype) -> None:
 
 
 def default_lr(model: Model) -> float:
-    """The learning rate where none is given: the more of a model is trained, the smaller."""
+    """The learning rate where none is given: an adapter's own or, the more of a model is trained, the smaller."""
     if model.adapter:
-        return 5e-4
+        return learning_rate(model.adapter.variant)
     everything = all(p.requires_grad for p in model.parameters())
     return 5e-5 if everything else 1e-3
 

@@ -7,7 +7,8 @@ A method is a file here and a line in tables.METHODS. The file defines
 and, if it wraps layers,
 
     SAVED_AS       the method as which PEFT knows the result: its own name, or "lora" for a variant of LoRA
-    CHANGES_BASE   whether it changes frozen weights, so that a run has to keep them beside the adapter
+    CHANGES_BASE   whether it changes frozen weights, so that a run has to keep them beside the adapter (else False)
+    LEARNING_RATE  of a run with `--lr 0`, where it is not LoRA's 5e-4
 
 `add` then leaves model.adapter: a frozen dataclass with the fields variant (the method's name), targets, exclude, saved
 (modules of the head that learn, by the hub's names), kept (frozen parameters that are saved with the adapter, by our
@@ -76,6 +77,11 @@ def saved_as(method: str) -> str:
 def changes_base(method: str) -> bool:
     """Whether a method changes frozen weights, which a run then keeps beside the adapter."""
     return getattr(method_file(method), "CHANGES_BASE", False)
+
+
+def learning_rate(method: str) -> float:
+    """The learning rate of an adapter run that is given none."""
+    return getattr(method_file(method), "LEARNING_RATE", 5e-4)
 
 
 def peft_types() -> dict[str, ModuleType]:
