@@ -27,6 +27,7 @@ A file whose layers are its own, not those of another method, also defines
 and one that PEFT has a name for (SAVED_AS is its own)
 
     PEFT_TYPE      peft_type in adapter_config.json
+    PATTERNS       the fields of its configuration that name layers, each a tuple or a regular expression
     read(found, heads) -> (config, notes) from adapter_config.json, what is unusual in a sentence each; heads: modules
         that PEFT trains without being told. Raises ValueError for what is not supported, by its name in the file
     settings(model) -> adapter_config.json, but for what is the same for all (checkpoints/peft.py)

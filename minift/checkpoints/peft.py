@@ -58,7 +58,7 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     file = method_file(saved_as(config.variant))
     found, is_bare = modern_names(found, model, file)
     if is_bare and model.head:  # its regular expressions are for names without the body's prefix
-        config = replace(config, targets=prefixed(config.targets, model), exclude=prefixed(config.exclude, model))
+        config = replace(config, **{field: prefixed(getattr(config, field), model) for field in file.PATTERNS})
     config = take_saved(model, folder, config, found)
     config, found = file.on_base(model, config, found)
     method_file(config.variant).wrap(model, config)
