@@ -32,8 +32,8 @@ and one that PEFT has a name for (SAVED_AS is its own)
         that PEFT trains without being told. Raises ValueError for what is not supported, by its name in the file
     settings(model) -> adapter_config.json, but for what is the same for all (checkpoints/peft.py)
     modern_name(name) -> how PEFT writes the name of a tensor today
-    on_base(model, config, found) -> (config, tensors) for the base as it is, where training had changed it
     options(model) -> the options of `minift train` that made such an adapter, for config.json of a run
+    on_base(model, config, found) -> (config, tensors) for the base as it is, if training may have changed it
 """
 
 import importlib

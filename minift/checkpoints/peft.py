@@ -60,7 +60,8 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     if is_bare and model.head:  # its regular expressions are for names without the body's prefix
         config = replace(config, **{field: prefixed(getattr(config, field), model) for field in file.PATTERNS})
     config = take_saved(model, folder, config, found)
-    config, found = file.on_base(model, config, found)
+    if hasattr(file, "on_base"):
+        config, found = file.on_base(model, config, found)
     method_file(config.variant).wrap(model, config)
 
     # every tensor that is expected, and no other
