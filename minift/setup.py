@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .adapters import adapt, changes_base, learning_rate, saved_as
-from .adapters.targets import names
 from .checkpoints import loading, resume
 from .config import TrainConfig
 from .data.tokenizer import Tokenizer
@@ -86,8 +85,8 @@ def adapter_options(config: TrainConfig) -> dict:
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.adapter_dropout,
-        targets=names(config.targets),
-        exclude=names(config.exclude),
+        targets=config.targets,
+        exclude=config.exclude,
         layers=tuple(int(n) for n in config.layers.split(",") if n),
         rank_pattern=read_pattern(config.rank_pattern),
         alpha_pattern=read_pattern(config.alpha_pattern),

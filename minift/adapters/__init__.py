@@ -20,9 +20,15 @@ needs no more than these two. It also has
     frozen, set_frozen(layer)  the layer inside, a Linear or NF4Linear; another in its place
     tensors() -> {end of the name in PEFT's file: parameter, or a view of one in the shape that it has there}
 
+Its parameters are float32, and begin where the model computes what it did. `frozen` may be packed: its matrix is then
+made at each call, in memory that the next one takes (layers/nf4.py).
+
 A file whose layers are its own, not those of another method, also defines
 
-    wrap(model, config)   puts its layers in place, nothing drawn, and makes them and config.saved the only trained ones
+    wrap(model, config)   puts its layers in place, nothing drawn; they and config.saved become all that is trained.
+        Both `add` and the reading of a file come through here. The steps are in targets.py: default_saved where saved
+        is None, select, requires_grad_(False), set_submodule for those of candidates, train_saved. Names that only
+        minift understands ("all-linear", numbers of layers) become those of the layers, for PEFT to read
 
 and one that PEFT has a name for (SAVED_AS is its own)
 
@@ -37,13 +43,14 @@ and one that PEFT has a name for (SAVED_AS is its own)
 """
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from torch import nn
 
 from ..errors import InputError
 from ..tables import METHODS, method_named
+from .targets import names
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Options:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.1
-    targets: str | tuple[str, ...] = ()  # () the method's default, or "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: str | tuple[str, ...] = ()  # names, a regular expression, or "all-linear"; () the method's default
+    exclude: str | tuple[str, ...] = ()  # names or a regular expression
     layers: tuple[int, ...] = ()  # numbers of the transformer layers; () all
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -94,13 +101,15 @@ def peft_types() -> dict[str, ModuleType]:
 def adapt(model: nn.Module, method: str, **options) -> nn.Module:
     """Makes a loaded model ready to be trained by a method, in place: `adapt(model, "dora", rank=4)`. Returns it.
 
-    options: fields of Options. An adapter that came with the model is trained further as it is. Raises InputError
-    where that is of another kind.
+    options: fields of Options; names may also be a string, with commas between. An adapter that came with the model is
+    trained further as it is. Raises InputError where that is of another kind.
     """
     if method_named(method) is None:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     if model.adapter is None:
-        method_file(method).add(model, Options(method=method, **options))
+        told = Options(method=method, **options)
+        told = replace(told, targets=names(told.targets), exclude=names(told.exclude))
+        method_file(method).add(model, told)
         return model
     own = saved_as(model.adapter.variant)
     if saved_as(method) != own:
