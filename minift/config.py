@@ -197,7 +197,7 @@ class TrainConfig(Config):
     eps: float = option(-1.0, "keeps the optimizer from dividing by 0, where it divides; -1: the optimizer's own")
     lr: float = option(
         0.0,
-        "learning rate at its peak; 0: 5e-5 where all is trained, 5e-4 for adapters, 1e-3 for a part, "
+        "learning rate at its peak; 0: 5e-5 where all is trained, 1e-3 for a part, for adapters 5e-4 or their own, "
         "times what --optimizer says",
         at_least=0,
     )

@@ -61,9 +61,10 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     file = method_file(saved_as(config.variant))
     found, is_bare = modern_names(found, model, file)
     if is_bare and model.head:  # its regular expressions are for names without the body's prefix
-        config = replace(config, targets=prefixed(config.targets, model), exclude=prefixed(config.exclude, model))
+        config = replace(config, **{field: prefixed(getattr(config, field), model) for field in file.PATTERNS})
     config = take_saved(model, folder, config, found)
-    config, found = file.on_base(model, config, found)
+    if hasattr(file, "on_base"):
+        config, found = file.on_base(model, config, found)
     method_file(config.variant).wrap(model, config)
 
     # every tensor that is expected, and no other
@@ -79,7 +80,7 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     model.report.adapter = len(expected)
 
 
-def put(name: str, tensor: Tensor | None, parameter: nn.Parameter) -> str:
+def put(name: str, tensor: Tensor | None, parameter: Tensor) -> str:
     """Copies a tensor of the file into the parameter it is for; returns what is wrong with it, or ""."""
     if tensor is None:
         return f"{name} is missing; expected {tuple(parameter.shape)}"
@@ -165,7 +166,7 @@ def take_embeddings(
 # out
 
 
-def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters by their names in the file."""
     found = {}
     for name, layer in wrappers(model).items():
