@@ -30,8 +30,8 @@ from .measure.track import (
     stop_signals,
 )
 from .models import Model
-from .ops.again import lean
 from .ops.dropout import Noise
+from .ops.rematerialise import rematerialise
 from .setup import Job, prepare_run, recorded, resume_run
 from .tasks import TASKS
 
@@ -125,7 +125,7 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     for micro in () if config.graph else micros:
         batch = pack(micro).to(model.device)
         noise = Noise(config.seed, step, batch.keys)
-        with lean():
+        with rematerialise():
             loss, right = TASKS[config.task].loss(model, batch, noise, config.label_smoothing)
         job.scaler.scale(loss / max(1, n_targets)).backward()
         sums[0] += loss.item()

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Sequence, pack
-from ..ops.again import lean
 from ..ops.dropout import Noise, mix, signed
+from ..ops.rematerialise import rematerialise
 from ..tasks import TASKS
 
 
@@ -112,8 +112,8 @@ class Graphs:
     def accumulate(self, batch: Batch) -> None:
         """Forward and backward of a micro-batch: adds to the gradients and to `found`."""
         job = self.job
-        noise = Noise(keys=batch.keys, base=self.base)
-        with lean():
+        noise = Noise(keys=batch.keys, seed_word=self.base)
+        with rematerialise():
             loss, right = TASKS[job.config.task].loss(job.model, batch, noise, job.config.label_smoothing)
         (loss * self.share).backward()
         self.found[:2] += torch.stack([loss.detach().double(), right.double()])
