@@ -92,16 +92,7 @@ class Attention(torch.autograd.Function):
 
 
 def run(
-    lib,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    stats: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None,
-    settings: Settings,
-    *,
-    out: Tensor | None = None,
-    dout: Tensor | None = None,
-    gradients: list[Tensor | None] = (None, None, None),
+    lib, qkv, stats, offsets, rows, settings: Settings, *, out=None, dout=None, gradients=(None, None, None)
 ) -> None:
     """The kernel: forward, which writes out and stats, or backward from dout, which writes the gradients of qkv."""
     q, k, v = (with_near_channels(t) for t in qkv)

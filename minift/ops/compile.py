@@ -17,9 +17,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,14 +49,18 @@ class Library:
                 function = getattr(library, name)
                 function.argtypes = [ctypes.c_char_p] if wanted else []  # the struct, as bytes
                 function.restype = None
-                setattr(self, name, partial(call, function, wanted) if wanted else function)
+                setattr(self, name, by_name(function, wanted) if wanted else function)
         except AttributeError as e:
             raise OSError(f"{path}: {e}") from e
 
 
-def call(function, wanted: Arguments, /, **given) -> None:
-    """Calls a C function with the struct of these fields."""
-    function(packed(wanted, given))
+def by_name(function: Callable, wanted: Arguments) -> Callable:
+    """The C function, which takes a struct, as one that takes the struct's fields by name."""
+
+    def call(**given) -> None:
+        function(packed(wanted, given))
+
+    return call
 
 
 # ---- making one

@@ -62,9 +62,7 @@ class LoRA(torch.autograd.Function):
 
 def shrink(x: Tensor, A: Tensor, drop: Drop | None) -> Tensor:
     """drop(x) A^T, (N, R)."""
-    lib = None
-    if fits(x, A, drop):
-        lib = native.kernel("lora", x)
+    lib = kernel(A, drop, x)
     if lib is None:
         if drop is not None:
             x = dropped(x, drop)
@@ -81,9 +79,7 @@ def shrink(x: Tensor, A: Tensor, drop: Drop | None) -> Tensor:
 
 def spread(x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, drop: Drop | None) -> Tensor | None:
     """Adds drop'(g A) to dx (N, in), where there is one; returns g^T drop(x), where there is an x."""
-    lib = None
-    if fits(g, A, drop):
-        lib = native.kernel("lora", g, x, dx)
+    lib = kernel(A, drop, g, x, dx)
     if lib is None:
         return reference_spread(x, g, A, dx, drop)
     if x is None and dx is None:
@@ -118,9 +114,11 @@ def reference_spread(x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, 
     return (g.t() @ x).to(A.dtype)
 
 
-def fits(x: Tensor, A: Tensor, drop: Drop | None) -> bool:
-    """Whether these are for the kernel: rows, a small rank, and dropout, without which torch.mm is as fast."""
-    return drop is not None and len(x) > 0 and len(A) <= MOST
+def kernel(A: Tensor, drop: Drop | None, *tensors: Tensor | None):
+    """The kernel, if it is for these: with dropout, without which torch.mm is as fast, some rows and a small rank."""
+    if drop is None or len(tensors[0]) == 0 or len(A) > MOST:
+        return None
+    return native.kernel("lora", *tensors)
 
 
 def padded(A: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from .sources import PLAIN, Unavailable
 
 MODES = ("auto", "native", "reference")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels/shared.h
-ON_CPU = {torch.float32, torch.bfloat16, torch.int32}
-TAKEN = {"cpu": ON_CPU, "cuda": ON_CPU | {torch.float16}}  # dtypes that kernels take
+ON_CPU = {torch.float32, torch.bfloat16, torch.int32}  # dtypes that kernels take
+ON_CUDA = ON_CPU | {torch.float16}
 CPU = torch.device("cpu")
 Library = compile.Library | cuda.Library
 
@@ -75,21 +75,27 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
     """
     if mode == "reference":
         return None
-    dtype = tensors[0].dtype
-    device = CPU if tensors[0].is_cpu else tensors[0].device
-    if dtype not in TAKEN.get(device.type, ()):
-        return None
+    first = tensors[0]
+    dtype = first.dtype
+    on_cpu = first.is_cpu
     for t in tensors:
-        if t is not None and not fits(t, dtype, device):
+        if t is not None and not (t.dtype is dtype and t.is_cpu is on_cpu and type(t) in PLAIN):
             return None
+    if dtype not in (ON_CPU if on_cpu else ON_CUDA):
+        return None
+    device = CPU if on_cpu else common_device(tensors)
+    if device is None:
+        return None
     key = name, device
     return loaded[key] if key in loaded else load(name, device)
 
 
-def fits(t: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel can work on this tensor beside others of that dtype on that device."""
-    there = t.is_cpu if device is CPU else t.device == device  # is_cpu is the faster question
-    return there and t.dtype is dtype and type(t) in PLAIN
+def common_device(tensors: tuple[Tensor | None, ...]) -> torch.device | None:
+    """The CUDA device on which all of these lie; None where there is none."""
+    device = tensors[0].device
+    if device.type == "cuda" and all(t is None or t.device == device for t in tensors):
+        return device
+    return None
 
 
 def load(name: str, device: torch.device = CPU, instead: str = "runs on its PyTorch reference") -> Library | None:

@@ -86,18 +86,18 @@ def aligned(codes: str) -> str:
 def packed(wanted: Arguments, given: dict) -> bytes:
     """The struct with these fields. A tensor stands for its address, None for null, a tuple for a struct within it.
 
-    All fields have to be given, and no others.
+    All fields have to be given, and no others (KeyError).
     """
-    assert given.keys() == wanted.fields.keys(), f"{wanted.name} has {[*wanted.fields]}; given are {[*given]}"
+    assert len(given) == len(wanted.fields), f"{wanted.name} has {[*wanted.fields]}; given are {[*given]}"
     values = []
-    for name in wanted.fields:
-        value = given[name]
-        if type(value) in PLAIN:
+    for value in map(given.__getitem__, wanted.fields):
+        kind = type(value)
+        if kind is int:
+            values.append(value)
+        elif kind in PLAIN:
             values.append(value.data_ptr())
-        elif value is None:
-            values.append(0)
-        elif type(value) is tuple:
+        elif kind is tuple:
             values += value
         else:
-            values.append(value)
+            values.append(0 if value is None else value)
     return wanted.layout.pack(*values)

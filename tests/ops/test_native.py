@@ -310,7 +310,9 @@ def test_fields_are_set_by_name_and_none_is_forgotten():
     x = torch.ones(2)
     content = sources.packed(add, dict(n=2, x=x, by=0.5, y=None))
     assert struct.unpack("PPdq", content) == (x.data_ptr(), 0, 0.5, 2)
-    for given in (dict(x=x, y=None, by=0.5, m=2), dict(x=x, by=0.5, n=2), dict(x=x, y=x, by=0.5, n=2, m=3)):
+    with pytest.raises(KeyError, match="n"):
+        sources.packed(add, dict(x=x, y=None, by=0.5, m=2))
+    for given in (dict(x=x, by=0.5, n=2), dict(x=x, y=x, by=0.5, n=2, m=3)):
         with pytest.raises(AssertionError, match="Add has"):
             sources.packed(add, given)
 
