@@ -23,8 +23,8 @@ from .engine.graph import Graphs
 from .engine.optim import clip, schedule, warmup_steps
 from .measure.track import Tracker, make_loggers, peak_memory, result_columns, say, stop_signal, stop_signals
 from .models import Model
-from .ops.again import lean
 from .ops.dropout import Noise
+from .ops.rematerialise import rematerialise
 from .runs import (
     Interrupted,
     begin_state,
@@ -183,7 +183,7 @@ def accumulate(job: Job, batch: Batch, noise: Noise, n_targets: int | Tensor) ->
 
     n_targets: of the whole step, which its loss is the mean over.
     """
-    with lean():
+    with rematerialise():
         loss, counted = job.task.loss(job.model, batch, noise, job.config.label_smoothing)
     job.scaler.scale(loss / n_targets).backward()
     return torch.stack([loss.detach().double(), counted.double()])

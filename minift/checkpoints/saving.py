@@ -25,9 +25,9 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
     Of a model with an adapter, the adapter alone: a PEFT folder, with minift-model.json (what config.json is of a whole
-    model) and the tokenizer's files beside it. Layers in four bits are written as bitsandbytes writes them. minift.json lists what was written.
-    An older model that minift saved there is replaced, and everything else in the folder stays. Raises InputError
-    where a file that minift did not write would be replaced, OSError on a full disk.
+    model) and the tokenizer's files beside it. Layers in four bits are written as bitsandbytes writes them.
+    minift.json lists what was written. An older model that minift saved there is replaced, and everything else in the
+    folder stays. Raises InputError where a file that minift did not write would be replaced, OSError on a full disk.
     """
     folder = Path(folder)
     names = {peft_format.WEIGHTS, peft_format.CONFIG, peft_format.SETTINGS} if model.adapter else {MODEL, "config.json"}

@@ -74,7 +74,7 @@ class Graphs:
         # what differs from step to step, in memory that the graphs read
         device = job.model.device
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.base = torch.zeros(1, dtype=torch.int32, device=device)  # the word of (seed, step)
+        self.word = torch.zeros(1, dtype=torch.int32, device=device)  # the word of (seed, step)
         self.n_targets = torch.ones((), device=device)  # of the step
         self.found = torch.zeros(3, dtype=torch.float64, device=device)  # loss, what the task counts, gradient norm
         for p in job.parameters:
@@ -89,7 +89,7 @@ class Graphs:
     ) -> tuple[float, float, float, int]:
         """What training.plain_step does and returns. Nothing is updated where the loss is not finite."""
         word = Noise(job.config.seed, step).word()
-        self.base.fill_(signed(word))
+        self.word.fill_(signed(word))
         self.n_targets.fill_(n_targets)
         self.found.zero_()
         for group in job.optimizer.param_groups:
@@ -121,11 +121,11 @@ class Graphs:
     def seed(self, seed: int) -> None:
         """Seeds the flash kernel's dropout, which a replay takes from the device's generator."""
         if self.pool:
-            torch.cuda.default_generators[self.base.device.index].manual_seed(seed)
+            torch.cuda.default_generators[self.word.device.index].manual_seed(seed)
 
     def add(self, job, batch: Batch) -> None:
         """Forward and backward of a micro-batch: adds to the gradients and to `found`."""
-        noise = Noise(keys=batch.keys, base=self.base)
+        noise = Noise(keys=batch.keys, seed_word=self.word)
         self.found[:2] += self.accumulate(job, batch, noise, self.n_targets)
 
     def finish(self, job) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
-from ..ops.attention import attention
+from ..ops.attention import Settings, attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
 
@@ -111,8 +111,9 @@ class Attention(nn.Module):
         asked, at = (x, noise) if rows is None else (x.index_select(0, rows), noise.at(rows))
         q, k, v = self.query(asked, at), self.key(x, noise), self.value(x, noise)  # (M, C), (N, C), (N, C)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # (.., H, D)
-        settings = dict(longest=batch.longest, scale=q.shape[-1] ** -0.5, p=self.p_probs, noise=at, site=self.site)
-        a = attention(q, k, v, batch.offsets, rows, **settings)
+        scale = q.shape[-1] ** -0.5
+        settings = Settings(scale, p=self.p_probs, noise=at, site=self.site, longest=batch.longest)
+        a = attention(q, k, v, batch.offsets, rows, settings)
         return self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)[1]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
-from ..ops.attention import attention
+from ..ops.attention import Settings, attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
 
@@ -111,9 +111,9 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x, noise).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (N, H, D) each
         q, at = (q, noise) if rows is None else (q.index_select(0, rows), noise.at(rows))
         k, v, offsets, rows = (k, v, batch.offsets, rows) if past is None else past.join(k, v, rows)
-        settings = dict(scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
         longest = batch.longest if past is None else len(k)
-        a = attention(q, k, v, offsets, rows, longest=longest, **settings)
+        settings = Settings(self.scale, causal=True, p=self.p, noise=at, site=self.site, longest=longest)
+        a = attention(q, k, v, offsets, rows, settings)
         return self.c_proj(a.flatten(1), at)
 
 
