@@ -45,6 +45,7 @@ def text(name: str, kind: str = "cuda/{}.cu") -> str:
 # ---- they compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_70", "sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_compiles(name, arch, tmp_path):
