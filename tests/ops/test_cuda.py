@@ -49,6 +49,7 @@ def text(name: str) -> str:
 # ---- they compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_70", "sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_compiles(name, arch, tmp_path):
