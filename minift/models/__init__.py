@@ -49,9 +49,26 @@ from torch import Tensor, nn
 from ..data.batch import Batch
 from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
+from ..ops.gelu import ACTIVATIONS
 from ..tables import FAMILIES
 
 LAST = "head.out"  # the name of a head's last linear layer
+
+
+def check_config(config, accepted: dict[str, object], act: str, width: str, heads: str, layers: str) -> None:
+    """Raises ValueError for a Config whose family computes nothing like it.
+
+    accepted: the one value that a field may have. act, width, heads, layers: what the family calls these fields.
+    """
+    for name, only in accepted.items():
+        if getattr(config, name) != only:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected {only!r}")
+    activation = getattr(config, act)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{act} is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if getattr(config, layers) < 1 or getattr(config, width) % getattr(config, heads):
+        shape = ", ".join(f"{name} {getattr(config, name)}" for name in (width, heads, layers))
+        raise ValueError(f"{shape}; expected a layer or more, and heads that divide the width")
 
 
 def family_named(model_type: str) -> ModuleType:
