@@ -235,8 +235,9 @@ def fault_of(name: str, kind: type, value: object) -> str:
     if value is None and type(None) in kinds:
         return ""
     if kinds[0] is int:
+        least = 0 if name.endswith("_token_id") else 1
         most = LAYERS if re.search(r"_layers?$", name) else SIZE
-        good, expected = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}"
+        good, expected = type(value) is int and least <= value <= most, f"a whole number from {least} to {most:,}"
     elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
         good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
     elif kinds[0] is float:

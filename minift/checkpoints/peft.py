@@ -130,7 +130,7 @@ def take_saved(model: nn.Module, folder: Path, config, found: dict[str, Tensor])
     for module in set(config.saved) - set(peft_heads(model.task)):
         if not any(is_within(hub, (module,)) for hub in (*heads, embedding)):
             raise InputError(f"{folder / CONFIG}: modules_to_save names {module}; expected some of {', '.join(heads)}")
-    saved = tuple(hub for hub in heads if is_within(hub, config.saved))
+    saved = tuple(module for module in config.saved if any(is_within(hub, (module,)) for hub in heads))
     if model.tied and saved:
         model.untie()  # PEFT trains a copy
     return replace(config, saved=saved, kept=take_embeddings(model, found, config.saved, saved))

@@ -20,6 +20,7 @@ from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import Settings, attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
+from . import check_config
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,8 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a kind of BERT that this file does not compute."""
-        for name, accepted in (
-            ("position_embedding_type", "absolute"),
-            ("is_decoder", False),
-            ("add_cross_attention", False),
-        ):
-            if getattr(self, name) != accepted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {accepted!r}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
-        if self.num_hidden_layers < 1 or self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}, "
-                f"num_hidden_layers {self.num_hidden_layers}; expected a layer or more, and heads that divide the width"
-            )
+        accepted = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+        check_config(self, accepted, "hidden_act", "hidden_size", "num_attention_heads", "num_hidden_layers")
 
     @property
     def longest(self) -> int:

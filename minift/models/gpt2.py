@@ -21,6 +21,7 @@ from ..layers import Embedding, LayerNorm, Linear, recomputed
 from ..ops.attention import Settings, attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
+from . import check_config
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,7 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a kind of GPT-2 that this file does not compute."""
-        if self.add_cross_attention:
-            raise ValueError("add_cross_attention is True; expected False")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if self.n_layer < 1 or self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd}, n_head {self.n_head}, n_layer {self.n_layer}; "
-                "expected a layer or more, and heads that divide the width"
-            )
+        check_config(self, {"add_cross_attention": False}, "activation_function", "n_embd", "n_head", "n_layer")
 
     @property
     def longest(self) -> int:
