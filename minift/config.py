@@ -368,7 +368,7 @@ class MergeConfig(Config):
     out: str = option("", "folder for the merged model (required)")
     into: str = option(
         "dequantized",
-        "of a base in 4 bits: the weights before packing, what those bits say (keeps what was trained), or 4 bits again",
+        "of a base in 4 bits: the weights before packing, what the bits say (keeps what was trained), or 4 bits again",
         choices=("original", "dequantized", "nf4"),
     )
     data: str = option("", "file of examples to compare the logits on; none: random tokens")
