@@ -18,6 +18,7 @@ TASKS = {
 FAMILIES = {
     "bert": "BERT",
     "gpt2": "GPT-2",
+    "roberta": "RoBERTa",
 }
 
 
