@@ -19,6 +19,7 @@ FAMILIES = {
     "bert": "BERT",
     "gpt2": "GPT-2",
     "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
 }
 
 

@@ -13,6 +13,7 @@ import transformers
 from folders import configure, refuse, rewrite, weights_in, write
 from helpers import (
     BERT,
+    VOCABULARY,
     WORDS,
     losses,
     metrics,
@@ -58,6 +59,11 @@ def write_bpe(folder: Path) -> None:
     write(folder / "merges.txt", "#version: 0.2", *map(" ".join, merges))
 
 
+def write_wordpiece(folder: Path) -> None:
+    """vocab.txt, the same."""
+    write(folder / "vocab.txt", *VOCABULARY)
+
+
 class Kind(NamedTuple):
     """What the tests know of a family, in transformers' words."""
 
@@ -86,6 +92,16 @@ KINDS = {
         ["query", "value"],
         ["classifier.dense", "classifier.out_proj"],
         "roberta.encoder.layer.1.output.LayerNorm",
+    ),
+    "distilbert": Kind(
+        "DistilBert",
+        dict(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=37, max_position_embeddings=40),
+        {"relu": dict(activation="relu"), "sinusoidal": dict(sinusoidal_pos_embds=True)},
+        dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0),
+        write_wordpiece,
+        ["q_lin", "v_lin"],
+        ["pre_classifier", "classifier"],
+        "distilbert.transformer.layer.1.output_layer_norm",
     ),
 }
 families = pytest.mark.parametrize("kind", KINDS)
@@ -363,7 +379,7 @@ def test_peft_loads_ours_and_we_load_pefts(kind, tmp_path):
 
 @families
 def test_every_linear_layer_of_the_body(kind, tmp_path):
-    """all-linear: what learns in full is left out."""
+    """all-linear: what learns in full is left out (of which PEFT adapts DistilBERT's pre_classifier, too)."""
     classifier(kind, tmp_path)
     model, _ = minift.load(tmp_path, task="classify")
     adapt(model, "lora", targets="all-linear")
@@ -524,3 +540,29 @@ def test_pairs_are_of_one_type(tmp_path):
     assert len(rows) == 1
     (tokens,) = tokenizer.encode(["a"], ["b"])
     assert tokens.ids == AutoTokenizer.from_pretrained(folder)("a", "b")["input_ids"] and not any(tokens.types)
+
+
+# ---- DistilBERT alone
+
+
+def test_a_config_in_the_words_of_other_models(tmp_path):
+    """hidden_size and its like, as transformers takes them; two that differ are refused."""
+    theirs = classifier("distilbert", tmp_path)
+    others = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    configure(tmp_path, dim=..., n_layers=..., n_heads=..., **others)
+    model, _ = minift.load(tmp_path, task="classify")
+    assert torch.allclose(logits(model, lists([9])), peer_logits(theirs, lists([9])), atol=1e-5)
+    configure(tmp_path, n_layers=3)
+    refuse(tmp_path, "num_hidden_layers is 2, but n_layers, its other name, 3")
+
+
+def test_what_distilbert_does_not_read(tmp_path):
+    """BERT's names for rates, widths and the norms' epsilon mean nothing there, nor here."""
+    theirs = classifier("distilbert", tmp_path)
+    configure(tmp_path, layer_norm_eps=1.0, intermediate_size=5, hidden_act="relu", hidden_dropout_prob=0.9)
+    model, _ = minift.load(tmp_path, task="classify")
+    assert torch.allclose(logits(model, lists([9])), peer_logits(theirs, lists([9])), atol=1e-5)
+    configure(tmp_path, activation="mish")
+    refuse(tmp_path, "activation is 'mish'; expected one of")
+    configure(tmp_path, activation="gelu", n_heads=5)
+    refuse(tmp_path, "dim 32, n_heads 5, n_layers 2; expected a layer or more, and heads that divide the width")
