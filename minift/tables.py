@@ -18,6 +18,8 @@ TASKS = {
 FAMILIES = {
     "bert": "BERT",
     "gpt2": "GPT-2",
+    "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
 }
 
 
