@@ -1,4 +1,4 @@
-"""minift as a fork has it: a copy of the tree with some files more, and a line more in a table."""
+"""minift as a fork has it: a copy of the tree with some files more, and one line more in a table."""
 
 import os
 import shutil
@@ -7,33 +7,35 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+TESTS, ROOT = HERE.parent, HERE.parents[1]
+TABLES = "minift/tables.py"
 
 
-def fork(folder: Path, files: dict[str, str], line: tuple[str, str] | None = None) -> Path:
+def fork(folder: Path, files: dict[str, str], line: tuple[str, str], place: str = TABLES) -> Path:
     """A copy of minift in `folder`, with files of this folder put in places of the tree.
 
-    line: (table of minift/tables.py, the line that it gets).
+    line: (a table, the line that it gets); place: the file that the table stands in.
     """
     for part in ("minift", "kernels"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, place in files.items():
-        assert not (folder / place).exists(), f"{place} is there already"
-        shutil.copy(HERE / name, folder / place)
-    if line:
-        table, entry = line
-        path = folder / "minift/tables.py"
-        before = path.read_text()
-        after = before.replace(f"{table} = {{\n", f"{table} = {{\n    {entry},\n")
-        assert after.count("\n") == before.count("\n") + 1
-        path.write_text(after)
+    for name, new in files.items():
+        assert not (folder / new).exists(), f"{new} is there already"
+        shutil.copy(HERE / name, folder / new)
+    table, entry = line
+    before = (folder / place).read_text()
+    after = before.replace(f"\n{table} = {{\n", f"\n{table} = {{\n    {entry},\n")
+    assert after.count("\n") == before.count("\n") + 1, f"{place}: no table {table}"
+    (folder / place).write_text(after)
     return folder
 
 
-def in_fork(folder: Path, *words, code: int = 0) -> subprocess.CompletedProcess:
-    """What `python WORDS` does where the fork's minift is the one that is imported; it must end with this code."""
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    line = [sys.executable, *map(str, words)]
+def in_fork(folder: Path, code: str, *words) -> str:
+    """What a process prints that runs this code, where the fork's minift is imported; it must end well.
+
+    `from helpers import ...` works there as in a test. One process for several commands: each imports torch first.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, TESTS)))}
+    line = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == code, done.stderr
-    return done
+    assert done.returncode == 0, done.stderr
+    return done.stdout
