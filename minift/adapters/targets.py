@@ -112,8 +112,14 @@ def default_saved(model: nn.Module) -> tuple[str, ...]:
     """Modules of the head to train in full, if it learns: its last layer, and what had no weights in the checkpoint."""
     if model.head is None or not model.head.learns:
         return ()
-    last = model.hub_name(LAST)
-    return (last, *(name for name in model.fresh if name != last))
+    last = last_module(model)
+    return (last, *(name for name in model.fresh if not is_within(name, (last,))))
+
+
+def last_module(model: nn.Module) -> str:
+    """What the hub calls the part of the head that PEFT trains as one: the last layer or, where that is inside a
+    module (classifier.out_proj), all of it."""
+    return model.hub_name(LAST).partition(".")[0]
 
 
 def train_saved(model: nn.Module, saved: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters import method_file, peft_types, saved_as
 from ..adapters.files import PREFIX, tensor_name
-from ..adapters.targets import is_within, wrappers
+from ..adapters.targets import is_within, last_module, wrappers
 from ..config import parse_json
 from ..errors import InputError
 from ..tasks import task_named, task_of_peft
@@ -126,7 +126,11 @@ def take_saved(model: nn.Module, folder: Path, config, found: dict[str, Tensor])
     for module in set(config.saved) - set(peft_heads(model.task)):
         if not any(is_within(hub, (module,)) for hub in (*heads, embedding)):
             raise InputError(f"{folder / CONFIG}: modules_to_save names {module}; expected some of {', '.join(heads)}")
-    saved = tuple(hub for hub in heads if is_within(hub, config.saved))
+    saved = [hub for hub in heads if is_within(hub, config.saved)]
+    last = last_module(model)
+    if is_within(last, config.saved):
+        saved = [last if is_within(hub, (last,)) else hub for hub in saved]
+    saved = tuple(dict.fromkeys(saved))
     if model.tied and saved:
         model.untie()  # PEFT trains a copy
     return replace(config, saved=saved, kept=take_embeddings(model, found, config.saved, saved))
