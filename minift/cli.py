@@ -142,7 +142,7 @@ def inspect(config: InspectConfig) -> None:
 
     model, _ = loading.load(config.model, task_of(config.model), base_model=config.base_model)
     tensors = {name: t for name, t in model.named_parameters()} | dict(model.named_buffers())
-    rows = [describe(name, tensor) for name, tensor in tensors.items()]
+    rows = [row_of(name, tensor) for name, tensor in tensors.items()]
     print_columns(("tensor", "shape", "dtype", "bytes", "trainable"), rows, "<<<><")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{model.size():,} parameters, {trainable:,} trainable, {sum(t.nbytes for t in tensors.values()):,} bytes")
@@ -191,7 +191,7 @@ def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str
         print("  ".join(f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)).rstrip())
 
 
-def describe(name: str, p) -> tuple[str, ...]:
+def row_of(name: str, p) -> tuple[str, ...]:
     """The cells of a parameter's row."""
     return name, "x".join(map(str, p.shape)), str(p.dtype)[6:], f"{p.nbytes:,}", "yes" if p.requires_grad else "no"
 

@@ -85,7 +85,7 @@ def prepare_run(
     sequences = task.encode(examples, model, tokenizer, max_length)
     held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
     if engine.world.first:
-        describe(model, config, sequences, held_out, config.tokens or default_tokens(model, engine.device))
+        announce(model, config, sequences, held_out, config.tokens or default_tokens(model, engine.device))
         begin_folder(config, model)
     engine.world.wait()
     if model.adapter and changes_base(model.adapter.variant):
@@ -94,7 +94,7 @@ def prepare_run(
     return make_job(model, config, engine), sequences, held_out
 
 
-def describe(model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], at_once: int) -> None:
+def announce(model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], at_once: int) -> None:
     """Says what is about to happen."""
     max_length = check_length(model, config.max_length)
     tokens = [len(s) for s in sequences]
@@ -200,7 +200,7 @@ def resume_run(job: Job, fresh: dict, total: int) -> dict:
         if "base" in state:  # not in a checkpoint of an older minift
             resume.check_base(folder, fresh["base"], state["base"])
 
-    state = resume.load(folder, job.model, job.optimizer, check)
+    state = resume.restore_checkpoint(folder, job.model, job.optimizer, check)
     scaler = state.pop("scaler")
     if job.scaler.is_enabled():
         load_scaler(job, folder, scaler)
@@ -234,7 +234,7 @@ def save_checkpoint(job: Job, state: dict) -> None:
     """Writes the checkpoint of this step. Raises FloatingPointError rather than saving what is not finite."""
     check_finite(job, state["step"])
     saved = state | {"scaler": job.scaler.state_dict()}
-    resume.save(Path(job.config.out), job.model, job.optimizer, saved, job.config.keep, job.world.first)
+    resume.write_checkpoint(Path(job.config.out), job.model, job.optimizer, saved, job.config.keep, job.world.first)
 
 
 def check_finite(job: Job, step: int) -> None:

@@ -16,7 +16,7 @@ from .engine import memory
 from .engine.distributed import ALONE, World, join
 from .engine.graph import Graphs
 from .engine.optim import make_optimizer
-from .engine.optimizers import Optimizer, choose_settings, find
+from .engine.optimizers import Optimizer, choose_settings, rule_named
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
@@ -136,7 +136,7 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
     engine.world.shard(model, model.family.SHARDED)
     config = replace(
         config,
-        lr=config.lr or default_lr(model) * find(config.optimizer).LR,
+        lr=config.lr or default_lr(model) * rule_named(config.optimizer).LR,
         tokens=config.tokens or default_tokens(model, engine.device),
     )
     settings = optimizer_settings(config)
@@ -171,7 +171,7 @@ def choose_engine(config: TrainConfig) -> Engine:
     except ValueError as e:  # --kernels native, and there is no way
         raise InputError(str(e)) from e
     say(f"kernels: {kernels}")
-    if config.graph and not find(config.optimizer).RECORDABLE:
+    if config.graph and not rule_named(config.optimizer).RECORDABLE:
         raise InputError(f"--graph is True with --optimizer {config.optimizer}, whose updates cannot be recorded")
     if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
         found = f"{str(dtype)[6:]} on {device.type} with {processes}"

@@ -35,7 +35,7 @@ def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
 
 def make(name: str, params: list, **more) -> Optimizer:
     """An optimizer over two groups as make_optimizer makes them: matrices apart where it wants them so."""
-    rule = optimizers.find(name)
+    rule = optimizers.rule_named(name)
     matrices = [p for p in params if rule.MATRICES and p.ndim == 2]
     rest = [p for p in params if not (rule.MATRICES and p.ndim == 2)]
     groups = [{"params": matrices, "weight_decay": 0.1, "matrices": True}, {"params": rest, "weight_decay": 0.1}]
@@ -64,7 +64,7 @@ def same(first: list, second: list) -> bool:
 
 @each
 def test_the_file_declares_what_the_contract_says(name):
-    rule = optimizers.find(name)
+    rule = optimizers.rule_named(name)
     assert rule.DEFAULTS.keys() <= {"beta1", "beta2", "eps"} and rule.LR > 0
     assert type(rule.MATRICES) is bool and type(rule.RECORDABLE) is bool
     assert rule.LR == 1 or f"{rule.LR:g} times" in tables.OPTIMIZERS[name], "the line in the table says LR"
@@ -142,7 +142,7 @@ def test_a_learning_rate_in_a_tensor_is_the_same(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no device")
 @each
 def test_a_recorded_update_is_the_plain_one(name):
-    if not optimizers.find(name).RECORDABLE:
+    if not optimizers.rule_named(name).RECORDABLE:
         pytest.skip("says that it cannot be recorded")
     plain = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
     replayed = [torch.nn.Parameter(p.detach().cuda()) for p in parameters()]
@@ -202,7 +202,7 @@ def folder(tmp_path_factory):
 
 def command(folder, name: str, out: str, *more: str) -> list[str]:
     """12 steps of 16 examples, a checkpoint after every third, at 40 times the default learning rate."""
-    lr = 40 * 5e-5 * optimizers.find(name).LR
+    lr = 40 * 5e-5 * optimizers.rule_named(name).LR
     return ["train", "--model", str(folder / "model"), "--data", str(folder / "train.tsv"), "--out", str(folder / out),
             "--optimizer", name, "--lr", str(lr), "--steps", "12", "--batch", "16", "--save-every", "3",
             "--weight-decay", "0.01", "--kernels", "reference", *more]  # fmt: skip
@@ -226,7 +226,7 @@ def test_a_run_learns(folder, tmp_path, name):
     """120 steps of 64 examples, without dropout: SGD leaves the plateau of so small a model late, Lion too."""
     data = str(reviews(tmp_path / "train.tsv", 256))
     model, tokenizer = minift.load(folder / "model", task="classify", labels=["blame", "praise"], dropout=0.0)
-    lr = 40 * 5e-5 * optimizers.find(name).LR
+    lr = 40 * 5e-5 * optimizers.rule_named(name).LR
     config = minift.TrainConfig(
         data=data, valid="0.2", out=str(tmp_path / "run"), epochs=30, batch=64, lr=lr, optimizer=name
     )
@@ -293,9 +293,9 @@ def test_the_default_learning_rate_and_settings(folder, name):
     at = arguments.index("--lr")
     assert main([*arguments[:at], *arguments[at + 2 :]]) == 0
     line = json.loads((folder / f"{name}-default/metrics.jsonl").read_text())
-    assert line["train/learning_rate"] == pytest.approx(5e-5 * optimizers.find(name).LR)
+    assert line["train/learning_rate"] == pytest.approx(5e-5 * optimizers.rule_named(name).LR)
     given = {"beta1": -1, "beta2": -1, "eps": -1}
-    assert optimizers.choose_settings(name, given) == optimizers.find(name).DEFAULTS
+    assert optimizers.choose_settings(name, given) == optimizers.rule_named(name).DEFAULTS
 
 
 # ---- what is refused
@@ -304,7 +304,7 @@ def test_the_default_learning_rate_and_settings(folder, name):
 @each
 def test_a_setting_is_used_or_refused(folder, name, capsys):
     """Each that the optimizer has changes the run (0 is a value too), and no other is taken."""
-    defaults = optimizers.find(name).DEFAULTS
+    defaults = optimizers.rule_named(name).DEFAULTS
     for setting, value in {"beta1": "0", "beta2": "0.7", "eps": "0.01"}.items():
         out = f"{name}-{setting}"
         code = main(command(folder, name, out, f"--{setting}", value, "--steps", "4"))
@@ -337,7 +337,7 @@ def test_options_that_are_refused(folder, option, value, words, capsys):
 
 
 def test_one_that_cannot_be_recorded_is_refused_with_graphs(folder, monkeypatch, capsys):
-    monkeypatch.setattr(optimizers.find("adamw"), "RECORDABLE", False)
+    monkeypatch.setattr(optimizers.rule_named("adamw"), "RECORDABLE", False)
     assert main(command(folder, "adamw", "refused", "--graph", "--precision", "bf16")) == 1
     assert "--graph is True with --optimizer adamw, whose updates cannot be recorded" in capsys.readouterr().err
     assert not (folder / "refused").exists()
@@ -427,7 +427,7 @@ def test_another_optimizers_checkpoint_is_refused(folder, half, name, capsys):
 
 def test_hidden_matrices_are_in_groups_of_their_own(tmp_path, monkeypatch):
     """For an optimizer that asks for it: neither embeddings, nor the head, nor what has one dimension."""
-    monkeypatch.setattr(optimizers.find("adamw"), "MATRICES", True)
+    monkeypatch.setattr(optimizers.rule_named("adamw"), "MATRICES", True)
     model, _ = minift.load(small_bert(tmp_path), task="classify")
     minift.add_lora(model)
     model.requires_grad_(True)

@@ -208,7 +208,7 @@ def test_every_choice_has_its_file_or_function():
     there = {path.stem for path in (PACKAGE / "engine/optimizers").glob("*.py")} - {"__init__"}
     assert there == {name.replace("-", "_") for name in tables.OPTIMIZERS}
     for name in tables.OPTIMIZERS:
-        assert optimizers.find(name).__doc__, name
+        assert optimizers.rule_named(name).__doc__, name
     for name in tables.SCHEDULES:
         assert callable(getattr(schedules, name.replace("-", "_"))), name
 

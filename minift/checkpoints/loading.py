@@ -88,7 +88,7 @@ def load(
         # transformers packs it too; here a head's numbers are looked at, and learn
         model.set_last(unpacked(model.last))
     if adapter:
-        peft_format.load(model, given, adapter, extra)
+        peft_format.put_adapter(model, given, adapter, extra)
         if model.report.fresh and not fresh_head:
             raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
     if classes.own is not None:

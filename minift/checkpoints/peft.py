@@ -54,7 +54,7 @@ def peft_heads(task: str | None) -> tuple[str, ...]:
     return task_named(task).PEFT_HEADS if task else ()
 
 
-def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> None:
+def put_adapter(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> None:
     """Puts an adapter around a loaded model's layers. Raises InputError that names the tensor at fault.
 
     config, found: what read_config and the file of tensors in `folder` say.

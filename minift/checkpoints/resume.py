@@ -36,7 +36,7 @@ LATER = {"valid": str, "base": dict, "options": dict}  # of a state; not in one 
 BASE = {"config": dict, "labels": list, "frozen": str}  # what fingerprint_base finds
 
 
-def save(out: Path, model: nn.Module, optimizer: Optimizer, state: dict, keep: int, write: bool) -> None:
+def write_checkpoint(out: Path, model: nn.Module, optimizer: Optimizer, state: dict, keep: int, write: bool) -> None:
     """Writes the checkpoint of step state["step"] and removes all but the newest `keep`. Raises OSError (disk full).
 
     write: whether this process does; of a sharded model, all have to give their parts.
@@ -64,7 +64,7 @@ def save(out: Path, model: nn.Module, optimizer: Optimizer, state: dict, keep: i
         files.remove_files(out / "checkpoints" / f"step-{old}", FILES)
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, check: Callable[[dict], None]) -> dict:
+def restore_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, check: Callable[[dict], None]) -> dict:
     """Puts a checkpoint into model and optimizer; returns its state.
 
     check: raises InputError where the state is not of this run; called before model and optimizer are touched.
@@ -72,7 +72,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, check: Callable[[
     checkpoint before it that is whole.
     """
     with offering_earlier(folder):
-        weights, moments, state = read(folder)
+        weights, moments, state = read_checkpoint(folder)
     check(state)
     names = dict(trained(model))
     with offering_earlier(folder):
@@ -87,7 +87,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, check: Callable[[
     return state
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """The weights, the moments and the state in a checkpoint's files. Raises InputError where they are not whole."""
     if fault := files.fault(folder):
         raise InputError(f"{folder}: not a whole checkpoint: {fault}")
@@ -103,7 +103,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint can be read."""
     try:
-        read(folder)
+        read_checkpoint(folder)
     except InputError:
         return False
     return True

@@ -30,7 +30,7 @@ def keep_memory() -> None:
 @cache
 def use_malloc() -> None:
     """Makes torch take its memory on the CPU from malloc, whose holes are found again (kernels/cpu/memory.cpp)."""
-    library = native.load("memory", instead="is left as torch has it")
+    library = native.load_kernel("memory", instead="is left as torch has it")
     if library is not None:
         library.use_malloc()
 

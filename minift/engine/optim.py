@@ -20,7 +20,7 @@ def make_optimizer(
     lora_plus: a group's learning rate is its "ratio" times the step's: this for an adapter's B (LoRA+, Hayou et al.,
     https://arxiv.org/abs/2402.12354), else 1. settings: beta1, beta2, eps where they are not the optimizer's own.
     """
-    rule = optimizers.find(name)
+    rule = optimizers.rule_named(name)
     embeddings = {id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()}
     groups: dict[tuple[float, float, bool], list] = {}
     for key, p in model.named_parameters():

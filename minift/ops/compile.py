@@ -68,7 +68,7 @@ def by_name(function: Callable, wanted: Arguments) -> Callable:
 
 def build(name: str) -> Library:
     """The kernel from the cache, or compiled and put there. Raises Unavailable, or OSError where there is no source."""
-    texts = sources.read(source(name))
+    texts = sources.read_sources(source(name))
     flags = [*FLAGS.split(), "-I", str(sources.folder()), *torch_flags(texts)]
     stem = f"{name}-{key(texts)}"
     for path, _ in kept(stem, ".so"):

@@ -31,7 +31,7 @@ DRIVER = "libcuda.so.1"
 NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """What runs on this device, in words. Raises Unavailable where no kernel can be made."""
     version, arch = nvrtc()[1], architecture(device)
     driver()
@@ -48,22 +48,22 @@ class Library:
 
     def __init__(self, name: str, device: torch.device):
         """Raises Unavailable, or OSError where there are no sources."""
-        texts = sources.read(source(name))
+        texts = sources.read_sources(source(name))
         content = cubin(name, texts, architecture(device))
         self.index = device.index
         self.context, module, number = c_void_p(), c_void_p(), ctypes.c_int()
         with torch.cuda.device(device):
-            check(driver().cuDeviceGet(byref(number), device.index))
-            check(driver().cuDevicePrimaryCtxRetain(byref(self.context), number))  # the one that torch uses
-            check(driver().cuCtxSetCurrent(self.context))
-            check(driver().cuModuleLoadData(byref(module), content))
+            check_call(driver().cuDeviceGet(byref(number), device.index))
+            check_call(driver().cuDevicePrimaryCtxRetain(byref(self.context), number))  # the one that torch uses
+            check_call(driver().cuCtxSetCurrent(self.context))
+            check_call(driver().cuModuleLoadData(byref(module), content))
 
         work = workloads(texts[f"{name}.cu"])
         offered = sources.functions(texts)
         found = {}
         for function in offered:
             address = c_void_p()
-            check(driver().cuModuleGetFunction(byref(address), module, function.encode()))
+            check_call(driver().cuModuleGetFunction(byref(address), module, function.encode()))
             found[function] = address, *work[function]
         for function, wanted in offered.items():
             if not function.endswith("_2"):
@@ -87,9 +87,9 @@ class Library:
         given = function, grid, 1, 1, THREADS, 1, 1, 0, stream, addresses, None
         code = driver().cuLaunchKernel(*given)
         if code == NO_CONTEXT:  # a thread of autograd's, in which nothing has called CUDA yet
-            check(driver().cuCtxSetCurrent(self.context))
+            check_call(driver().cuCtxSetCurrent(self.context))
             code = driver().cuLaunchKernel(*given)
-        check(code, RuntimeError)
+        check_call(code, RuntimeError)
 
 
 def workloads(source: str) -> dict[str, tuple[str, str]]:
@@ -206,7 +206,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{found[0]}{found[1]}"
 
 
-def check(code: int, error: type[Exception] = Unavailable) -> None:
+def check_call(code: int, error: type[Exception] = Unavailable) -> None:
     """Raises `error` with the driver's words unless the code is 0."""
     if code:
         words = ctypes.c_char_p()

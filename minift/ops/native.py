@@ -42,7 +42,7 @@ def use(wanted: str, device: torch.device = CPU) -> str:
         return "PyTorch reference (asked for)"
     try:
         if device.type == "cuda":
-            what = cuda.describe(device)
+            what = cuda.describe_device(device)
         else:
             what = f"native on the CPU, compiled at first use ({compile.compiler()[1]})"
     except Unavailable as e:
@@ -64,7 +64,7 @@ def make_all(device: torch.device) -> None:
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     pattern = "cuda/*.cu" if device.type == "cuda" else "cpu/*.cpp"
     for path in sorted(sources.folder().glob(pattern), reverse=True):  # so attention is the last that is waited for
-        load(path.stem, device)
+        load_kernel(path.stem, device)
 
 
 def kernel(name: str, *tensors: Tensor | None) -> Library | None:
@@ -87,7 +87,7 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
     if device is None:
         return None
     key = name, device
-    return loaded[key] if key in loaded else load(name, device)
+    return loaded[key] if key in loaded else load_kernel(name, device)
 
 
 def common_device(tensors: tuple[Tensor | None, ...]) -> torch.device | None:
@@ -98,7 +98,9 @@ def common_device(tensors: tuple[Tensor | None, ...]) -> torch.device | None:
     return None
 
 
-def load(name: str, device: torch.device = CPU, instead: str = "runs on its PyTorch reference") -> Library | None:
+def load_kernel(
+    name: str, device: torch.device = CPU, instead: str = "runs on its PyTorch reference"
+) -> Library | None:
     """Makes the kernel, or finds it in the cache; None where there is none for this device, or where that fails.
 
     A failure is told once, with what happens instead. Raises ValueError for it in mode `native`.

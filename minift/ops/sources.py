@@ -41,7 +41,7 @@ def folder() -> Path:
     return installed if installed.is_dir() else package.parent / "kernels"
 
 
-def read(path: Path) -> dict[str, str]:
+def read_sources(path: Path) -> dict[str, str]:
     """The texts of a source and of all headers of ours that it includes, by name; the source is the first.
 
     Headers lie beside the source or in the folder above. Raises OSError where there is no such source.
@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, str]:
     for name in re.findall(r'^#include "(.+)"', texts[path.name], re.MULTILINE):
         header = next((p for p in (path.parent / name, path.parents[1] / name) if p.exists()), None)
         if header is not None and name not in texts:
-            texts |= read(header)
+            texts |= read_sources(header)
     return texts
 
 

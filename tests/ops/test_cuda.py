@@ -39,7 +39,7 @@ needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA
 
 def texts(name: str) -> dict[str, str]:
     """kernels/cuda/NAME.cu with its headers."""
-    return sources.read(cuda.source(name))
+    return sources.read_sources(cuda.source(name))
 
 
 def text(name: str) -> str:
@@ -85,7 +85,7 @@ def test_no_header_but_ours_is_needed():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interface_is_the_cpus(name):
     """The same functions, with the same structs, which stand in headers that both include."""
-    here, there = sources.functions(texts(name)), sources.functions(sources.read(compile.source(name)))
+    here, there = sources.functions(texts(name)), sources.functions(sources.read_sources(compile.source(name)))
     assert here and len(here) == text(name).count("__global__") and cuda.workloads(text(name)).keys() == here.keys()
     assert {f.removesuffix("_2") for f in here} == there.keys()
     for function, wanted in here.items():
@@ -149,7 +149,7 @@ def on_paper(monkeypatch) -> None:
 
 
 def test_a_launch(pretended):
-    lib = native.load("gelu", DEVICE)
+    lib = native.load_kernel("gelu", DEVICE)
     layout = sources.functions(texts("gelu"))["gelu_forward"].layout
     seen, launch = [], pretended.cuLaunchKernel
 
@@ -170,7 +170,7 @@ def test_a_launch(pretended):
 
 
 def test_a_second_half_is_launched_after_the_first(pretended):
-    lib = native.load("norm", DEVICE)
+    lib = native.load_kernel("norm", DEVICE)
     assert hasattr(lib, "norm_backward") and not hasattr(lib, "norm_backward_2")
     fields = sources.functions(texts("norm"))["norm_backward"].fields
     lib.norm_backward(**dict.fromkeys(fields, 0) | dict(drop=(0, 0, 0, 0), block=16, N=32, C=24))
@@ -278,7 +278,7 @@ def emulated(emulator, monkeypatch) -> ctypes.CDLL:
         fits = all(t is None or t.dtype is tensors[0].dtype and t.dtype in native.CODES for t in tensors)
         if not fits or native.mode != "native":
             return None
-        return native.loaded[name, DEVICE] if (name, DEVICE) in native.loaded else native.load(name, DEVICE)
+        return native.loaded[name, DEVICE] if (name, DEVICE) in native.loaded else native.load_kernel(name, DEVICE)
 
     monkeypatch.setattr(native, "kernel", kernel)
     cuda.driver.cache_clear()

@@ -119,7 +119,7 @@ def test_whatever_it_is_made_from_is_in_the_key(what, monkeypatch):
 
 
 def key_of_add() -> str:
-    return compile.key(sources.read(compile.source("add")))
+    return compile.key(sources.read_sources(compile.source("add")))
 
 
 def test_the_cpu_is_told_from_others():
@@ -281,7 +281,7 @@ def test_arguments_are_those_of_the_source():
     (add,) = sources.functions({"add.cpp": ADD}).values()
     assert add.fields == {"x": "P", "y": "P", "by": "d", "n": "q"}
     for source in (ROOT / "kernels/cpu").glob("*.cpp"):
-        found = sources.functions(sources.read(source))
+        found = sources.functions(sources.read_sources(source))
         assert len(found) == source.read_text().count('extern "C" void') > 0, source.name
 
 
@@ -290,7 +290,7 @@ def test_arguments_are_those_of_the_source():
 def test_structs_lie_as_the_compiler_lays_them_out(name, tmp_path):
     source = ROOT / f"kernels/cpu/{name}.cpp"
     checks = [f'#include <cstddef>\n#include "{source}"']
-    for wanted in sources.functions(sources.read(source)).values():
+    for wanted in sources.functions(sources.read_sources(source)).values():
         checks += [f"static_assert(sizeof({wanted.name}) == {wanted.layout.size});"]
         before = ""
         for field, code in wanted.fields.items():
@@ -340,7 +340,7 @@ def test_every_kernel_compiles_for_other_cpus_and_without_a_warning(command, arc
     commands = compile.compiler()[0] if command == "the one found" else [command]
     flags = compile.FLAGS.replace("-O3", "-O0").replace("native", arch).replace("-shared", "-S -Wall -Wextra -Werror")
     for source in (ROOT / "kernels/cpu").glob("*.cpp"):
-        headers = [f for f in compile.torch_flags(sources.read(source)) if f.startswith("-isystem")]
+        headers = [f for f in compile.torch_flags(sources.read_sources(source)) if f.startswith("-isystem")]
         command = [*commands, *flags.split(), *headers, f"-I{ROOT}/kernels", "-o", os.devnull, source]
         done = subprocess.run(command, capture_output=True, text=True)
         assert not done.returncode and not done.stderr, done.stderr
@@ -495,7 +495,7 @@ def script(path: Path, text: str) -> str:
 def test_a_compiler_that_is_no_command(given, monkeypatch, capsys):
     monkeypatch.setenv("CXX", given)
     assert "which is no command (No closing quotation)" in native.use("auto")
-    assert native.load("add") is None and "which is no command" in capsys.readouterr().err
+    assert native.load_kernel("add") is None and "which is no command" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--kernels is 'native'"):
         native.use("native")
 
@@ -507,9 +507,9 @@ def test_a_compiler_that_never_ends(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile, "SECONDS", 6)
     monkeypatch.setenv("CXX", script(tmp_path / "slow", '[ "$1" = --version ] && echo slow && exit; exec sleep 100'))
     began = time.monotonic()
-    assert native.load("add") is None and "did not end within 6 seconds" in capsys.readouterr().err
+    assert native.load_kernel("add") is None and "did not end within 6 seconds" in capsys.readouterr().err
     native.loaded.clear()
-    assert native.load("add") is None
+    assert native.load_kernel("add") is None
     assert time.monotonic() - began < 9
 
 
@@ -520,7 +520,7 @@ def test_a_compiler_that_prints_garbage(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CXX", script(tmp_path / "loud", rf'[ "$1" = --version ] && printf "v\0331\n" && exit; {lines}'))
     before = peak_memory()
     assert "v\\x1b1" in native.use("auto")
-    assert native.load("add") is None
+    assert native.load_kernel("add") is None
     said = capsys.readouterr().err
     assert r"error: \x1b[31mred\x07" in said and "\x1b" not in said and len(said) < 1000
     assert peak_memory() - before < 20e6
@@ -531,15 +531,15 @@ def test_a_library_that_lacks_its_functions(monkeypatch, tmp_path, capsys):
     (tmp_path / "empty.cpp").write_text("")
     command = '[ "$1" = --version ] && exec c++ --version; c++ -shared -o "$(echo "$@" | sed "s/.*-o //; s/ .*//")" '
     monkeypatch.setenv("CXX", script(tmp_path / "wrong", command + str(tmp_path / "empty.cpp")))
-    assert native.load("add") is None
+    assert native.load_kernel("add") is None
     assert "does not load" in capsys.readouterr().err
 
 
 def test_a_pipe_in_the_cache_is_passed_over():
     """To read it would wait for ever."""
-    assert adds(native.load("add"))
+    assert adds(native.load_kernel("add"))
     (path,) = cached()
     path.unlink()
     os.mkfifo(path, 0o700)
     native.loaded.clear()
-    assert adds(native.load("add"))
+    assert adds(native.load_kernel("add"))

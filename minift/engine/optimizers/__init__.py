@@ -104,14 +104,14 @@ class Optimizer:
                 p.grad = None
 
 
-def find(name: str) -> ModuleType:
+def rule_named(name: str) -> ModuleType:
     """The file of an optimizer by its name in tables.OPTIMIZERS."""
     return import_module("." + name.replace("-", "_"), __name__)
 
 
 def choose_settings(name: str, given: dict[str, float]) -> dict[str, float]:
     """All settings of an optimizer: those given, and its own where -1 is given. Raises InputError for one it lacks."""
-    defaults = find(name).DEFAULTS
+    defaults = rule_named(name).DEFAULTS
     settings = {setting: value for setting, value in given.items() if value != -1}
     for setting, value in settings.items():
         if setting not in defaults:
