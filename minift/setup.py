@@ -20,7 +20,7 @@ from .engine.optimizers import Optimizer, choose_settings, find
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
-from .layers.nf4 import NF4Linear, quantize
+from .layers.nf4 import has_packed_layers, quantize
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
@@ -204,7 +204,6 @@ def default_tokens(model: Model, device: torch.device) -> int:
     (benchmarks/LOG.md, 2026-11-25). Elsewhere a micro-batch costs more: a launch of each kernel, an addition to each
     gradient, each weight out of NF4.
     """
-    packed = any(isinstance(m, NF4Linear) for m in model.modules())
-    if not model.adapter or device.type != "cpu" or packed:
+    if not model.adapter or device.type != "cpu" or has_packed_layers(model):
         return 0
     return max(512, 512 * BASE // model.size())

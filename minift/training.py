@@ -92,8 +92,9 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
 
             # everything that differs from step to step is a function of its number: nothing else has to be saved
             epoch, i = divmod(step, per_epoch)
-            shuffled = order(len(sequences), config.seed, epoch).tolist()
-            chosen = [sequences[j] for j in shuffled[i * config.batch : (i + 1) * config.batch]]
+            shuffled = order(len(sequences), config.seed, epoch)
+            numbers = shuffled[i * config.batch : (i + 1) * config.batch].tolist()
+            chosen = [sequences[j] for j in numbers]
             lr = config.lr * schedule(config.schedule, step, total, warmup)
             values, stop = train_step(job, chosen, step, lr)
             state["step"] = step + 1

@@ -70,11 +70,14 @@ void expand_all(const Dequantize& a) {
 template <class T>
 void pack_all(const Quantize& a) {
     auto w = static_cast<const T*>(a.w);
+    const float* middles = a.middles;
+    uint8_t* codes = a.codes;
+    float* absmax = a.absmax;
     const int64_t n = a.n;
     parallel((n + BLOCK - 1) / BLOCK, GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             const int64_t at = i * BLOCK, size = n - at < BLOCK ? n - at : BLOCK;
-            a.absmax[i] = pack(w + at, a.middles, a.codes + at / 2, size);
+            absmax[i] = pack(w + at, middles, codes + at / 2, size);
         }
     });
 }

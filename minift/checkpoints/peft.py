@@ -20,6 +20,7 @@ from ..adapters.files import PREFIX, tensor_name
 from ..adapters.targets import is_within, wrappers
 from ..config import parse_json
 from ..errors import InputError
+from ..layers.nf4 import has_packed_layers
 from ..tasks import task_named, task_of_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -184,7 +185,9 @@ def settings(model: nn.Module) -> dict:
     """adapter_config.json: every field that PEFT needs to compute the same."""
     config = model.adapter
     file = method_file(saved_as(config.variant))
-    packed = any(not layer.frozen.weight.is_floating_point() for layer in wrappers(model).values())
+    transposed = bool(model.family.TRANSPOSED) and not has_packed_layers(
+        model
+    )  # PEFT's word for Conv1D; changes nothing
     common = {
         "peft_type": file.PEFT_TYPE,
         "task_type": task_named(model.task).PEFT_TYPE if model.task else "FEATURE_EXTRACTION",
@@ -192,7 +195,7 @@ def settings(model: nn.Module) -> dict:
         "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
         "exclude_modules": (config.exclude if isinstance(config.exclude, str) else list(config.exclude)) or None,
         "modules_to_save": list(config.saved) or None,
-        "fan_in_fan_out": bool(model.family.TRANSPOSED) and not packed,  # as PEFT says of Conv1D; it changes nothing
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
     return common | file.settings(model)

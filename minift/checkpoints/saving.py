@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..engine.distributed import whole
 from ..files import check_folder, write_folder
 from ..layers import Linear
-from ..layers.nf4 import NF4Linear, quantization_config
+from ..layers.nf4 import has_packed_layers, quantization_config
 from ..models import Model
 from ..tasks import task_named
 from . import peft as peft_format
@@ -99,10 +99,9 @@ def settings_of(model: Model) -> dict:
     if model.task:
         settings |= task_named(model.task).settings(model)
     own = {"max_length": model.max_length} if model.max_length else {}
-    packed = any(isinstance(m, NF4Linear) for m in model.modules())
-    if packed and model.adapter:  # the base is packed as it is loaded
+    if has_packed_layers(model) and model.adapter:  # the base is packed as it is loaded
         own["base"] = "nf4"
-    elif packed:
+    elif has_packed_layers(model):
         layers = model.head.named_modules(prefix="head") if model.head else ()
         skipped = [model.hub_name(name) for name, m in layers if isinstance(m, Linear)]
         settings["quantization_config"] = quantization_config(skipped)

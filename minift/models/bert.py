@@ -90,20 +90,30 @@ class Attention(nn.Module):
     def __init__(self, config: Config, site: int):
         super().__init__()
         width = config.hidden_size
-        self.query, self.key, self.value = Linear(width, width), Linear(width, width), Linear(width, width)
-        self.out, self.norm = Linear(width, width), LayerNorm(width, config.layer_norm_eps)
-        self.heads, self.site = config.num_attention_heads, site
-        self.p_probs, self.p = config.attention_probs_dropout_prob, config.hidden_dropout_prob
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
+        self.norm = LayerNorm(width, config.layer_norm_eps)
+        self.heads = config.num_attention_heads
+        self.p_probs = config.attention_probs_dropout_prob
+        self.p = config.hidden_dropout_prob
+        self.site = site
 
     def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None) -> Tensor:
         """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None."""
-        asked, at = (x, noise) if rows is None else (x.index_select(0, rows), noise.at(rows))
-        q, k, v = self.query(asked, at), self.key(x, noise), self.value(x, noise)  # (M, C), (N, C), (N, C)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # (.., H, D)
+        asked, at = x, noise
+        if rows is not None:  # only these ask; all of them answer
+            asked, at = x.index_select(0, rows), noise.at(rows)
+        split = (self.heads, -1)
+        q = self.query(asked, at).unflatten(-1, split)  # (M, H, D)
+        k = self.key(x, noise).unflatten(-1, split)  # (N, H, D)
+        v = self.value(x, noise).unflatten(-1, split)  # (N, H, D)
         scale = q.shape[-1] ** -0.5
         settings = Settings(scale, p=self.p_probs, noise=at, site=self.site, longest=batch.longest)
-        a = attention(q, k, v, batch.offsets, rows, settings)
-        return self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)[1]
+        a = attention(q, k, v, batch.offsets, rows, settings)  # (M, H, D)
+        _, y = self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)
+        return y
 
 
 class MLP(nn.Module):
@@ -111,16 +121,18 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, site: int):
         super().__init__()
-        self.up, self.down = (
-            Linear(config.hidden_size, config.intermediate_size),
-            Linear(config.intermediate_size, config.hidden_size),
-        )
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.act, self.p, self.site = ACTIVATIONS[config.hidden_act], config.hidden_dropout_prob, site
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.p = config.hidden_dropout_prob
+        self.site = site
 
     def forward(self, x: Tensor, noise: Noise) -> Tensor:
         """x (M, C) -> (M, C)."""
-        return self.norm.add(self.down(self.act(self.up(x, noise)), noise), x, self.p, noise, self.site)[1]
+        h = self.down(self.act(self.up(x, noise)), noise)
+        _, y = self.norm.add(h, x, self.p, noise, self.site)
+        return y
 
 
 class Layer(nn.Module):
@@ -128,7 +140,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, site: int):
         super().__init__()
-        self.attention, self.mlp = Attention(config, site), MLP(config, site + 2)
+        self.attention = Attention(config, site)
+        self.mlp = MLP(config, site + 2)
 
     def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None = None) -> Tensor:
         return self.mlp(self.attention(x, batch, noise, rows), noise.at(rows))
@@ -142,7 +155,8 @@ class Body(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
-        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
+        self.dtype = torch.float32  # of activations
+        self.recompute = False  # whether a layer saves only its input
 
     def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
@@ -150,8 +164,10 @@ class Body(nn.Module):
         x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, C)
         for layer in self.layers:
             rows = batch.rows if layer is self.layers[-1] else None
-            args = x, batch, noise, rows
-            x = recomputed(layer, *args) if self.recompute and torch.is_grad_enabled() else layer(*args)
+            if self.recompute and torch.is_grad_enabled():
+                x = recomputed(layer, x, batch, noise, rows)
+            else:
+                x = layer(x, batch, noise, rows)
         return x  # (M, C)
 
 
@@ -164,9 +180,12 @@ class ClassifyHead(nn.Module):
 
     def __init__(self, config: Config, n_labels: int):
         super().__init__()
-        self.pooler, self.out = Linear(config.hidden_size, config.hidden_size), Linear(config.hidden_size, n_labels)
-        p = config.classifier_dropout
-        self.p, self.site = config.hidden_dropout_prob if p is None else p, 1 + 3 * config.num_hidden_layers
+        self.pooler = Linear(config.hidden_size, config.hidden_size)
+        self.out = Linear(config.hidden_size, n_labels)
+        self.p = config.classifier_dropout
+        if self.p is None:
+            self.p = config.hidden_dropout_prob
+        self.site = 1 + 3 * config.num_hidden_layers
 
     def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
         """What the last linear layer sees, in float32. h (M, C) -> (M, C)."""

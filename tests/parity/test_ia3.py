@@ -51,6 +51,8 @@ SETTINGS = {
         {"exclude_modules": ["attention.output.dense"]},
     ),
 }
+LAYER = "bert.encoder.layer.1."
+DENSE = ["attention.output.dense", "intermediate.dense", "output.dense"]
 EVERY = pytest.mark.parametrize("name", SETTINGS)
 
 
@@ -320,6 +322,28 @@ def test_files_are_pefts(kind, tmp_path):
 
 def as_set(value):
     return set(value) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    "options, targets, feedforward",
+    [
+        ({"targets": "key"}, ["key"], []),
+        ({"targets": FIRST}, FIRST, ["output.dense"]),
+        (
+            {"targets": "key,output.dense", "exclude": "attention.output.dense"},
+            ["key", "output.dense"],
+            ["output.dense"],
+        ),
+        ({"targets": "dense", "layers": (1,)}, [LAYER + name for name in DENSE], [LAYER + name for name in DENSE[::2]]),
+    ],
+    ids=str,
+)
+def test_the_names_in_a_file(options, targets, feedforward, tmp_path):
+    """As they were given, if PEFT takes them so: feedforward_modules among target_modules. Else every layer's own."""
+    model, _ = pair("bert", tmp_path, options, {})
+    minift.save(model, None, tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / peft_format.CONFIG).read_text())
+    assert (written["target_modules"], written["feedforward_modules"]) == (targets, feedforward)
 
 
 def test_an_adapter_for_a_body_alone(tmp_path):
