@@ -2,7 +2,8 @@
 
     x = norm(word[id] + type[t] + position[p + 1 + i])      p: the padding token's id, where positions begin after
 
-It was trained without pairs, so there is one token type. All else stands in bert.py. N tokens, M rows, C width.
+It was trained without BERT's next sentences, and has one token type. All else stands in bert.py.
+N tokens, M rows, C width.
 """
 
 from dataclasses import dataclass, replace

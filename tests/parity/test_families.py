@@ -32,6 +32,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import minift
 from minift.adapters import adapt
+from minift.checkpoints import loading
 from minift.checkpoints import peft as peft_format
 from minift.checkpoints.weights import hub_names
 from minift.data.batch import pack
@@ -298,6 +299,17 @@ def test_what_config_json_omits_has_transformers_defaults(kind, tmp_path):
     ours = minift.models.family_named(kind).Config()
     fields = vars(ours).keys() - {"position_embedding_type"}  # of files older than transformers 5
     assert {name: getattr(ours, name) for name in fields} == {name: getattr(theirs, name) for name in fields}
+
+
+@families
+def test_a_pretrained_size_has_transformers_count(kind, tmp_path):
+    """Built on the meta device: 124,647,170 of roberta-base and 66,955,010 of DistilBERT, with two labels."""
+    of_roberta = dict(max_position_embeddings=514, type_vocab_size=1)
+    changes = of_roberta if kind == "roberta" else {}
+    with torch.device("meta"):
+        theirs = cls(kind, "ForSequenceClassification")(transformers.AutoConfig.for_model(kind, **changes))
+    model = loading.build({"model_type": kind} | changes, "here", "classify", None, -1)
+    assert model.size() == theirs.num_parameters() and model.config.longest == 512
 
 
 # ---- adapters
