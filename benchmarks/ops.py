@@ -20,7 +20,7 @@ from torch import Tensor
 from minift.data.batch import token_keys
 from minift.engine import memory
 from minift.ops import lora, native, nf4
-from minift.ops.attention import attention
+from minift.ops.attention import Settings, attention
 from minift.ops.dropout import Noise, dropout
 from minift.ops.gelu import gelu_erf, gelu_tanh
 from minift.ops.linear import product
@@ -81,9 +81,9 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
         n = count * length
         qkv, dy = [draw(n, 12, 64, dtype=dtype) for _ in range(3)], torch.randn(n, 12, 64, dtype=dtype)
         padded = [t.detach().view(count, length, 12, 64).transpose(1, 2).requires_grad_() for t in qkv]
-        options = dict(scale=0.125, causal=causal, p=P, noise=tokens(n))
+        settings = Settings(0.125, causal, P, tokens(n))
         offsets = torch.arange(count + 1) * length
-        ours = passes(lambda q, k, v, o=offsets, s=options: attention(q, k, v, o, **s), qkv, dy)
+        ours = passes(lambda q, k, v, o=offsets, s=settings: attention(q, k, v, o, None, s), qkv, dy)
         dy = dy.view(count, length, 12, 64).transpose(1, 2)
         plain = passes(lambda q, k, v, c=causal: F.scaled_dot_product_attention(q, k, v, None, P, c), padded, dy)
         work = 6 * 2 * n * length * 768 / (2 if causal else 1)
@@ -97,9 +97,9 @@ def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
         g, dx = torch.randn(n, rank).to(dtype), torch.zeros(n, 768, dtype=dtype)
 
         def ours(x=x, A=A, g=g, dx=dx, noise=noise):
-            words = noise.rows(1), noise.cols(1, 768)
-            lora.shrink(x, A, P, words)
-            lora.spread(x, g, A, dx, P, words)
+            drop = noise.drop(P, 1, 768)
+            lora.shrink(x, A, drop)
+            lora.spread(x, g, A, dx, drop)
 
         low = [x.clone().requires_grad_(), A.to(dtype).clone().requires_grad_()]
         plain = passes(lambda x, A: F.dropout(x, P) @ A.t(), low, g)

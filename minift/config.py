@@ -197,7 +197,7 @@ class TrainConfig(Config):
     eps: float = option(-1.0, "keeps the optimizer from dividing by 0, where it divides; -1: the optimizer's own")
     lr: float = option(
         0.0,
-        "learning rate at its peak; 0: 5e-5 where all is trained, 5e-4 for adapters, 1e-3 for a part, "
+        "learning rate at its peak; 0: 5e-5 where all is trained, 1e-3 for a part, for adapters 5e-4 or their own, "
         "times what --optimizer says",
         at_least=0,
     )
@@ -368,7 +368,7 @@ class MergeConfig(Config):
     out: str = option("", "folder for the merged model (required)")
     into: str = option(
         "dequantized",
-        "of a base in 4 bits: what those bits say (keeps what was trained), the weights before packing, or 4 bits",
+        "of a base in 4 bits: the weights before packing, what the bits say (keeps what was trained), or 4 bits again",
         choices=("original", "dequantized", "nf4"),
     )
     data: str = option("", "file of examples to compare the logits on; none: random tokens")
@@ -441,7 +441,8 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     if typed.get("resume"):  # the run goes on as it began
         for name in typed.keys() - {"resume", "out"}:
             if typed[name] != base.get(name):
-                raise ValueError(f"--{name} is {typed[name]!r}; the run in --out began with {base.get(name)!r}")
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is {typed[name]!r}; the run in --out began with {base.get(name)!r}")
     config = cls(**base | typed)
     config.check()
     for f in dataclasses.fields(cls):

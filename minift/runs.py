@@ -11,7 +11,6 @@ import torch
 
 from . import files
 from .adapters import changes_base, method_file, saved_as
-from .adapters.targets import wrappers
 from .checkpoints import resume, saving
 from .config import TrainConfig, is_number
 from .data.batch import Sequence
@@ -19,6 +18,7 @@ from .data.examples import sample, split
 from .data.tokenizer import Tokenizer
 from .errors import InputError
 from .evaluation import measure
+from .layers.nf4 import has_packed_layers
 from .measure.track import check_loggers, say
 from .models import Model, check_length
 from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings, require_task
@@ -148,7 +148,7 @@ def recorded(config: TrainConfig, model: Model) -> TrainConfig:
     if not model.adapter or config.method != TrainConfig.method:
         return config
     options = method_file(saved_as(model.adapter.variant)).options(model)
-    if any(not layer.frozen.weight.is_floating_point() for layer in wrappers(model).values()):
+    if has_packed_layers(model):
         options["base"] = "nf4"
     return dataclasses.replace(config, **options)
 

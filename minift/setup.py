@@ -8,8 +8,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .adapters import adapt, changes_base, saved_as
-from .adapters.targets import names
+from .adapters import adapt, changes_base, learning_rate, saved_as
 from .checkpoints import loading, resume
 from .config import TrainConfig
 from .data.tokenizer import Tokenizer
@@ -21,7 +20,7 @@ from .engine.optimizers import Optimizer, choose_settings, find
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
-from .layers.nf4 import NF4Linear, quantize
+from .layers.nf4 import has_packed_layers, quantize
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
@@ -87,8 +86,8 @@ def adapter_options(config: TrainConfig) -> dict:
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.adapter_dropout,
-        targets=names(config.targets),
-        exclude=names(config.exclude),
+        targets=config.targets,
+        exclude=config.exclude,
         layers=tuple(int(n) for n in config.layers.split(",") if n),
         rank_pattern=read_pattern(config.rank_pattern),
         alpha_pattern=read_pattern(config.alpha_pattern),
@@ -191,9 +190,9 @@ def keep_frozen(model: Model, dtype: torch.dtype) -> None:
 
 
 def default_lr(model: Model) -> float:
-    """AdamW's learning rate where none is given: the more of a model is trained, the smaller."""
+    """AdamW's learning rate where none is given: an adapter's own or, the more of a model is trained, the smaller."""
     if model.adapter:
-        return 5e-4
+        return learning_rate(model.adapter.variant)
     everything = all(p.requires_grad for p in model.parameters())
     return 5e-5 if everything else 1e-3
 
@@ -205,7 +204,6 @@ def default_tokens(model: Model, device: torch.device) -> int:
     (benchmarks/LOG.md, 2026-11-25). Elsewhere a micro-batch costs more: a launch of each kernel, an addition to each
     gradient, each weight out of NF4.
     """
-    packed = any(isinstance(m, NF4Linear) for m in model.modules())
-    if not model.adapter or device.type != "cpu" or packed:
+    if not model.adapter or device.type != "cpu" or has_packed_layers(model):
         return 0
     return max(512, 512 * BASE // model.size())

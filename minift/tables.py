@@ -18,6 +18,8 @@ TASKS = {
 FAMILIES = {
     "bert": "BERT",
     "gpt2": "GPT-2",
+    "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
 }
 
 
@@ -38,6 +40,7 @@ METHODS = {
     "pissa": Method("pissa", "LoRA that begins at the largest singular values of the weight"),
     "loftq": Method("loftq", "LoRA that begins by making up for the error of 4 bits", base="packed"),
     "lora-fa": Method("lora_fa", "LoRA whose A stays as it was drawn"),
+    "ia3": Method("ia3", "a factor for each channel of --targets, and a classifier's last layer"),
     "head": Method("freeze", "the head alone, on frozen features"),
     "bias": Method("freeze", "the head and every bias (BitFit)"),
     "norm": Method("freeze", "the head and the layer norms"),

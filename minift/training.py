@@ -23,8 +23,8 @@ from .engine.graph import Graphs
 from .engine.optim import clip, schedule, warmup_steps
 from .measure.track import Tracker, make_loggers, peak_memory, result_columns, say, stop_signal, stop_signals
 from .models import Model
-from .ops.again import lean
 from .ops.dropout import Noise
+from .ops.rematerialise import rematerialise
 from .runs import (
     Interrupted,
     begin_state,
@@ -92,8 +92,9 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
 
             # everything that differs from step to step is a function of its number: nothing else has to be saved
             epoch, i = divmod(step, per_epoch)
-            shuffled = order(len(sequences), config.seed, epoch).tolist()
-            chosen = [sequences[j] for j in shuffled[i * config.batch : (i + 1) * config.batch]]
+            shuffled = order(len(sequences), config.seed, epoch)
+            numbers = shuffled[i * config.batch : (i + 1) * config.batch].tolist()
+            chosen = [sequences[j] for j in numbers]
             lr = config.lr * schedule(config.schedule, step, total, warmup)
             values, stop = train_step(job, chosen, step, lr)
             state["step"] = step + 1
@@ -183,7 +184,7 @@ def accumulate(job: Job, batch: Batch, noise: Noise, n_targets: int | Tensor) ->
 
     n_targets: of the whole step, which its loss is the mean over.
     """
-    with lean():
+    with rematerialise():
         loss, counted = job.task.loss(job.model, batch, noise, job.config.label_smoothing)
     job.scaler.scale(loss / n_targets).backward()
     return torch.stack([loss.detach().double(), counted.double()])

@@ -4,6 +4,7 @@ folders, sequences and data for them, training runs beside transformers'."""
 import contextlib
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -110,13 +111,12 @@ GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_t
 def peer(cls: type, folder: Path, seed: int = 0, scale: float = 0.2, **changes):
     """A random model of transformers class `cls` in eval mode, saved in `folder`."""
     torch.manual_seed(seed)
-    base, config = GPT2, transformers.GPT2Config
-    if "Bert" in cls.__name__:
-        base, config = BERT, transformers.BertConfig
-    model = cls(config(**base | changes)).eval()
+    config = cls.config_class
+    sizes = {"bert": BERT, "gpt2": GPT2}.get(config.model_type, {})
+    model = cls(config(**sizes | changes)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            is_norm = name.endswith("weight") and ("LayerNorm" in name or "ln_" in name)
+            is_norm = name.endswith("weight") and bool(re.search("LayerNorm|layer_norm|ln_", name))
             p.normal_(float(is_norm), scale)
     model.save_pretrained(folder)
     return model

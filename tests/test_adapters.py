@@ -311,6 +311,34 @@ def test_a_run_is_evaluated_from_its_folder_and_resumed(folder, more, tmp_path):
         assert losses(half) == losses(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["--method lora --targets all-linear", "--method pissa"])
+def test_transformers_auto_classes_load_a_run_folder(folder, more, tmp_path):
+    """As they load PEFT's own: the base that it names, and the adapter with its head.
+
+    So the names of the classes are the base's; and of DoRA they lose the lengths, of PEFT's own folders too.
+    """
+    works(f"{TRAIN} {more}", **options(folder, tmp_path / "run"))
+    model, tokenizer = minift.load(tmp_path / "run", task="classify")
+    batch = pack([sequence(0, tokenizer.encode(["a good film"])[0].ids, rows=[0])])
+    ids = batch.ids[None]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/last")
+    torch.testing.assert_close(theirs(ids).logits, model.logits(batch), atol=1e-5, rtol=1e-4)
+    assert model.labels == ["blame", "praise"]
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "run/last")) == tokenizer.vocab_size
+
+
+def test_an_adapter_folder_of_an_older_minift(folder, tmp_path):
+    """Its settings were called config.json: labels and the longest sequence are still found there."""
+    works(f"{TRAIN} --method lora --base nf4 --max-length 20", **options(folder, tmp_path / "run"))
+    new, _ = minift.load(tmp_path / "run", task="classify")
+    (tmp_path / "run/last/minift-model.json").rename(tmp_path / "run/last/config.json")
+    old, _ = minift.load(tmp_path / "run", task="classify")
+    assert old.labels == new.labels == ["blame", "praise"] and old.max_length == new.max_length == 20
+    assert torch.equal(old.logits(BATCH), new.logits(BATCH))
+    assert any(isinstance(module, NF4Linear) for module in old.modules())
+
+
 def stop_after(out, step) -> None:
     """Makes a finished run look like one that was killed after a step."""
     for path in (out / "checkpoints").iterdir():

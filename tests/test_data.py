@@ -366,6 +366,7 @@ def test_a_pipe_in_a_folder_of_classes(tmp_path):
     refused(read_passages, tmp_path / "d", "is a folder; expected a regular file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.tsv", "d.txt", "d.jsonl.gz"])
 def test_a_line_of_more_than_4_mib(tmp_path, name):
     text = "ab " * 1_500_000
@@ -379,6 +380,7 @@ def test_a_line_of_more_than_4_mib(tmp_path, name):
     assert report.faults["line too long"] == 1 and "(--max-line)" in told[0]
 
 
+@pytest.mark.slow
 def test_a_record_and_a_text_of_more_than_4_mib(tmp_path):
     """In lines that are short: a quote that is never closed makes one record of a whole CSV file."""
     path = put(tmp_path / "d.csv", 'text,label\n"' + "ab,x\n" * 900_000)

@@ -37,7 +37,7 @@ def test_words_from_memory_are_those_of_the_step(mode, monkeypatch):
     keys = token_keys(torch.arange(50), torch.arange(50))
     for seed, step in ((42, 0), (2**40 + 7, 123456)):
         plain = Noise(seed, step, keys)
-        held = Noise(keys=keys, base=torch.tensor([signed(plain.word())], dtype=torch.int32))
+        held = Noise(keys=keys, seed_word=torch.tensor([signed(plain.word())], dtype=torch.int32))
         for site in (0, 5, (1 << 16) + 3):
             assert torch.equal(plain.rows(site), held.rows(site)) and torch.equal(
                 plain.cols(site, 33), held.cols(site, 33)

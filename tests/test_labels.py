@@ -62,7 +62,8 @@ def test_the_same_names_keep_the_order_of_the_checkpoint(checkpoint, tmp_path, m
     assert "0 praise, 1 blame" in again
     for run in (folder, tmp_path / "a", tmp_path / "b"):
         assert accuracy(run, path) == 1
-    assert json.loads((tmp_path / "b/last/config.json").read_text())["id2label"] == {"0": "praise", "1": "blame"}
+    name = "minift-model.json" if method == "lora" else "config.json"
+    assert json.loads((tmp_path / "b/last" / name).read_text())["id2label"] == {"0": "praise", "1": "blame"}
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

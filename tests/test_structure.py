@@ -69,7 +69,7 @@ def module_of(path: Path) -> str:
 
 
 def test_no_circle_within_a_room():
-    """Of what is imported at the top of a file; ops.native and ops.cuda, two sides of one thing, meet in functions."""
+    """Of what is imported at the top of a file."""
     modules = {module_of(path): path for path in files()}
     needs = {}
     for name, path in modules.items():

@@ -9,10 +9,11 @@
 // lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end.
 // What one piece of work writes no other does, and no sum's order depends on the number of threads.
 
+#include "attention.h"
+
 #include <atomic>
 #include <cmath>  // INFINITY
 #include <initializer_list>
-#include <type_traits>
 
 #include "products.h"
 
@@ -34,18 +35,31 @@ struct Matrix {  // (rows, H, D); strides in elements
 };
 
 template <class T>
+Matrix<T> given(const Strided& x) {
+    return {static_cast<T*>(const_cast<void*>(x.data)), x.row, x.head};
+}
+
+template <class T>
+Matrix<T> written(void* x, int64_t H, int64_t D) {  // contiguous
+    return {static_cast<T*>(x), H * D, D};
+}
+
+// One call: its arguments, its tensors as matrices of T, and what every piece of work asks.
+template <class T>
 struct Call {
-    Matrix<T> q, k, v, out, dout, dq, dk, dv;
-    float *top, *sum;               // (M, H) each: the largest score, and the sum of exp(score - largest)
-    const int64_t *offsets, *rows;  // (S + 1,); (M,) token numbers of the queries, ascending, or null: all
-    int64_t M, S, H, D;
-    float scale;
-    bool causal;
-    const int32_t* keys;  // (M,) the query tokens' names, or null: no dropout
-    uint32_t salt_row, salt_col;
-    int32_t threshold;
-    float inverse;  // 1 / (1 - p)
-    int64_t width, longest;
+    const Attention& a;
+    const Matrix<T> q = given<T>(a.q), k = given<T>(a.k), v = given<T>(a.v), dout = given<T>(a.dout);
+    const Matrix<T> out = written<T>(a.out, a.H, a.D);
+    const Matrix<T> dq = written<T>(a.dq, a.H, a.D), dk = written<T>(a.dk, a.H, a.D), dv = written<T>(a.dv, a.H, a.D);
+    float* const top = a.stats;                  // (M, H): the largest score
+    float* const sum = a.stats + a.M * a.H;      // (M, H): the sum of exp(score - largest)
+    const int64_t *const offsets = a.offsets, *const rows = a.rows;
+    const int32_t* const keys = a.keys;
+    const int64_t H = a.H, D = a.D, width = round_up(a.D);
+    const bool causal = a.causal != 0;
+    const float scale = a.scale, inverse = a.inverse;
+    const uint32_t salt_row = a.salt_row, salt_col = a.salt_col;
+    const int32_t threshold = a.threshold;
 };
 
 struct Work {
@@ -72,7 +86,7 @@ struct Work {
     }
 };
 
-struct Piece {  // the queries q0..q1 and the keys k0..k1 of one sequence, in one head
+struct Range {  // the queries q0..q1 and the keys k0..k1 of one sequence, in one head
     int64_t q0, q1, k0, k1, head;
 };
 
@@ -101,32 +115,32 @@ void write(const float* from, Matrix<T> x, int64_t first, int64_t n, int64_t hea
 // ---- one piece of work
 
 template <class T>
-struct Attention {
+struct Piece {
     const Call<T>& c;
-    const Piece piece;
+    const Range range;
     Work w;
     int64_t first, m, lanes, seen;  // the queries at hand: the first, how many, rounded up; the keys that the last sees
 
     // Of query q: how many keys it sees.
-    int64_t sees(int64_t q) const { return c.causal ? (c.rows ? c.rows[q] : q) + 1 - piece.k0 : piece.k1 - piece.k0; }
+    int64_t sees(int64_t q) const { return c.causal ? (c.rows ? c.rows[q] : q) + 1 - range.k0 : range.k1 - range.k0; }
 
     void read_keys() {
-        const int64_t n = sees(piece.q1 - 1);
-        read(w.k, c.k, piece.k0, n, piece.head, c.D, c.width, 1);
-        read(w.v, c.v, piece.k0, n, piece.head, c.D, c.width, 1);
+        const int64_t n = sees(range.q1 - 1);
+        read(w.k, c.k, range.k0, n, range.head, c.D, c.width, 1);
+        read(w.v, c.v, range.k0, n, range.head, c.D, c.width, 1);
         for (int64_t j = 0; c.keys && j < n; j++)
-            w.col[j] = int32_t(mix(uint32_t(j * c.H + piece.head) * GOLDEN ^ c.salt_col));
+            w.col[j] = int32_t(mix(uint32_t(j * c.H + range.head) * GOLDEN ^ c.salt_col));
     }
 
     void read_queries(int64_t i) {
-        first = i, m = piece.q1 - i < QUERIES ? piece.q1 - i : QUERIES, lanes = round_up(m);
+        first = i, m = range.q1 - i < QUERIES ? range.q1 - i : QUERIES, lanes = round_up(m);
         for (int64_t l = 0; l < lanes; l++) {
             const int64_t q = first + (l < m ? l : m - 1);  // lanes past the last query repeat it, and are not used
-            w.position[l] = int32_t((c.rows ? c.rows[q] : q) - piece.k0);
+            w.position[l] = int32_t((c.rows ? c.rows[q] : q) - range.k0);
             w.row[l] = c.keys ? int32_t(mix(uint32_t(c.keys[q]) ^ c.salt_row)) : 0;
         }
         seen = sees(first + m - 1);
-        read(w.q, c.q, first, m, piece.head, c.D, c.width, c.scale);
+        read(w.q, c.q, first, m, range.head, c.D, c.width, c.scale);
         if (m > FEW) transpose(m, c.width, w.q, w.q_t, QUERIES);
     }
 
@@ -184,8 +198,8 @@ struct Attention {
     }
 
     void forward() {
-        if (piece.q0 < piece.q1) read_keys();
-        for (int64_t i = piece.q0; i < piece.q1; i += QUERIES) {
+        if (range.q0 < range.q1) read_keys();
+        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
             read_queries(i);
             for (int64_t l = 0; l < lanes; l++) w.top[l] = -INFINITY, w.sum[l] = 0;
             for (int64_t j = 0; j < seen; j += KEYS) {
@@ -195,9 +209,9 @@ struct Attention {
                 product<true>(m, c.width, n, w.tile, QUERIES, w.v + j * c.width, c.width, w.acc, c.width, j > 0);
             }
             for (int64_t l = 0; l < m; l++) {
-                const int64_t i = (first + l) * c.H + piece.head;
+                const int64_t i = (first + l) * c.H + range.head;
                 c.top[i] = w.top[l], c.sum[i] = w.sum[l];
-                write(w.acc + l * c.width, c.out, first + l, 1, piece.head, c.D, c.width, c.inverse / w.sum[l]);
+                write(w.acc + l * c.width, c.out, first + l, 1, range.head, c.D, c.width, c.inverse / w.sum[l]);
             }
         }
     }
@@ -234,20 +248,20 @@ struct Attention {
     }
 
     void read_gradient() {
-        read(w.dout, c.dout, first, m, piece.head, c.D, c.width, c.inverse);
+        read(w.dout, c.dout, first, m, range.head, c.D, c.width, c.inverse);
         if (m > FEW) transpose(m, c.width, w.dout, w.dout_t, QUERIES);
         for (int64_t l = 0; l < m; l++) {
-            const int64_t i = (first + l) * c.H + piece.head;
+            const int64_t i = (first + l) * c.H + range.head;
             w.top[l] = c.top[i], w.sum[l] = c.sum[i];
         }
         for (int64_t l = 0; l < lanes; l++) w.delta[l] = 0;
     }
 
     void backward() {
-        const int64_t all = piece.k1 - piece.k0, width = c.width;
+        const int64_t all = range.k1 - range.k0, width = c.width;
         for (int64_t i = 0; i < all * width; i++) w.dk[i] = w.dv[i] = 0;
-        if (piece.q0 < piece.q1) read_keys();
-        for (int64_t i = piece.q0; i < piece.q1; i += QUERIES) {
+        if (range.q0 < range.q1) read_keys();
+        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
             read_queries(i);
             read_gradient();
             for (int64_t j = 0; j < seen; j += KEYS) {
@@ -264,72 +278,63 @@ struct Attention {
                 product<false>(n, width, m, dtile, QUERIES, w.q, width, w.dk + j * width, width, true);
                 product<true>(m, width, n, dtile, QUERIES, w.k + j * width, width, w.acc, width, j > 0);
             }
-            write(w.acc, c.dq, first, m, piece.head, c.D, width, c.scale);
+            write(w.acc, c.dq, first, m, range.head, c.D, width, c.scale);
         }
-        write(w.dk, c.dk, piece.k0, all, piece.head, c.D, width, 1);
-        write(w.dv, c.dv, piece.k0, all, piece.head, c.D, width, 1);
+        write(w.dk, c.dk, range.k0, all, range.head, c.D, width, 1);
+        write(w.dv, c.dv, range.k0, all, range.head, c.D, width, 1);
     }
 };
 
 // ---- all pieces
 
 // The first query at or after this token.
-template <class T>
-int64_t query_at(const Call<T>& c, int64_t token) {
-    if (!c.rows) return c.M ? token : 0;  // an empty tensor's address is null, too
-    int64_t low = 0, high = c.M;
+int64_t query_at(const Attention& a, int64_t token) {
+    if (!a.rows) return a.M ? token : 0;  // an empty tensor's address is null, too
+    int64_t low = 0, high = a.M;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (c.rows[middle] < token) low = middle + 1;
+        if (a.rows[middle] < token) low = middle + 1;
         else high = middle;
     }
     return low;
 }
 
-// Calls f(attention) for every sequence, chunk of its queries and head. A worker takes the next piece when it is free.
+// Calls f(piece) for every sequence, chunk of its queries and head. A worker takes the next piece when it is free.
 template <class T, class F>
-void pieces(const Call<T>& c, int64_t chunk, float* scratch, int64_t workers, const F& f) {
-    const int64_t chunks = (c.longest + chunk - 1) / chunk;
+void pieces(const Attention& a, int64_t chunk, const F& f) {
+    const Call<T> call{a};
+    const int64_t chunks = (a.longest + chunk - 1) / chunk;
     std::atomic<int64_t> next{0};
-    parallel(workers, 1, [&](int64_t worker, int64_t) {
-        const Work work(scratch + worker * Work::size(c.longest, c.width), c.longest, c.width);
-        for (int64_t i; (i = next++) < c.S * chunks * c.H;) {
-            const int64_t s = i / c.H / chunks, k0 = c.offsets[s], k1 = c.offsets[s + 1];
-            const int64_t q0 = query_at(c, k0) + i / c.H % chunks * chunk, end = query_at(c, k1);
-            Attention<T> piece{c, {q0, q0 + chunk < end ? q0 + chunk : end, k0, k1, i % c.H}, work, 0, 0, 0, 0};
+    parallel(a.workers, 1, [&](int64_t worker, int64_t) {
+        const Work work(a.scratch + worker * Work::size(a.longest, call.width), a.longest, call.width);
+        for (int64_t i; (i = next++) < a.S * chunks * a.H;) {
+            const int64_t s = i / a.H / chunks, k0 = a.offsets[s], k1 = a.offsets[s + 1];
+            const int64_t q0 = query_at(a, k0) + i / a.H % chunks * chunk, end = query_at(a, k1);
+            Piece<T> piece{call, {q0, q0 + chunk < end ? q0 + chunk : end, k0, k1, i % a.H}, work, 0, 0, 0, 0};
             f(piece);
         }
     });
 }
 
-}  // namespace
-
-// longest: of the sequences, in tokens. per_worker: floats of scratch memory that a worker needs.
-extern "C" void attention_scratch(const int64_t* offsets, int64_t S, int64_t D, int64_t* longest, int64_t* per_worker) {
-    *longest = 0;
-    for (int64_t s = 0; s < S; s++)
-        if (offsets[s + 1] - offsets[s] > *longest) *longest = offsets[s + 1] - offsets[s];
-    *per_worker = Work::size(*longest, round_up(D));
+template <class T>
+void run(const Attention& a) {
+    if (a.backward) pieces<T>(a, at_least_1(a.longest), [](Piece<T>& piece) { piece.backward(); });
+    else pieces<T>(a, CHUNK, [](Piece<T>& piece) { piece.forward(); });
 }
 
-// sizes: M, S, H, D, longest, workers, causal; two salts and the threshold of dropout; strides of q, k, v and dout, row
-// and head each. Forward (backward = 0) writes out and stats (2, M, H): the largest score and the sum of
-// exp(score - largest). Backward reads stats, not out, and writes dq, dk, dv. What is written is contiguous.
-extern "C" void attention(const void* q, const void* k, const void* v, void* out, float* stats, const void* dout,
-                          void* dq, void* dk, void* dv, const int64_t* offsets, const int64_t* rows,
-                          const int32_t* keys, const int64_t* sizes, float scale, float inverse, float* scratch,
-                          int64_t backward, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        using T = std::remove_pointer_t<decltype(null)>;
-        const int64_t M = sizes[0], S = sizes[1], H = sizes[2], D = sizes[3], longest = sizes[4], workers = sizes[5];
-        auto given = [&](const void* x, int i) {
-            return Matrix<T>{static_cast<T*>(const_cast<void*>(x)), sizes[10 + 2 * i], sizes[11 + 2 * i]};
-        };
-        auto written = [&](void* x) { return Matrix<T>{static_cast<T*>(x), H * D, D}; };
-        const Call<T> c{given(q, 0), given(k, 1), given(v, 2), written(out), given(dout, 3), written(dq), written(dk),
-                        written(dv), stats, stats + M * H, offsets, rows, M, S, H, D, scale, sizes[6] != 0, keys,
-                        uint32_t(sizes[7]), uint32_t(sizes[8]), int32_t(sizes[9]), inverse, round_up(D), longest};
-        if (backward) pieces(c, at_least_1(longest), scratch, workers, [](auto& piece) { piece.backward(); });
-        else pieces(c, CHUNK, scratch, workers, [](auto& piece) { piece.forward(); });
-    });
+}  // namespace
+
+extern "C" void attention_scratch(const AttentionScratch* a) {
+    int64_t longest = 0;
+    for (int64_t s = 0; s < a->S; s++) {
+        const int64_t length = a->offsets[s + 1] - a->offsets[s];
+        if (length > longest) longest = length;
+    }
+    a->found[0] = longest;
+    a->found[1] = Work::size(longest, round_up(a->D));
+}
+
+extern "C" void attention(const Attention* a) {
+    if (a->dtype == FLOAT32) run<float>(*a);
+    else run<bf16>(*a);
 }

@@ -1,33 +1,15 @@
-// What all CPU kernels share: element types, torch's threads, the dropout hash, exp. Everything is internal to one file.
+// What all CPU kernels share: element types, torch's threads, a dropped row, exp. Everything is internal to one file.
 //
-// A kernel is one .cpp file that includes this one and offers `extern "C" void f(...)` with pointers, int64_t sizes,
-// float or double settings, and a dtype code. It allocates nothing and knows nothing of torch. Loops are plain, for the
-// compiler to vectorise; `#pragma omp simd` (no OpenMP runtime) promises that pointers do not overlap, and permits the
-// reductions named there, and no others, to be reordered.
-//
-// minift/ops/native.py reads the argument types of each extern "C" function from its source.
+// A kernel is one .cpp file that includes this one and offers `extern "C" void f(const Arguments* a)`: see README.md. Loops
+// are plain, for the compiler to vectorise; `#pragma omp simd` (no OpenMP runtime) promises that no element is written that
+// another one of the loop reads, and permits the reductions named there, and no others, to be reordered.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "shared.h"
 
 namespace {
 
-// ---- bits
-
-inline uint32_t to_bits(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, sizeof u);
-    return u;
-}
-
-inline float from_bits(uint32_t u) {
-    float x;
-    std::memcpy(&x, &u, sizeof x);
-    return x;
-}
-
-// ---- element types: float (dtype code 0) and bf16 (1), computed in float
+// ---- element types: float and bf16, computed in float
 
 struct bf16 {
     uint16_t bits;
@@ -45,14 +27,7 @@ inline void store(bf16* p, float x) {
     p->bits = uint16_t(x != x ? 0x7FC0 : rounded);
 }
 
-// Calls f with a null pointer of the element type of that code: typed(dtype, [&](auto* null) { ... decltype(null) ... }).
-template <class F>
-void typed(int64_t dtype, const F& f) {
-    if (dtype == 0) f(static_cast<float*>(nullptr));
-    else f(static_cast<bf16*>(nullptr));
-}
-
-// ---- threads: torch's own, whose `torch_parallel_for` native.py hands in; without it one thread does all
+// ---- threads: torch's own, whose `torch_parallel_for` minift/ops/compile.py hands in; without it one thread does all
 
 typedef void (*Body)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
@@ -70,26 +45,12 @@ const int64_t GRAIN = 1 << 15;  // elements worth a thread of their own
 
 inline int64_t at_least_1(int64_t n) { return n > 1 ? n : 1; }
 
-// ---- dropout's hash, bit for bit as minift/ops/dropout.py specifies it
-
-const uint32_t GOLDEN = 0x9E3779B1, MUL1 = 0x7FEB352D, MUL2 = 0x846CA68B;
-
-// lowbias32 without its last step.
-inline uint32_t hash(uint32_t x) {
-    x = (x ^ x >> 16) * MUL1;
-    return (x ^ x >> 15) * MUL2;
-}
-
-// lowbias32.
-inline uint32_t mix(uint32_t x) {
-    x = hash(x);
-    return x ^ x >> 16;
-}
-
-// What the element at these words is multiplied by: `scale`, which is 1 / (1 - p), or 0. A product, not a choice, so that
-// an inf or NaN that is dropped shows. threshold is round((1 - p) 2^32) - 2^31.
-inline float kept(int32_t row, int32_t col, int32_t threshold, float scale) {
-    return int32_t(hash(uint32_t(row) ^ uint32_t(col))) < threshold ? scale : 0.0f;
+// One row of dropout, (C,): y = drop(x) for token i.
+template <class T>
+void drop_row(const T* x, T* y, int64_t i, Drop drop, int64_t C) {
+    const int32_t row = drop.row[i], *col = drop.col;
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) store(y + c, load(x + c) * kept(row, col[c], drop.threshold, drop.scale));
 }
 
 // ---- exp

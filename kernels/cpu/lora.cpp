@@ -6,6 +6,8 @@
 // all is float. A piece of work is a block of rows forward, a strip of columns backward, where the rows follow in their
 // order: nothing depends on the number of threads.
 
+#include "lora.h"
+
 #include "products.h"
 
 namespace {
@@ -13,12 +15,6 @@ namespace {
 const int64_t TOKENS = 8, PAIR = 2, COLS = 256;    // forward: rows and ranks of a block in registers; columns of a tile
 const int64_t STRIP_TOKENS = 32, STRIP_COLS = 64;  // backward: of a tile
 const int64_t MOST = 16;                         // ranks
-
-struct Drop {
-    const int32_t *row, *col;
-    int32_t threshold;
-    float scale;
-};
 
 // n elements of drop(x), then zeros up to `size`.
 template <class T>
@@ -56,7 +52,7 @@ void dots(int64_t n, const float* x, const float* a, int64_t lda, float* h) {
 
 // h of at most TOKENS rows from row i on. A (R, lda), padded.
 template <class T>
-void forward(const T* x, const float* A, T* h, int64_t i, int64_t n, Drop drop, int64_t C, int64_t R, int64_t lda) {
+void rows(const T* x, const float* A, T* h, int64_t i, int64_t n, Drop drop, int64_t C, int64_t R, int64_t lda) {
     float tile[TOKENS * COLS], found[MOST * TOKENS] = {};
     for (int64_t c = 0; c < C; c += COLS) {
         const int64_t some = C - c < COLS ? C - c : COLS, whole = (some + LANES - 1) / LANES * LANES;
@@ -71,8 +67,8 @@ void forward(const T* x, const float* A, T* h, int64_t i, int64_t n, Drop drop, 
 
 // One strip of dA and dx, columns c..c + n.
 template <class T>
-void backward(const T* x, const float* g, const float* A, float* dA, T* dx, int64_t c, int64_t n, Drop drop, int64_t N,
-              int64_t C, int64_t R, int64_t lda) {
+void strip(const T* x, const float* g, const float* A, float* dA, T* dx, int64_t c, int64_t n, Drop drop, int64_t N,
+           int64_t C, int64_t R, int64_t lda) {
     float tile[STRIP_TOKENS * STRIP_COLS];
     for (int64_t i = 0; i < N; i += STRIP_TOKENS) {
         const int64_t m = N - i < STRIP_TOKENS ? N - i : STRIP_TOKENS;
@@ -94,38 +90,38 @@ void backward(const T* x, const float* g, const float* A, float* dA, T* dx, int6
     }
 }
 
-}  // namespace
-
-// x (N, C), h (N, R); A float, R rows, padded with zeros to an even number of them, of lda >= C numbers, a multiple of 64.
-// row (N,), col (C,): words of dropout. R <= 16.
-extern "C" void lora_forward(const void* x, const float* A, void* h, const int32_t* row, const int32_t* col,
-                             int64_t threshold, float scale, int64_t N, int64_t C, int64_t R, int64_t lda,
-                             int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        auto xs = static_cast<decltype(null)>(const_cast<void*>(x)), hs = static_cast<decltype(null)>(h);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        parallel((N + TOKENS - 1) / TOKENS, at_least_1(GRAIN / at_least_1(TOKENS * C)), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * TOKENS; i < N && i < end * TOKENS; i += TOKENS)
-                forward(xs, A, hs, i, N - i < TOKENS ? N - i : TOKENS, drop, C, R, lda);
-        });
+template <class T>
+void forward(const LoraForward& a) {
+    auto x = static_cast<const T*>(a.x);
+    auto h = static_cast<T*>(a.h);
+    const int64_t N = a.N, C = a.C;
+    parallel((N + TOKENS - 1) / TOKENS, at_least_1(GRAIN / at_least_1(TOKENS * C)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * TOKENS; i < N && i < end * TOKENS; i += TOKENS)
+            rows(x, a.A, h, i, N - i < TOKENS ? N - i : TOKENS, a.drop, C, a.R, a.lda);
     });
 }
 
-// x (N, C); g (N, R) float; A as above; sums (blocks, R, lda) float, of which the first becomes dA, or null; dx (N, C),
-// added to, or null. x may be null with sums. `block` rows share one of the sums on CUDA; here one is enough for all.
-extern "C" void lora_backward(const void* x, const float* g, const float* A, float* sums, void* dx, const int32_t* row,
-                              const int32_t* col, int64_t threshold, float scale, int64_t block, int64_t N, int64_t C,
-                              int64_t R, int64_t lda, int64_t dtype) {
-    (void)block;
-    typed(dtype, [&](auto* null) {
-        auto xs = static_cast<decltype(null)>(const_cast<void*>(x)), dxs = static_cast<decltype(null)>(dx);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        const int64_t strips = (C + STRIP_COLS - 1) / STRIP_COLS;
-        parallel(strips, at_least_1(GRAIN / at_least_1(N * STRIP_COLS)), [&](int64_t begin, int64_t end) {
-            for (int64_t s = begin; s < end; s++) {
-                const int64_t c = s * STRIP_COLS, n = C - c < STRIP_COLS ? C - c : STRIP_COLS;
-                backward(xs, g, A, sums, dxs, c, n, drop, N, C, R, lda);
-            }
-        });
+template <class T>
+void backward(const LoraBackward& a) {
+    auto x = static_cast<const T*>(a.x);
+    auto dx = static_cast<T*>(a.dx);
+    const int64_t N = a.N, C = a.C, strips = (C + STRIP_COLS - 1) / STRIP_COLS;
+    parallel(strips, at_least_1(GRAIN / at_least_1(N * STRIP_COLS)), [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; s++) {
+            const int64_t c = s * STRIP_COLS, n = C - c < STRIP_COLS ? C - c : STRIP_COLS;
+            strip(x, a.g, a.A, a.sums, dx, c, n, a.drop, N, C, a.R, a.lda);
+        }
     });
+}
+
+}  // namespace
+
+extern "C" void lora_forward(const LoraForward* a) {
+    if (a->dtype == FLOAT32) forward<float>(*a);
+    else forward<bf16>(*a);
+}
+
+extern "C" void lora_backward(const LoraBackward* a) {
+    if (a->dtype == FLOAT32) backward<float>(*a);
+    else backward<bf16>(*a);
 }

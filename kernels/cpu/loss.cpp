@@ -5,6 +5,8 @@
 //
 // Each row is read three times, of which two find it in the cache.
 
+#include "loss.h"
+
 #include <cmath>
 
 #include "common.h"
@@ -53,22 +55,29 @@ void row(T* z, const float* bias, int64_t target, float smoothing, float* loss, 
     store(z + target, d);
 }
 
+template <class T>
+void all_rows(const CrossEntropy& a) {
+    auto zs = static_cast<T*>(a.z);
+    const int64_t V = a.V;
+    parallel(a.M, at_least_1(GRAIN / at_least_1(V)), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++) {
+            T* z = zs + m * V;
+            const int64_t target = a.targets[m];
+            if (target < 0) {
+                a.loss[m] = a.hits[m] = 0;
+                if (a.grad) std::memset(z, 0, V * sizeof *z);
+            } else if (a.bias) {
+                row<true>(z, a.bias, target, a.smoothing, a.loss + m, a.hits + m, a.grad != 0, V);
+            } else {
+                row<false>(z, a.bias, target, a.smoothing, a.loss + m, a.hits + m, a.grad != 0, V);
+            }
+        }
+    });
+}
+
 }  // namespace
 
-// z (M, V), with grad overwritten by dz; bias (V,) float or null; targets (M,) in [0, V), or -1: not asked about, all 0;
-// loss, hits (M,) float
-extern "C" void cross_entropy(void* z, const float* bias, const int64_t* targets, float smoothing, float* loss,
-                              float* hits, int64_t grad, int64_t M, int64_t V, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        auto zs = static_cast<decltype(null)>(z);
-        parallel(M, at_least_1(GRAIN / at_least_1(V)), [&](int64_t begin, int64_t end) {
-            for (int64_t m = begin; m < end; m++) {
-                if (targets[m] < 0) {
-                    loss[m] = hits[m] = 0;
-                    if (grad) std::memset(zs + m * V, 0, V * sizeof *zs);
-                } else if (bias) row<true>(zs + m * V, bias, targets[m], smoothing, loss + m, hits + m, grad != 0, V);
-                else row<false>(zs + m * V, bias, targets[m], smoothing, loss + m, hits + m, grad != 0, V);
-            }
-        });
-    });
+extern "C" void cross_entropy(const CrossEntropy* a) {
+    if (a->dtype == FLOAT32) all_rows<float>(*a);
+    else all_rows<bf16>(*a);
 }

@@ -37,7 +37,9 @@ struct Malloc final : c10::Allocator {
     void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 };
 
+const uint8_t PRIORITY = 100;  // over other allocators
+
 }  // namespace
 
-// From now on, until the process ends; `priority` over other allocators. What torch allocated before frees as it did.
-extern "C" void use_malloc(int64_t priority) { c10::SetCPUAllocator(new Malloc, uint8_t(priority)); }
+// From now on, until the process ends. What torch allocated before is freed as it was allocated.
+extern "C" void use_malloc() { c10::SetCPUAllocator(new Malloc, PRIORITY); }

@@ -7,6 +7,8 @@
 // holds two codes, so two levels are copied at once, by a table of 256 pairs: as fast as permutations of a vector that
 // holds the 16 levels, and on any CPU.
 
+#include "nf4.h"
+
 #include "common.h"
 
 namespace {
@@ -49,38 +51,45 @@ float pack(const T* w, const float* middles, uint8_t* codes, int64_t n) {
     return n == BLOCK ? a : least;
 }
 
-}  // namespace
-
-// codes (ceil(n / 2),), out (n,). The scales a: `absmax` (ceil(n / 64),) float, or, where that is null, from d
-// (ceil(n / 64),), b (ceil(n / 16384),), m (1,) and second (256,).
-extern "C" void dequantize(const void* codes, const float* pairs, const float* absmax, const void* d, const float* b,
-                           const float* m, const float* second, void* out, int64_t n, int64_t dtype) {
-    auto bytes = static_cast<const uint8_t*>(codes), ds = static_cast<const uint8_t*>(d);
-    typed(dtype, [&](auto* null) {
-        auto to = static_cast<decltype(null)>(out);
-        parallel((n + GROUP - 1) / GROUP, 2, [&](int64_t begin, int64_t end) {
-            for (int64_t g = begin; g < end; g++) {
-                float product[NESTED];  // tabled, so that no compiler can make one rounding of product and sum
-                for (int64_t i = 0; !absmax && i < NESTED; i++) product[i] = second[i] * b[g];
-                for (int64_t i = g * GROUP; i < n && i < (g + 1) * GROUP; i += BLOCK) {
-                    const float a = absmax ? absmax[i / BLOCK] : product[ds[i / BLOCK]] + *m;
-                    expand(bytes + i / 2, pairs, a, to + i, n - i < BLOCK ? n - i : BLOCK);
-                }
+template <class T>
+void expand_all(const Dequantize& a) {
+    auto out = static_cast<T*>(a.out);
+    const int64_t n = a.n;
+    parallel((n + GROUP - 1) / GROUP, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; g++) {
+            float product[NESTED];  // tabled, so that no compiler can make one rounding of product and sum
+            for (int64_t i = 0; !a.absmax && i < NESTED; i++) product[i] = a.second[i] * a.b[g];
+            for (int64_t i = g * GROUP; i < n && i < (g + 1) * GROUP; i += BLOCK) {
+                const float scale = a.absmax ? a.absmax[i / BLOCK] : product[a.d[i / BLOCK]] + *a.m;
+                expand(a.codes + i / 2, a.pairs, scale, out + i, n - i < BLOCK ? n - i : BLOCK);
             }
-        });
+        }
     });
 }
 
-// w (n,), codes (ceil(n / 2),), absmax (ceil(n / 64),), middles (15,)
-extern "C" void quantize(const void* w, const float* middles, void* codes, float* absmax, int64_t n, int64_t dtype) {
-    auto bytes = static_cast<uint8_t*>(codes);
-    typed(dtype, [&](auto* null) {
-        auto from = static_cast<decltype(null)>(const_cast<void*>(w));
-        parallel((n + BLOCK - 1) / BLOCK, GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) {
-                const int64_t at = i * BLOCK, size = n - at < BLOCK ? n - at : BLOCK;
-                absmax[i] = pack(from + at, middles, bytes + at / 2, size);
-            }
-        });
+template <class T>
+void pack_all(const Quantize& a) {
+    auto w = static_cast<const T*>(a.w);
+    const float* middles = a.middles;
+    uint8_t* codes = a.codes;
+    float* absmax = a.absmax;
+    const int64_t n = a.n;
+    parallel((n + BLOCK - 1) / BLOCK, GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t at = i * BLOCK, size = n - at < BLOCK ? n - at : BLOCK;
+            absmax[i] = pack(w + at, middles, codes + at / 2, size);
+        }
     });
+}
+
+}  // namespace
+
+extern "C" void dequantize(const Dequantize* a) {
+    if (a->dtype == FLOAT32) expand_all<float>(*a);
+    else expand_all<bf16>(*a);
+}
+
+extern "C" void quantize(const Quantize* a) {
+    if (a->dtype == FLOAT32) pack_all<float>(*a);
+    else pack_all<bf16>(*a);
 }

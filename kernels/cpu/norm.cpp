@@ -10,24 +10,13 @@
 // Statistics are float. The sums over rows are made block by block, and the blocks added two by two: the same
 // whatever the number of threads, and with small rounding errors.
 
+#include "norm.h"
+
 #include <cmath>
 
 #include "common.h"
 
 namespace {
-
-struct Drop {  // row is null where nothing is dropped
-    const int32_t *row, *col;
-    int32_t threshold;
-    float scale;
-};
-
-template <class T>
-void drop_row(const T* x, T* y, int64_t i, Drop drop, int64_t C) {
-    const int32_t row = drop.row[i], *col = drop.col;
-#pragma omp simd
-    for (int64_t c = 0; c < C; c++) store(y + c, load(x + c) * kept(row, col[c], drop.threshold, drop.scale));
-}
 
 template <class T>
 void add_row(const T* x, const T* residual, T* h, int64_t i, Drop drop, int64_t C) {
@@ -97,59 +86,63 @@ void add(const float* x, float* y, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
+template <class T>
+void forward(const NormForward& a) {
+    auto x = static_cast<const T*>(a.x), residual = static_cast<const T*>(a.residual);
+    auto h = static_cast<T*>(a.h), y = static_cast<T*>(a.y);
+    const int64_t C = a.C;
+    parallel(a.N, at_least_1(GRAIN / at_least_1(C)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            add_row(x + i * C, residual + i * C, h + i * C, i, a.drop, C);
+            norm_row(h + i * C, a.weight, a.bias, a.eps, y + i * C, a.mean + i, a.rstd + i, C);
+        }
+    });
+}
+
+template <class T>
+void forward_again(const Normalise& a) {
+    auto h = static_cast<const T*>(a.h);
+    auto y = static_cast<T*>(a.y);
+    const int64_t C = a.C;
+    parallel(a.N, at_least_1(GRAIN / at_least_1(C)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            normalise_row(h + i * C, a.mean[i], a.rstd[i], a.weight, a.bias, y + i * C, C);
+    });
+}
+
+// All but the sums over blocks.
+template <class T>
+void backward(const NormBackward& a) {
+    auto dh = static_cast<const T*>(a.dh), dy = static_cast<const T*>(a.dy), h = static_cast<const T*>(a.h);
+    auto dresidual = static_cast<T*>(a.dresidual), dx = static_cast<T*>(a.dx);
+    const int64_t N = a.N, C = a.C, block = a.block, blocks = (N + block - 1) / block;
+    parallel(blocks, at_least_1(GRAIN / at_least_1(block * C)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * block; i < N && i < end * block; i++) {
+            float* sums = a.sums ? a.sums + i / block * 2 * C : nullptr;
+            backward_row(dh ? dh + i * C : nullptr, dy + i * C, h + i * C, a.mean[i], a.rstd[i], a.weight,
+                         dresidual + i * C, sums, C);
+            if (dx) drop_row(dresidual + i * C, dx + i * C, i, a.drop, C);
+        }
+    });
+}
+
 }  // namespace
 
-// x, residual, h, y (N, C); row (N,), col (C,); weight, bias (C,) float; mean, rstd (N,) float.
-// row null: nothing is dropped.
-extern "C" void norm_forward(const void* x, const void* residual, const int32_t* row, const int32_t* col,
-                             int64_t threshold, float scale, const float* weight, const float* bias, float eps, void* h,
-                             void* y, float* mean, float* rstd, int64_t N, int64_t C, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        typedef decltype(null) P;
-        auto xs = static_cast<P>(const_cast<void*>(x)), residuals = static_cast<P>(const_cast<void*>(residual));
-        auto hs = static_cast<P>(h), ys = static_cast<P>(y);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        parallel(N, at_least_1(GRAIN / at_least_1(C)), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) {
-                add_row(xs + i * C, residuals + i * C, hs + i * C, i, drop, C);
-                norm_row(hs + i * C, weight, bias, eps, ys + i * C, mean + i, rstd + i, C);
-            }
-        });
-    });
+extern "C" void norm_forward(const NormForward* a) {
+    if (a->dtype == FLOAT32) forward<float>(*a);
+    else forward<bf16>(*a);
 }
 
-// y again, from h (N, C) and what norm_forward found
-extern "C" void normalise(const void* h, const float* mean, const float* rstd, const float* weight, const float* bias,
-                          void* y, int64_t N, int64_t C, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        auto hs = static_cast<decltype(null)>(const_cast<void*>(h)), ys = static_cast<decltype(null)>(y);
-        parallel(N, at_least_1(GRAIN / at_least_1(C)), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++)
-                normalise_row(hs + i * C, mean[i], rstd[i], weight, bias, ys + i * C, C);
-        });
-    });
+extern "C" void normalise(const Normalise* a) {
+    if (a->dtype == FLOAT32) forward_again<float>(*a);
+    else forward_again<bf16>(*a);
 }
 
-// dh, dy, h, dresidual, dx (N, C); dh null: zero; dx null: not asked for. sums (blocks, 2, C) float, all zero: for each
-// block of `block` rows its part of dweight and dbias, and at the end all of it in the first; null: not asked for.
-extern "C" void norm_backward(const void* dh, const void* dy, const void* h, const float* mean, const float* rstd,
-                              const int32_t* row, const int32_t* col, int64_t threshold, float scale,
-                              const float* weight, void* dresidual, void* dx, float* sums, int64_t block, int64_t N,
-                              int64_t C, int64_t dtype) {
-    const int64_t blocks = (N + block - 1) / block;
-    typed(dtype, [&](auto* null) {
-        typedef decltype(null) P;
-        auto dhs = static_cast<P>(const_cast<void*>(dh)), dys = static_cast<P>(const_cast<void*>(dy));
-        auto hs = static_cast<P>(const_cast<void*>(h)), dr = static_cast<P>(dresidual), dxs = static_cast<P>(dx);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        parallel(blocks, at_least_1(GRAIN / at_least_1(block * C)), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * block; i < N && i < end * block; i++) {
-                backward_row(dh ? dhs + i * C : nullptr, dys + i * C, hs + i * C, mean[i], rstd[i], weight, dr + i * C,
-                             sums ? sums + i / block * 2 * C : nullptr, C);
-                if (dx) drop_row(dr + i * C, dxs + i * C, i, drop, C);
-            }
-        });
-    });
-    for (int64_t step = 1; sums && step < blocks; step *= 2)
-        for (int64_t b = 0; b + step < blocks; b += 2 * step) add(sums + (b + step) * 2 * C, sums + b * 2 * C, 2 * C);
+extern "C" void norm_backward(const NormBackward* a) {
+    if (a->dtype == FLOAT32) backward<float>(*a);
+    else backward<bf16>(*a);
+    if (!a->sums) return;
+    const int64_t blocks = (a->N + a->block - 1) / a->block, size = 2 * a->C;
+    for (int64_t step = 1; step < blocks; step *= 2)
+        for (int64_t b = 0; b + step < blocks; b += 2 * step) add(a->sums + (b + step) * size, a->sums + b * size, size);
 }

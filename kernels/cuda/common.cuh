@@ -1,35 +1,21 @@
-// What all CUDA kernels share: element types, vectors of four, sums over a warp, the dropout hash. No header is needed.
+// What all CUDA kernels share: element types, vectors of four, sums over a warp. No header of CUDA's is needed.
 //
-// A kernel is one .cu file that includes this one and offers `extern "C" __global__ void f(...)` with the name, the
-// arguments and the meaning of the function in kernels/cpu/NAME.cpp. The line above it says how many blocks are worth
-// starting, `// blocks: N / 8`; any other number, of blocks or of threads, gives the same result (threads: whole warps,
-// THREADS at most). A kernel f_2 runs after f, with the same arguments. minift/ops/cuda.py reads all this.
+// A kernel is one .cu file that includes this one and offers `extern "C" __global__ void f(Arguments a)` with the name, the
+// arguments (kernels/NAME.h) and the meaning of the function in kernels/cpu/NAME.cpp. The line above it says how many blocks
+// are worth starting, `// blocks: N / 8`, by fields of the arguments; any other number, of blocks or of threads, gives the
+// same result (threads: whole warps, THREADS at most). A kernel f_2 runs after f, with the same arguments.
+// minift/ops/cuda.py reads all this.
 #pragma once
 
-#ifdef __CUDACC_RTC__
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef int int32_t;
-typedef unsigned int uint32_t;
-typedef long long int64_t;
-typedef unsigned long long uint64_t;
-#else
-#include <cstdint>
-#endif
+#include "shared.h"
 
 namespace {
 
 const int THREADS = 256, WARP = 32;
 
-// ---- bits
-
-__device__ inline uint32_t to_bits(float x) { return __float_as_uint(x); }
-
-__device__ inline float from_bits(uint32_t u) { return __uint_as_float(u); }
-
 const uint32_t NAN_BITS = 0x7FC00000;
 
-// ---- element types: float (dtype code 0), bf16 (1) and fp16 (2), computed in float
+// ---- element types: float, bf16 and fp16, computed in float
 
 struct bf16 {
     uint16_t bits;
@@ -71,14 +57,6 @@ __device__ inline void assign(fp16* p, float x) {
 #else
     p->bits = to_half(x);
 #endif
-}
-
-// Calls f with a null pointer of the element type of that code: typed(dtype, [&](auto* null) { ... decltype(null) ... }).
-template <class F>
-__device__ void typed(int64_t dtype, const F& f) {
-    if (dtype == 0) f(static_cast<float*>(nullptr));
-    else if (dtype == 1) f(static_cast<bf16*>(nullptr));
-    else f(static_cast<fp16*>(nullptr));
 }
 
 // ---- W elements at once: 4 where they lie as vectors do, else 1
@@ -128,6 +106,24 @@ __device__ void wide(bool four, const F& f) {
     else f(Width<1>{});
 }
 
+// What dropout multiplies channels c to c + W of row i by.
+template <int W>
+__device__ Vector<float, W> factors(Drop drop, int64_t i, int64_t c) {
+    const int32_t word = drop.row[i];
+    const auto words = fetch<W>(drop.col + c);
+    Vector<float, W> made;
+    for (int k = 0; k < W; k++) made.at[k] = kept(word, words.at[k], drop.threshold, drop.scale);
+    return made;
+}
+
+// x times what dropout makes of it there.
+template <int W>
+__device__ Vector<float, W> dropped(Vector<float, W> x, Drop drop, int64_t i, int64_t c) {
+    const auto factor = factors<W>(drop, i, c);
+    for (int k = 0; k < W; k++) x.at[k] *= factor.at[k];
+    return x;
+}
+
 // ---- who this thread is
 
 __device__ inline int lane() { return threadIdx.x % WARP; }
@@ -142,26 +138,23 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
-// ---- dropout's hash, bit for bit as minift/ops/dropout.py specifies it
-
-const uint32_t GOLDEN = 0x9E3779B1, MUL1 = 0x7FEB352D, MUL2 = 0x846CA68B;
-
-// lowbias32 without its last step.
-__device__ inline uint32_t hash(uint32_t x) {
-    x = (x ^ x >> 16) * MUL1;
-    return (x ^ x >> 15) * MUL2;
-}
-
-// lowbias32.
-__device__ inline uint32_t mix(uint32_t x) {
-    x = hash(x);
-    return x ^ x >> 16;
-}
-
-// What the element at these words is multiplied by: `scale`, which is 1 / (1 - p), or 0. A product, not a choice, so that
-// an inf or NaN that is dropped shows. threshold is round((1 - p) 2^32) - 2^31.
-__device__ inline float kept(int32_t row, int32_t col, int32_t threshold, float scale) {
-    return int32_t(hash(uint32_t(row) ^ uint32_t(col))) < threshold ? scale : 0.0f;
+// A kernel's second half: adds the parts (blocks, size) up into the first. A warp's lanes are columns, its warps every so
+// many parts.
+__device__ inline void add_parts(float* parts, int64_t blocks, int64_t size) {
+    __shared__ float part[THREADS];
+    for (int64_t first = int64_t(blockIdx.x) * WARP; first < size; first += int64_t(gridDim.x) * WARP) {
+        const int64_t c = first + lane();
+        float sum = 0;
+        if (c < size)
+            for (int64_t b = threadIdx.x / WARP; b < blocks; b += blockDim.x / WARP) sum += parts[b * size + c];
+        part[threadIdx.x] = sum;
+        __syncthreads();
+        if (threadIdx.x < WARP && c < size) {
+            for (int t = threadIdx.x + WARP; t < blockDim.x; t += WARP) sum += part[t];
+            parts[c] = sum;
+        }
+        __syncthreads();
+    }
 }
 
 }  // namespace

@@ -10,26 +10,11 @@
 // Registers are for MOST = 8 or 16 ranks. Nothing branches on R: what is computed past it is not stored.
 
 #include "common.cuh"
+#include "lora.h"
 
 namespace {
 
 const int ROWS = 2, ROOM = 32;  // rows of a warp at a time; numbers of dA that a thread has registers for
-
-struct Drop {
-    const int32_t *row, *col;
-    int32_t threshold;
-    float scale;
-};
-
-// What dropout multiplies channels c to c + W of row i by.
-template <int W>
-__device__ Vector<float, W> factors(Drop drop, int64_t i, int c) {
-    const int32_t word = drop.row[i];
-    const auto words = fetch<W>(drop.col + c);
-    Vector<float, W> made;
-    for (int k = 0; k < W; k++) made.at[k] = kept(word, words.at[k], drop.threshold, drop.scale);
-    return made;
-}
 
 // The sums of n <= 32 numbers, a power of two, over the lanes of a warp: lane l gets number l % n. Where two lanes differ
 // in a bit, one goes on with the numbers that have it, the other with those that do not: n - 1 shuffles, not 5 n.
@@ -50,7 +35,7 @@ __device__ float warp_sums(float (&x)[n]) {
 
 // h of rows i to i + ROWS; past the end is the last row once more, which is not stored.
 template <int W, int MOST, class T>
-__device__ void forward(const T* x, const float* A, T* h, Drop drop, int64_t i, int64_t N, int C, int R, int lda) {
+__device__ void rows(const T* x, const float* A, T* h, Drop drop, int64_t i, int64_t N, int C, int R, int lda) {
     float sum[ROWS * MOST] = {};
     for (int c = lane() * W; c < C; c += WARP * W) {
         Vector<float, W> v[ROWS];
@@ -86,8 +71,8 @@ __device__ void share(const float* A, float* shared, int n, int R, int lda) {
 // dx at W columns of a block's every `warps`th row, and what these rows add to dA there. All pointers are to the block's
 // first row and to the first of these columns.
 template <int W, int MOST, class T>
-__device__ void backward(const T* x, const float* g, const float* A, Vector<float, W> (&dA)[MOST], T* dx, Drop drop,
-                         int rows, int C, int R) {
+__device__ void strip_rows(const T* x, const float* g, const float* A, Vector<float, W> (&dA)[MOST], T* dx, Drop drop,
+                           int rows, int C, int R) {
     const int warps = blockDim.x / WARP;
     for (int i = threadIdx.x / WARP; i < rows; i += ROWS * warps) {
         Vector<float, W> factor[ROWS] = {}, v[ROWS] = {}, d[ROWS] = {}, spread[ROWS] = {};
@@ -148,7 +133,7 @@ __device__ void strips(const T* x, const float* g, const float* A, float* sums, 
         const Drop here = {drop.row + i, drop.col + first + c, drop.threshold, drop.scale};
         Vector<float, W> dA[MOST] = {};
         share<W, MOST>(A + first, shared, n, R, lda);
-        if (c < n) backward(x ? x + at : x, g + i * R, shared + c, dA, dx ? dx + at : dx, here, rows, C, R);
+        if (c < n) strip_rows(x ? x + at : x, g + i * R, shared + c, dA, dx ? dx + at : dx, here, rows, C, R);
         if (sums) sum_warps(dA, shared, sums + part * R * lda + first, n, R, lda);
     }
 }
@@ -161,62 +146,46 @@ __device__ void shaped(bool four, int64_t R, const F& f) {
     else f(Width<2>{}, Width<16>{});
 }
 
+template <class T>
+__device__ void forward(const LoraForward& a) {
+    auto x = static_cast<const T*>(a.x);
+    auto h = static_cast<T*>(a.h);
+    shaped(a.C % 4 == 0 && a.lda % 4 == 0 && aligned(x, a.A, a.drop.col), a.R, [&](auto width, auto most) {
+        constexpr int W = decltype(width)::value, MOST = decltype(most)::value;
+        for (int64_t i = thread() / WARP * ROWS; i < a.N; i += threads() / WARP * ROWS)
+            rows<W, MOST>(x, a.A, h, a.drop, i, a.N, a.C, a.R, a.lda);
+    });
+}
+
+template <class T>
+__device__ void backward(const LoraBackward& a, float* shared) {
+    auto x = static_cast<const T*>(a.x);
+    auto dx = static_cast<T*>(a.dx);
+    shaped(a.C % 4 == 0 && aligned(x, dx, a.drop.col), a.R, [&](auto width, auto most) {
+        constexpr int W = decltype(width)::value, MOST = decltype(most)::value;
+        strips<W, MOST>(x, a.g, a.A, a.sums, dx, a.drop, shared, a.block, a.N, a.C, a.R, a.lda);
+    });
+}
+
 }  // namespace
 
-// x (N, C), h (N, R); A float, R rows, padded with zeros to an even number of them, of lda >= C numbers, a multiple of 64.
-// row (N,), col (C,): words of dropout. R <= 16.
 // blocks: N / 16
-extern "C" __global__ void lora_forward(const void* x, const float* A, void* h, const int32_t* row, const int32_t* col,
-                                        int64_t threshold, float scale, int64_t N, int64_t C, int64_t R, int64_t lda,
-                                        int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        auto xs = static_cast<decltype(null)>(const_cast<void*>(x)), hs = static_cast<decltype(null)>(h);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        shaped(C % 4 == 0 && lda % 4 == 0 && aligned(xs, A, col), R, [&](auto width, auto most) {
-            constexpr int W = decltype(width)::value, MOST = decltype(most)::value;
-            for (int64_t i = thread() / WARP * ROWS; i < N; i += threads() / WARP * ROWS)
-                forward<W, MOST>(xs, A, hs, drop, i, N, C, R, lda);
-        });
-    });
+extern "C" __global__ void lora_forward(LoraForward a) {
+    if (a.dtype == FLOAT32) forward<float>(a);
+    else if (a.dtype == BFLOAT16) forward<bf16>(a);
+    else forward<fp16>(a);
 }
 
-// x (N, C); g (N, R) float; A as above; sums (blocks, R, lda) float, or null: for each block of `block` rows its part of
-// dA, and at the end all of it in the first; dx (N, C), added to, or null. x may be null with sums.
 // A strip is 128 columns or fewer, `block` is 64: up to 1,024 columns, N / 8 thread blocks have one each at most.
 // blocks: N / 8
-extern "C" __global__ void lora_backward(const void* x, const float* g, const float* A, float* sums, void* dx,
-                                         const int32_t* row, const int32_t* col, int64_t threshold, float scale,
-                                         int64_t block, int64_t N, int64_t C, int64_t R, int64_t lda, int64_t dtype) {
+extern "C" __global__ void lora_backward(LoraBackward a) {
     alignas(16) __shared__ float shared[ROOM * THREADS];
-    typed(dtype, [&](auto* null) {
-        auto xs = static_cast<decltype(null)>(const_cast<void*>(x)), dxs = static_cast<decltype(null)>(dx);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        shaped(C % 4 == 0 && aligned(xs, dxs, col), R, [&](auto width, auto most) {
-            constexpr int W = decltype(width)::value, MOST = decltype(most)::value;
-            strips<W, MOST>(xs, g, A, sums, dxs, drop, shared, block, N, C, R, lda);
-        });
-    });
+    if (a.dtype == FLOAT32) backward<float>(a, shared);
+    else if (a.dtype == BFLOAT16) backward<bf16>(a, shared);
+    else backward<fp16>(a, shared);
 }
 
-// Adds the parts of all blocks up into the first; a warp's lanes are columns, its warps every so many blocks.
 // blocks: lda / 4
-extern "C" __global__ void lora_backward_2(const void* x, const float* g, const float* A, float* sums, void* dx,
-                                           const int32_t* row, const int32_t* col, int64_t threshold, float scale,
-                                           int64_t block, int64_t N, int64_t C, int64_t R, int64_t lda, int64_t dtype) {
-    __shared__ float part[THREADS];
-    if (!sums) return;
-    const int64_t blocks = (N + block - 1) / block, size = R * lda;
-    for (int64_t first = int64_t(blockIdx.x) * WARP; first < size; first += int64_t(gridDim.x) * WARP) {
-        const int64_t c = first + lane();
-        float sum = 0;
-        if (c < size)
-            for (int64_t b = threadIdx.x / WARP; b < blocks; b += blockDim.x / WARP) sum += sums[b * size + c];
-        part[threadIdx.x] = sum;
-        __syncthreads();
-        if (threadIdx.x < WARP && c < size) {
-            for (int t = threadIdx.x + WARP; t < blockDim.x; t += WARP) sum += part[t];
-            sums[c] = sum;
-        }
-        __syncthreads();
-    }
+extern "C" __global__ void lora_backward_2(LoraBackward a) {
+    if (a.sums) add_parts(a.sums, (a.N + a.block - 1) / a.block, a.R * a.lda);
 }

@@ -7,6 +7,7 @@
 // Gimelshein, https://arxiv.org/abs/1805.02867), once for the gradient. A target beyond gives NaN.
 
 #include "common.cuh"
+#include "loss.h"
 
 namespace {
 
@@ -91,16 +92,19 @@ __device__ void row(T* z, const float* bias, int64_t target, float smoothing, fl
     });
 }
 
+template <class T>
+__device__ void all_rows(const CrossEntropy& a) {
+    auto z = static_cast<T*>(a.z);
+    for (int64_t m = blockIdx.x; m < a.M; m += gridDim.x)
+        row(z + m * a.V, a.bias, a.targets[m], a.smoothing, a.loss + m, a.hits + m, a.grad != 0, a.V);
+}
+
 }  // namespace
 
-// z (M, V), with grad overwritten by dz; bias (V,) float or null; targets (M,) in [0, V), or -1: not asked about, all 0;
-// loss, hits (M,) float
+// A target beyond V gives NaN.
 // blocks: M
-extern "C" __global__ void cross_entropy(void* z, const float* bias, const int64_t* targets, float smoothing,
-                                         float* loss, float* hits, int64_t grad, int64_t M, int64_t V, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        auto zs = static_cast<decltype(null)>(z);
-        for (int64_t m = blockIdx.x; m < M; m += gridDim.x)
-            row(zs + m * V, bias, targets[m], smoothing, loss + m, hits + m, grad != 0, V);
-    });
+extern "C" __global__ void cross_entropy(CrossEntropy a) {
+    if (a.dtype == FLOAT32) all_rows<float>(a);
+    else if (a.dtype == BFLOAT16) all_rows<bf16>(a);
+    else all_rows<fp16>(a);
 }

@@ -11,23 +11,9 @@
 // rows, a thread four channels, and a second kernel sums these, so the order never changes.
 
 #include "common.cuh"
+#include "norm.h"
 
 namespace {
-
-struct Drop {  // row is null where nothing is dropped
-    const int32_t *row, *col;
-    int32_t threshold;
-    float scale;
-};
-
-// x times what dropout makes of it at channels c to c + W of row i.
-template <int W>
-__device__ Vector<float, W> dropped(Vector<float, W> x, Drop drop, int64_t i, int64_t c) {
-    const int32_t word = drop.row[i];
-    const auto words = fetch<W>(drop.col + c);
-    for (int k = 0; k < W; k++) x.at[k] *= kept(word, words.at[k], drop.threshold, drop.scale);
-    return x;
-}
 
 // y of row i.
 template <int W, class T>
@@ -107,86 +93,68 @@ __device__ void sum_rows(const T* dy, const T* h, const float* mean, const float
     }
 }
 
+template <class T>
+__device__ void forward(const NormForward& a) {
+    auto x = static_cast<const T*>(a.x), residual = static_cast<const T*>(a.residual);
+    auto h = static_cast<T*>(a.h), y = static_cast<T*>(a.y);
+    wide(a.C % 4 == 0 && aligned(x, residual, h, y, a.weight, a.bias, a.drop.col), [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        for (int64_t i = thread() / WARP; i < a.N; i += threads() / WARP)
+            norm_row<W>(x, residual, a.drop, a.weight, a.bias, a.eps, h, y, a.mean, a.rstd, i, a.C);
+    });
+}
+
+template <class T>
+__device__ void forward_again(const Normalise& a) {
+    auto h = static_cast<const T*>(a.h);
+    auto y = static_cast<T*>(a.y);
+    wide(a.C % 4 == 0 && aligned(h, y, a.weight, a.bias), [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        for (int64_t i = thread() / WARP; i < a.N; i += threads() / WARP)
+            normalise_row<W>(h, a.mean[i], a.rstd[i], a.weight, a.bias, y, i, a.C);
+    });
+}
+
+template <class T>
+__device__ void backward(const NormBackward& a) {
+    auto dh = static_cast<const T*>(a.dh), dy = static_cast<const T*>(a.dy), h = static_cast<const T*>(a.h);
+    auto dresidual = static_cast<T*>(a.dresidual), dx = static_cast<T*>(a.dx);
+    const int64_t N = a.N, C = a.C, block = a.block;
+    wide(C % 4 == 0 && aligned(dh, dy, h, dresidual, dx, a.weight, a.drop.col, a.sums), [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        for (int64_t begin = blockIdx.x * block; begin < N; begin += gridDim.x * block) {
+            const int64_t end = begin + block < N ? begin + block : N;
+            for (int64_t i = begin + threadIdx.x / WARP; i < end; i += blockDim.x / WARP)
+                backward_row<W>(dh, dy, h, a.mean[i], a.rstd[i], a.drop, a.weight, dresidual, dx, i, C);
+            if (a.sums) sum_rows<W>(dy, h, a.mean, a.rstd, a.sums + begin / block * 2 * C, begin, end, C);
+        }
+    });
+}
+
 }  // namespace
 
-// x, residual, h, y (N, C); row (N,), col (C,); weight, bias (C,) float; mean, rstd (N,) float.
-// row null: nothing is dropped.
 // blocks: N / 8
-extern "C" __global__ void norm_forward(const void* x, const void* residual, const int32_t* row, const int32_t* col,
-                                        int64_t threshold, float scale, const float* weight, const float* bias,
-                                        float eps, void* h, void* y, float* mean, float* rstd, int64_t N, int64_t C,
-                                        int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        typedef decltype(null) P;
-        auto xs = static_cast<P>(const_cast<void*>(x)), residuals = static_cast<P>(const_cast<void*>(residual));
-        auto hs = static_cast<P>(h), ys = static_cast<P>(y);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        wide(C % 4 == 0 && aligned(xs, residuals, hs, ys, weight, bias, col), [&](auto width) {
-            constexpr int W = decltype(width)::value;
-            for (int64_t i = thread() / WARP; i < N; i += threads() / WARP)
-                norm_row<W>(xs, residuals, drop, weight, bias, eps, hs, ys, mean, rstd, i, C);
-        });
-    });
+extern "C" __global__ void norm_forward(NormForward a) {
+    if (a.dtype == FLOAT32) forward<float>(a);
+    else if (a.dtype == BFLOAT16) forward<bf16>(a);
+    else forward<fp16>(a);
 }
 
-// y again, from h (N, C) and what norm_forward found
 // blocks: N / 8
-extern "C" __global__ void normalise(const void* h, const float* mean, const float* rstd, const float* weight,
-                                     const float* bias, void* y, int64_t N, int64_t C, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        auto hs = static_cast<decltype(null)>(const_cast<void*>(h)), ys = static_cast<decltype(null)>(y);
-        wide(C % 4 == 0 && aligned(hs, ys, weight, bias), [&](auto width) {
-            constexpr int W = decltype(width)::value;
-            for (int64_t i = thread() / WARP; i < N; i += threads() / WARP)
-                normalise_row<W>(hs, mean[i], rstd[i], weight, bias, ys, i, C);
-        });
-    });
+extern "C" __global__ void normalise(Normalise a) {
+    if (a.dtype == FLOAT32) forward_again<float>(a);
+    else if (a.dtype == BFLOAT16) forward_again<bf16>(a);
+    else forward_again<fp16>(a);
 }
 
-// dh, dy, h, dresidual, dx (N, C); dh null: zero; dx null: not asked for. sums (blocks, 2, C) float: for each block of
-// `block` rows its part of dweight and dbias, and at the end all of it in the first; null: not asked for.
 // blocks: N / block
-extern "C" __global__ void norm_backward(const void* dh, const void* dy, const void* h, const float* mean,
-                                         const float* rstd, const int32_t* row, const int32_t* col, int64_t threshold,
-                                         float scale, const float* weight, void* dresidual, void* dx, float* sums,
-                                         int64_t block, int64_t N, int64_t C, int64_t dtype) {
-    typed(dtype, [&](auto* null) {
-        typedef decltype(null) P;
-        auto dhs = static_cast<P>(const_cast<void*>(dh)), dys = static_cast<P>(const_cast<void*>(dy));
-        auto hs = static_cast<P>(const_cast<void*>(h)), dr = static_cast<P>(dresidual), dxs = static_cast<P>(dx);
-        const Drop drop = {row, col, int32_t(threshold), scale};
-        wide(C % 4 == 0 && aligned(dhs, dys, hs, dr, dxs, weight, col, sums), [&](auto width) {
-            constexpr int W = decltype(width)::value;
-            for (int64_t begin = blockIdx.x * block; begin < N; begin += gridDim.x * block) {
-                const int64_t end = begin + block < N ? begin + block : N;
-                for (int64_t i = begin + threadIdx.x / WARP; i < end; i += blockDim.x / WARP)
-                    backward_row<W>(dhs, dys, hs, mean[i], rstd[i], drop, weight, dr, dxs, i, C);
-                if (sums) sum_rows<W>(dys, hs, mean, rstd, sums + begin / block * 2 * C, begin, end, C);
-            }
-        });
-    });
+extern "C" __global__ void norm_backward(NormBackward a) {
+    if (a.dtype == FLOAT32) backward<float>(a);
+    else if (a.dtype == BFLOAT16) backward<bf16>(a);
+    else backward<fp16>(a);
 }
 
-// Adds the parts of all blocks up into the first; a warp's lanes are channels, its warps every so many blocks.
 // blocks: C / 16
-extern "C" __global__ void norm_backward_2(const void* dh, const void* dy, const void* h, const float* mean,
-                                           const float* rstd, const int32_t* row, const int32_t* col,
-                                           int64_t threshold, float scale, const float* weight, void* dresidual,
-                                           void* dx, float* sums, int64_t block, int64_t N, int64_t C, int64_t dtype) {
-    __shared__ float part[THREADS];
-    if (!sums) return;
-    const int64_t blocks = (N + block - 1) / block;
-    for (int64_t first = int64_t(blockIdx.x) * WARP; first < 2 * C; first += int64_t(gridDim.x) * WARP) {
-        const int64_t c = first + lane();
-        float sum = 0;
-        if (c < 2 * C)
-            for (int64_t b = threadIdx.x / WARP; b < blocks; b += blockDim.x / WARP) sum += sums[b * 2 * C + c];
-        part[threadIdx.x] = sum;
-        __syncthreads();
-        if (threadIdx.x < WARP && c < 2 * C) {
-            for (int t = threadIdx.x + WARP; t < blockDim.x; t += WARP) sum += part[t];
-            sums[c] = sum;
-        }
-        __syncthreads();
-    }
+extern "C" __global__ void norm_backward_2(NormBackward a) {
+    if (a.sums) add_parts(a.sums, (a.N + a.block - 1) / a.block, 2 * a.C);
 }

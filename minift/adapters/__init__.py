@@ -7,37 +7,50 @@ A method is a file here and a line in tables.METHODS. The file defines
 and, if it wraps layers,
 
     SAVED_AS       the method as which PEFT knows the result: its own name, or "lora" for a variant of LoRA
-    CHANGES_BASE   whether it changes frozen weights, so that a run has to keep them beside the adapter
+    CHANGES_BASE   whether it changes frozen weights, so that a run has to keep them beside the adapter (else False)
+    LEARNING_RATE  of a run with `--lr 0`, where it is not LoRA's 5e-4
 
 `add` then leaves model.adapter: a frozen dataclass with the fields variant (the method's name), targets, exclude, saved
 (modules of the head that learn, by the hub's names), kept (frozen parameters that are saved with the adapter, by our
-names) and base (the folder or hub id that the frozen weights come from). What wraps a layer is a layer itself
-(layers/__init__.py) and has `frozen`, the layer inside, set_frozen(layer), and tensors() -> {end of the name in PEFT's
-file: parameter}. Layers are chosen by targets.py.
+names) and base (the folder or hub id that the frozen weights come from). Layers are chosen by targets.py.
+
+What wraps a layer is a layer itself (layers/__init__.py), whose `matrix` and `bias` say what it computes now: merging
+needs no more than these two. It also has
+
+    frozen, set_frozen(layer)  the layer inside, a Linear or NF4Linear; another in its place
+    tensors() -> {end of the name in PEFT's file: parameter, or a view of one in the shape that it has there}
+
+Its parameters are float32, and begin where the model computes what it did. `frozen` may be packed: its matrix is then
+made at each call, in memory that the next one takes (layers/nf4.py).
 
 A file whose layers are its own, not those of another method, also defines
 
-    wrap(model, config)   puts its layers in place, nothing drawn, and makes them and config.saved the only trained ones
+    wrap(model, config)   puts its layers in place, nothing drawn; they and config.saved become all that is trained.
+        Both `add` and the reading of a file come through here. The steps are in targets.py: default_saved where saved
+        is None, select, requires_grad_(False), set_submodule for those of candidates, train_saved. Names that only
+        minift understands ("all-linear", numbers of layers) become those of the layers, for PEFT to read
 
 and one that PEFT has a name for (SAVED_AS is its own)
 
     PEFT_TYPE      peft_type in adapter_config.json
+    PATTERNS       the fields of its configuration that name layers, each a tuple or a regular expression
     read(found, heads) -> (config, notes) from adapter_config.json, what is unusual in a sentence each; heads: modules
         that PEFT trains without being told. Raises ValueError for what is not supported, by its name in the file
     settings(model) -> adapter_config.json, but for what is the same for all (checkpoints/peft.py)
     modern_name(name) -> how PEFT writes the name of a tensor today
-    on_base(model, config, found) -> (config, tensors) for the base as it is, where training had changed it
     options(model) -> the options of `minift train` that made such an adapter, for config.json of a run
+    on_base(model, config, found) -> (config, tensors) for the base as it is, if training may have changed it
 """
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from torch import nn
 
 from ..errors import InputError
 from ..tables import METHODS, method_named
+from .targets import names
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,8 @@ class Options:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.1
-    targets: str | tuple[str, ...] = ()  # () the method's default, or "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: str | tuple[str, ...] = ()  # names, a regular expression, or "all-linear"; () the method's default
+    exclude: str | tuple[str, ...] = ()  # names or a regular expression
     layers: tuple[int, ...] = ()  # numbers of the transformer layers; () all
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -74,6 +87,11 @@ def changes_base(method: str) -> bool:
     return getattr(method_file(method), "CHANGES_BASE", False)
 
 
+def learning_rate(method: str) -> float:
+    """The learning rate of an adapter run that is given none."""
+    return getattr(method_file(method), "LEARNING_RATE", 5e-4)
+
+
 def peft_types() -> dict[str, ModuleType]:
     """PEFT's peft_type -> the file of the method that has this name there."""
     files = [importlib.import_module(f"{__name__}.{method.file}") for method in METHODS.values()]
@@ -83,13 +101,15 @@ def peft_types() -> dict[str, ModuleType]:
 def adapt(model: nn.Module, method: str, **options) -> nn.Module:
     """Makes a loaded model ready to be trained by a method, in place: `adapt(model, "dora", rank=4)`. Returns it.
 
-    options: fields of Options. An adapter that came with the model is trained further as it is. Raises InputError
-    where that is of another kind.
+    options: fields of Options; names may also be a string, with commas between. An adapter that came with the model is
+    trained further as it is. Raises InputError where that is of another kind.
     """
     if method_named(method) is None:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     if model.adapter is None:
-        method_file(method).add(model, Options(method=method, **options))
+        told = Options(method=method, **options)
+        told = replace(told, targets=names(told.targets), exclude=names(told.exclude))
+        method_file(method).add(model, told)
         return model
     own = saved_as(model.adapter.variant)
     if saved_as(method) != own:

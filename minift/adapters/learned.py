@@ -4,7 +4,8 @@
     effective rank = exp(-sum p log p)
 
 (Roy & Vetterli, The effective rank, 2007.) The singular values of B A (out, in) are those of the R x R matrix R_B
-R_A^T where B = Q_B R_B and A^T = Q_A R_A, so nothing of W's size is decomposed.
+R_A^T where B = Q_B R_B and A^T = Q_A R_A, so for LoRA (and for what it learns inside a variant) nothing of W's size is
+decomposed. For any other adapter W is the layer's matrix, and W before that of the layer inside.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .lora import adapters
-from .targets import candidates
+from .lora import LoRALinear
+from .targets import candidates, wrappers
 
 
 @dataclass
@@ -31,10 +32,15 @@ class Learned:
 @torch.no_grad()
 def learned(model: nn.Module) -> Iterator[Learned]:
     """The update of each adapted layer, in the model's order."""
-    for name, lora in adapters(model):
-        sigma = singular_values(lora.A, lora.B) * lora.scale
-        frozen = lora.base.matrix(torch.float32).norm()
-        yield Learned(name, len(lora.A), effective_rank(sigma), (sigma.norm() / frozen).item(), sigma.tolist())
+    for name, layer in wrappers(model).items():
+        hub = model.hub_name(name)
+        lora = next((m for m in layer.modules() if isinstance(m, LoRALinear)), None)
+        if lora:
+            sigma = singular_values(lora.A, lora.B) * lora.scale
+            yield summary(hub, len(lora.A), sigma, lora.base.matrix(torch.float32))
+        else:
+            now = layer.matrix(torch.float32)  # before the frozen one, whose memory may be lent (layers/nf4.py)
+            yield between(hub, layer.frozen.matrix(torch.float32), now)
 
 
 @torch.no_grad()
@@ -42,10 +48,21 @@ def learned_in_full(model: nn.Module, before: nn.Module) -> Iterator[Learned]:
     """The update of each linear layer that a run without an adapter changed."""
     for name, hub in candidates(model).items():
         old = before.get_submodule(name).matrix(torch.float32)
-        update = model.get_submodule(name).matrix(torch.float32) - old
-        if update.any():
-            sigma = torch.linalg.svdvals(update)
-            yield Learned(hub, len(sigma), effective_rank(sigma), (sigma.norm() / old.norm()).item(), sigma.tolist())
+        now = model.get_submodule(name).matrix(torch.float32)
+        if not torch.equal(now, old):
+            yield between(hub, old, now)
+
+
+def between(hub: str, old: Tensor, now: Tensor) -> Learned:
+    """What changed from one matrix (out, in) to another."""
+    sigma = torch.linalg.svdvals(now - old)
+    return summary(hub, len(sigma), sigma, old)
+
+
+def summary(hub: str, rank: int, sigma: Tensor, frozen: Tensor) -> Learned:
+    """A layer's update by its singular values, beside its frozen matrix."""
+    norm = sigma.norm() / frozen.norm()
+    return Learned(hub, rank, effective_rank(sigma), norm.item(), sigma.tolist())
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from .targets import (
 
 SAVED_AS = "lora"
 PEFT_TYPE = "LORA"
+PATTERNS = ("targets", "exclude")
 SITE = 1 << 16  # dropout places of adapters: this plus the layer's number among all that could have one
 
 

@@ -85,8 +85,8 @@ def end_of(key: str) -> str:
 
 
 def is_within(hub: str, modules: tuple[str, ...]) -> bool:
-    """Whether a name is one of `modules` (or ends in it after a dot), or inside one."""
-    return any(re.match(rf"(?:.*\.)?{re.escape(m)}(?:$|\.)", hub) for m in modules)
+    """Whether a name ends in one of `modules`, or is inside one. As in PEFT, `pre_classifier` ends in `classifier`."""
+    return any(re.match(rf".*{re.escape(m)}(?:$|\.)", hub) for m in modules)
 
 
 def number(hub: str) -> int | None:
@@ -109,17 +109,14 @@ def check_pattern(option: str, pattern: str | tuple[str, ...], used: str = "") -
 
 
 def default_saved(model: nn.Module) -> tuple[str, ...]:
-    """Modules of the head to train in full, if it learns: its last layer, and what had no weights in the checkpoint."""
+    """Modules of the head to train in full, if it learns: its last layer, and what had no weights in the checkpoint.
+
+    Where the hub's head is a module of several layers, all of it, since PEFT trains what is called `classifier`.
+    """
     if model.head is None or not model.head.learns:
         return ()
-    last = last_module(model)
-    return (last, *(name for name in model.fresh if not is_within(name, (last,))))
-
-
-def last_module(model: nn.Module) -> str:
-    """What the hub calls the part of the head that PEFT trains as one: the last layer or, where that is inside a
-    module (classifier.out_proj), all of it."""
-    return model.hub_name(LAST).partition(".")[0]
+    trained = model.hub_name(LAST).partition(".")[0]
+    return (trained, *(name for name in model.fresh if not is_within(name, (trained,))))
 
 
 def train_saved(model: nn.Module, saved: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
     folder = Path(source)
     if folder.is_dir():
         inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
-        return next((folder / name for name in inner if (folder / name / "config.json").is_file()), folder)
+        return next((folder / name for name in inner if has_model(folder / name)), folder)
     who = f"{named_by} names " if named_by else ""
     if is_path(source) or folder.exists():
         advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
@@ -74,6 +74,11 @@ def base_of(given: Path, named: str, base_model: str | Path, notes: list[str]) -
     return named
 
 
+def has_model(folder: Path) -> bool:
+    """Whether a folder says what model or adapter is in it."""
+    return any((folder / name).is_file() for name in ("config.json", peft_format.CONFIG))
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a whole model is in a folder."""
     return any((folder / name).is_file() for name in WEIGHT_FILES)
@@ -102,6 +107,7 @@ def download(repo: str, who: str = "") -> Path:
     config = fetch(peft_format.CONFIG)
     if config is not None:
         _ = fetch(peft_format.WEIGHT_FILES[0]) or fetch(peft_format.WEIGHT_FILES[1])
+        fetch(peft_format.SETTINGS)
     config = fetch("config.json") or config
     if config is None and offline:
         raise InputError(
@@ -139,9 +145,9 @@ def is_in_reach() -> bool:
     return answered.is_set()
 
 
-def read_settings(folder: Path) -> dict:
+def read_settings(folder: Path, name: str = "config.json") -> dict:
     """The model's config.json. Raises InputError that names the field, where one is of a kind that nobody can use."""
-    path = folder / "config.json"
+    path = folder / name
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"; {', '.join(inside[:5])} in it {'has' if len(inside) == 1 else 'have'} one" if inside else ""

@@ -113,9 +113,11 @@ def settings_with_run(folder: Path, given: Path) -> dict:
     The shape of the model is its base's affair.
     """
     settings = read_settings(folder)
-    if not (given / "config.json").is_file():
+    names = (peft_format.SETTINGS, "config.json")  # the second of an older minift, or of a whole model beside it
+    name = next((name for name in names if (given / name).is_file()), None)
+    if name is None:
         return settings
-    of_run = read_settings(given)
+    of_run = read_settings(given, name)
     settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
     settings.pop("problem_type", None)  # of the base's head; the run has its own
     return settings
@@ -233,8 +235,9 @@ def fault_of(name: str, kind: type, value: object) -> str:
     if value is None and type(None) in kinds:
         return ""
     if kinds[0] is int:
+        least = 0 if name.endswith("_token_id") else 1
         most = LAYERS if re.search(r"_layers?$", name) else SIZE
-        good, expected = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}"
+        good, expected = type(value) is int and least <= value <= most, f"a whole number from {least} to {most:,}"
     elif kinds[0] is float and re.search(r"dropout|_pdrop$", name):
         good, expected = type(value) in (int, float) and 0 <= value < 1, "a rate from 0 to below 1"
     elif kinds[0] is float:

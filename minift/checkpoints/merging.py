@@ -5,7 +5,7 @@
     nf4           NF4(W' + s B A)  as small as the base, with a rounding error larger than most updates
 
 The adapter was trained beside W', so only `dequantized` computes what was trained; for a base that is not packed the
-first two are one. DoRA's layers are m V / |V| in place of W + s B A.
+first two are one. W + s B A is LoRA's; of any other adapter it is what its layer's `matrix` and `bias` say.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
     for name, layer in wrappers(model).items():
         want = layer.matrix(torch.float32)
         if name in originals:
-            layer.set_frozen(linear(originals[name], layer.bias))
+            layer.set_frozen(linear(originals[name], layer.frozen.bias))
         new = linear(layer.matrix(torch.float32), layer.bias)
         model.set_submodule(name, new)
         if into == "nf4":

@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from ..adapters import method_file, peft_types, saved_as
 from ..adapters.files import PREFIX, tensor_name
-from ..adapters.targets import is_within, last_module, wrappers
+from ..adapters.targets import is_within, wrappers
 from ..config import parse_json
 from ..errors import InputError
+from ..layers.nf4 import has_packed_layers
 from ..tasks import task_named, task_of_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")
+# config.json of the adapted model. It has another name, for where transformers finds a config.json beside an adapter it
+# takes the folder for a whole model's (an older minift wrote one)
+SETTINGS = "minift-model.json"
 
 
 # in
@@ -58,9 +62,10 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     file = method_file(saved_as(config.variant))
     found, is_bare = modern_names(found, model, file)
     if is_bare and model.head:  # its regular expressions are for names without the body's prefix
-        config = replace(config, targets=prefixed(config.targets, model), exclude=prefixed(config.exclude, model))
+        config = replace(config, **{field: prefixed(getattr(config, field), model) for field in file.PATTERNS})
     config = take_saved(model, folder, config, found)
-    config, found = file.on_base(model, config, found)
+    if hasattr(file, "on_base"):
+        config, found = file.on_base(model, config, found)
     method_file(config.variant).wrap(model, config)
 
     # every tensor that is expected, and no other
@@ -76,7 +81,7 @@ def load(model: nn.Module, folder: Path, config, found: dict[str, Tensor]) -> No
     model.report.adapter = len(expected)
 
 
-def put(name: str, tensor: Tensor | None, parameter: nn.Parameter) -> str:
+def put(name: str, tensor: Tensor | None, parameter: Tensor) -> str:
     """Copies a tensor of the file into the parameter it is for; returns what is wrong with it, or ""."""
     if tensor is None:
         return f"{name} is missing; expected {tuple(parameter.shape)}"
@@ -126,11 +131,7 @@ def take_saved(model: nn.Module, folder: Path, config, found: dict[str, Tensor])
     for module in set(config.saved) - set(peft_heads(model.task)):
         if not any(is_within(hub, (module,)) for hub in (*heads, embedding)):
             raise InputError(f"{folder / CONFIG}: modules_to_save names {module}; expected some of {', '.join(heads)}")
-    saved = [hub for hub in heads if is_within(hub, config.saved)]
-    last = last_module(model)
-    if is_within(last, config.saved):
-        saved = [last if is_within(hub, (last,)) else hub for hub in saved]
-    saved = tuple(dict.fromkeys(saved))
+    saved = tuple(module for module in config.saved if any(is_within(hub, (module,)) for hub in heads))
     if model.tied and saved:
         model.untie()  # PEFT trains a copy
     return replace(config, saved=saved, kept=take_embeddings(model, found, config.saved, saved))
@@ -166,7 +167,7 @@ def take_embeddings(
 # out
 
 
-def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters by their names in the file."""
     found = {}
     for name, layer in wrappers(model).items():
@@ -184,7 +185,9 @@ def settings(model: nn.Module) -> dict:
     """adapter_config.json: every field that PEFT needs to compute the same."""
     config = model.adapter
     file = method_file(saved_as(config.variant))
-    packed = any(not layer.frozen.weight.is_floating_point() for layer in wrappers(model).values())
+    transposed = bool(model.family.TRANSPOSED) and not has_packed_layers(
+        model
+    )  # PEFT's word for Conv1D; changes nothing
     common = {
         "peft_type": file.PEFT_TYPE,
         "task_type": task_named(model.task).PEFT_TYPE if model.task else "FEATURE_EXTRACTION",
@@ -192,7 +195,7 @@ def settings(model: nn.Module) -> dict:
         "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
         "exclude_modules": (config.exclude if isinstance(config.exclude, str) else list(config.exclude)) or None,
         "modules_to_save": list(config.saved) or None,
-        "fan_in_fan_out": bool(model.family.TRANSPOSED) and not packed,  # as PEFT says of Conv1D; it changes nothing
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
     return common | file.settings(model)

@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..engine.distributed import whole
 from ..files import check_folder, write_folder
 from ..layers import Linear
-from ..layers.nf4 import NF4Linear, quantization_config
+from ..layers.nf4 import has_packed_layers, quantization_config
 from ..models import Model
 from ..tasks import task_named
 from . import peft as peft_format
@@ -24,15 +24,14 @@ from .weights import MODEL, can_pack, get, hub_names, is_transposed
 def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
-    Of a model with an adapter, the adapter alone: a PEFT folder, with config.json and the tokenizer's files beside
-    it. Layers in four bits are written as bitsandbytes writes them. minift.json lists what was written.
-    An older model that minift saved there is replaced, and everything else in the folder stays. Raises InputError
-    where a file that minift did not write would be replaced, OSError on a full disk.
+    Of a model with an adapter, the adapter alone: a PEFT folder, with minift-model.json (what config.json is of a whole
+    model) and the tokenizer's files beside it. Layers in four bits are written as bitsandbytes writes them.
+    minift.json lists what was written. An older model that minift saved there is replaced, and everything else in the
+    folder stays. Raises InputError where a file that minift did not write would be replaced, OSError on a full disk.
     """
     folder = Path(folder)
-    weights = peft_format.WEIGHTS if model.adapter else MODEL
-    tokenizer_files = tokenizer.files if tokenizer else ()
-    check_folder(folder, {weights, "config.json", *([peft_format.CONFIG] if model.adapter else ()), *tokenizer_files})
+    names = {peft_format.WEIGHTS, peft_format.CONFIG, peft_format.SETTINGS} if model.adapter else {MODEL, "config.json"}
+    check_folder(folder, names | set(tokenizer.files if tokenizer else ()))
     write_model(model, tokenizer, folder)
 
 
@@ -44,10 +43,12 @@ def write_model(model: Model, tokenizer: Tokenizer | None, folder: Path, write: 
     if model.adapter:
         parameters = peft_format.tensors(model)
         state = {name: whole(p.detach()).cpu().contiguous() for name, p in parameters.items()}
-        weights, texts = peft_format.WEIGHTS, {peft_format.CONFIG: peft_format.settings(model)}
+        weights = peft_format.WEIGHTS
+        texts = {peft_format.CONFIG: peft_format.settings(model), peft_format.SETTINGS: settings_of(model)}
     else:
-        state, weights, texts = weights_of(model), MODEL, {}
-    texts["config.json"] = settings_of(model)
+        state = weights_of(model)
+        weights = MODEL
+        texts = {"config.json": settings_of(model)}
 
     def put_files(aside: Path) -> None:
         for name, content in texts.items():
@@ -98,10 +99,9 @@ def settings_of(model: Model) -> dict:
     if model.task:
         settings |= task_named(model.task).settings(model)
     own = {"max_length": model.max_length} if model.max_length else {}
-    packed = any(isinstance(m, NF4Linear) for m in model.modules())
-    if packed and model.adapter:  # the base is packed as it is loaded
+    if has_packed_layers(model) and model.adapter:  # the base is packed as it is loaded
         own["base"] = "nf4"
-    elif packed:
+    elif has_packed_layers(model):
         layers = model.head.named_modules(prefix="head") if model.head else ()
         skipped = [model.hub_name(name) for name, m in layers if isinstance(m, Linear)]
         settings["quantization_config"] = quantization_config(skipped)

@@ -66,48 +66,22 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
 
     fresh_classes: whether the last layer of the head is drawn though the file has one, of other classes.
     """
-    names, report, faults = hub_names(model), Report(), []
-    ours = {hub: name for name, hub in names.items()}
-    packed: dict[str, dict[str, Tensor]] = {}  # weights that are in four bits in the file: their parts
-    wrapped: set[str] = set()  # what a wrapper left in front of the names
+    names = hub_names(model)
+    report = Report()
     layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
-    in_bits = any(isinstance(m, NF4Linear) for m in layers.values())
-    tied = model.hub_name(model.head.tied[0]) if model.tied else ""
-    second = ""  # what the file calls a tied head that it has too
-    for raw, shape, read in tensors(folder):
-        weight, part = split_part(raw)
-        hub, before = known_name(weight, ours, model.family.PREFIX)
-        wrapped.add(before)
-        if hub in ours and fresh_classes and is_last(ours[hub]):
-            report.relabelled += [] if hub in report.relabelled else [hub]
-            continue
-        if in_bits and hub in ours and not part and can_pack(model, ours[hub]):
-            part = "weight" if is_packed(shape, get(model, ours[hub])) else ""
-        if hub in ours and part:
-            packed.setdefault(hub, {})[part] = read()
-        elif hub == tied:
-            second = raw  # compared when the embedding is there, or the only one of the two that is
-        elif hub in ours:
-            layer = layers[ours[hub].rpartition(".")[0]]
-            faults += place(model, layer, ours[hub], hub, raw, shape, read, report)
-        elif re.fullmatch(model.family.OTHER_HEADS, hub):
-            report.unused.append(hub)
-        elif not re.fullmatch(model.family.IGNORED, hub):
-            faults.append(f"{raw} {shape} is in the file, but not in the model")
-    for hub, parts in packed.items():
-        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
-        if can_pack(model, ours[hub]):
-            fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
-        faults += [f"{hub} {fault}"] if fault else []
-        report.loaded += 1
-    if second and leaf_of(layers, model.head.tied[1]).is_meta:  # saved once, under the head's name (save_model)
+    packed, second, faults = take_tensors(model, folder, layers, fresh_classes, report)
+    faults += take_packed(model, packed, report)
+
+    # a tied head that was saved once, under its own name (safetensors' save_model), is the embedding
+    if second and leaf_of(layers, model.head.tied[1]).is_meta:
         faults += place_embedding(model, layers, folder, second, report)
         second = ""
+
     drawn = {*report.reshaped, *report.relabelled, *packed}
-    missing = [n for n, hub in names.items() if hub not in drawn and leaf_of(layers, n).is_meta]
-    report.fresh = [names[n] for n in missing if n.startswith("head.")]
-    model.fresh = sorted({name.rpartition(".")[0] for name in report.fresh})
-    faults += [f"{names[n]} is missing in the file" for n in missing if not n.startswith("head.")]
+    missing = [name for name, hub in names.items() if hub not in drawn and leaf_of(layers, name).is_meta]
+    report.fresh = [names[name] for name in missing if name.startswith("head.")]
+    model.fresh = sorted({hub.rpartition(".")[0] for hub in report.fresh})
+    faults += [f"{names[name]} is missing in the file" for name in missing if not name.startswith("head.")]
     if not fresh_head:
         faults += [
             f"{hub}, of the {model.task} head, is missing or of another shape; expected a trained head"
@@ -116,13 +90,70 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
+
     draw(model, seed)
     model.tie()
     if second:
         untie_where_different(model, folder, second, report)
-    for before in sorted(wrapped - {""}):
-        report.notes.append(f"names in the file begin with {before}, which was taken off")
     return report
+
+
+def take_tensors(
+    model: Model, folder: Path, layers: dict[str, nn.Module], fresh_classes: bool, report: Report
+) -> tuple[dict[str, dict[str, Tensor]], str, list[str]]:
+    """Puts every tensor of the checkpoint where it belongs, one after the other; notes in the report what is left out.
+
+    layers: the model's modules by name. Returns (the parts of weights that are in four bits in the file, by the hub's
+    name; what the file calls a tied head that it has too, or ""; what is wrong).
+    """
+    ours = {hub: name for name, hub in hub_names(model).items()}
+    tied = model.hub_name(model.head.tied[0]) if model.tied else ""
+    may_pack = any(isinstance(layer, NF4Linear) for layer in layers.values())
+    packed: dict[str, dict[str, Tensor]] = {}
+    wrappers: set[str] = set()  # what stands before the names
+    second = ""
+    faults = []
+    for raw, shape, read in tensors(folder):
+        weight, part = split_part(raw)
+        hub, before = known_name(weight, ours, model.family.PREFIX)
+        wrappers.add(before)
+        name = ours.get(hub, "")
+        if name and fresh_classes and is_last(name):
+            if hub not in report.relabelled:
+                report.relabelled.append(hub)
+            continue
+
+        # codes of four bits have a shape of their own; their other parts have names of their own
+        if may_pack and name and not part and can_pack(model, name) and are_codes(shape, get(model, name)):
+            part = "weight"
+        if name and part:
+            packed.setdefault(hub, {})[part] = read()
+        elif hub == tied:
+            second = raw  # compared when the embedding is there, or the only one of the two that is
+        elif name:
+            layer = layers[name.rpartition(".")[0]]
+            faults += place(model, layer, name, hub, raw, shape, read, report)
+        elif re.fullmatch(model.family.OTHER_HEADS, hub):
+            report.unused.append(hub)
+        elif not re.fullmatch(model.family.IGNORED, hub):
+            faults.append(f"{raw} {shape} is in the file, but not in the model")
+    for before in sorted(wrappers - {""}):
+        report.notes.append(f"names in the file begin with {before}, which was taken off")
+    return packed, second, faults
+
+
+def take_packed(model: Model, packed: dict[str, dict[str, Tensor]], report: Report) -> list[str]:
+    """Gives weights in four bits, by the hub's names, to their layers; returns what is wrong with them."""
+    ours = {hub: name for name, hub in hub_names(model).items()}
+    faults = []
+    for hub, parts in packed.items():
+        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
+        if can_pack(model, ours[hub]):
+            fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
+        if fault:
+            faults.append(f"{hub} {fault}")
+        report.loaded += 1
+    return faults
 
 
 def place_embedding(model: Model, layers: dict[str, nn.Module], folder: Path, raw: str, report: Report) -> list[str]:
@@ -262,7 +293,7 @@ def known_name(name: str, known: dict, prefix: str) -> tuple[str, str]:
     return prefix + name if prefix + name in known else name, before
 
 
-def is_packed(shape: tuple, codes: Tensor) -> bool:
+def are_codes(shape: tuple, codes: Tensor) -> bool:
     """Whether a weight of the file has the shape of `codes`, kept as numbers of 1, 2 or 4 bytes (quant_storage)."""
     return len(shape) == 2 and shape[1] == 1 and any(shape[0] * size == len(codes) for size in (1, 2, 4))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Sequence, pack
+from ..errors import InputError
 from ..measure.track import stop_signal
 from ..ops.dropout import Noise, mix, signed
 
@@ -38,6 +39,8 @@ def fill_up(batch: Batch, sequences: int, longest: int) -> Batch:
     sequences: the most that a batch has. longest: the most tokens that a sequence has; sizes grow in steps of at most
     this.
     """
+    if batch.targets.shape != batch.rows.shape:
+        raise InputError("--graph is True, with a task whose targets are not one a row; expected a run without")
     n, m = len(batch.ids), len(batch.rows)
     more = size_for(n + 1, longest) - n  # one at least: rows that are added need a token of their own
     rows = size_for(m, longest) - m
@@ -74,7 +77,7 @@ class Graphs:
         # what differs from step to step, in memory that the graphs read
         device = job.model.device
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.base = torch.zeros(1, dtype=torch.int32, device=device)  # the word of (seed, step)
+        self.word = torch.zeros(1, dtype=torch.int32, device=device)  # the word of (seed, step)
         self.n_targets = torch.ones((), device=device)  # of the step
         self.found = torch.zeros(3, dtype=torch.float64, device=device)  # loss, what the task counts, gradient norm
         for p in job.parameters:
@@ -89,7 +92,7 @@ class Graphs:
     ) -> tuple[float, float, float, int]:
         """What training.plain_step does and returns. Nothing is updated where the loss is not finite."""
         word = Noise(job.config.seed, step).word()
-        self.base.fill_(signed(word))
+        self.word.fill_(signed(word))
         self.n_targets.fill_(n_targets)
         self.found.zero_()
         for group in job.optimizer.param_groups:
@@ -121,11 +124,11 @@ class Graphs:
     def seed(self, seed: int) -> None:
         """Seeds the flash kernel's dropout, which a replay takes from the device's generator."""
         if self.pool:
-            torch.cuda.default_generators[self.base.device.index].manual_seed(seed)
+            torch.cuda.default_generators[self.word.device.index].manual_seed(seed)
 
     def add(self, job, batch: Batch) -> None:
         """Forward and backward of a micro-batch: adds to the gradients and to `found`."""
-        noise = Noise(keys=batch.keys, base=self.base)
+        noise = Noise(keys=batch.keys, seed_word=self.word)
         self.found[:2] += self.accumulate(job, batch, noise, self.n_targets)
 
     def finish(self, job) -> None:

@@ -17,23 +17,29 @@ from ..ops.linear import keep_few_products
 def keep_memory() -> None:
     """Makes glibc keep what is freed, for the next step, instead of giving it back to the kernel.
 
-    Else every step's activations and gradients are paid for in page faults. What is kept must also be found again,
-    which kernels/cpu/memory.cpp sees to. Another C library is left as it is.
+    Otherwise every step pays for its activations and gradients in page faults. What is kept must also be found again,
+    which use_malloc sees to. Another C library is left as it is.
     """
     keep_few_products()
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free at the heap's end
     mallopt(-3, 2**25)  # M_MMAP_THRESHOLD at its limit; larger blocks would leave holes in the heap
     if platform.libc_ver()[0] == "glibc" and native.mode != "reference":
-        library = native.loaded["memory"] if "memory" in native.loaded else native.load("memory")
-        if library is not None:
-            library.use_malloc(100)
+        use_malloc()
+
+
+@cache
+def use_malloc() -> None:
+    """Makes torch take its memory on the CPU from malloc, whose holes are found again (kernels/cpu/memory.cpp)."""
+    library = native.load("memory", instead="is left as torch has it")
+    if library is not None:
+        library.use_malloc()
 
 
 @contextmanager
 def returned_memory() -> Iterator[None]:
     """Makes glibc give back what is freed at once, while a checkpoint streams in.
 
-    Else the pieces of each tensor leave holes in the heap, beside which the next tensor goes.
+    Otherwise the pieces of each tensor leave holes in the heap, and the next tensor goes beside them.
     """
     mallopt(-3, 2**17)
     try:
@@ -43,7 +49,7 @@ def returned_memory() -> Iterator[None]:
 
 
 def mapping(tensor: Tensor) -> range:
-    """The addresses of the mapped file that a tensor lies in; none where it lies elsewhere, or nobody says."""
+    """The addresses of the mapped file that a tensor lies in; empty where it lies elsewhere, or /proc does not say."""
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():  # 7f00-7fff rw-p offset device inode path
             begin, end = (int(text, 16) for text in line.partition(" ")[0].split("-"))

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from ..layers import Embedding, LayerNorm
+from ..layers import Embedding
 from . import optimizers, schedules
 from .distributed import whole
 from .optimizers import Optimizer
@@ -15,17 +15,17 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer called `name` in tables.OPTIMIZERS, over all parameters of the model that are trained.
 
-    Biases, layer norms and DoRA's lengths are not decayed; embeddings are, as in transformers.
+    Vectors are not decayed: biases, layer norms, an adapter's lengths or factors. Matrices are, embeddings too, as in
+    transformers.
     lora_plus: a group's learning rate is its "ratio" times the step's: this for an adapter's B (LoRA+, Hayou et al.,
     https://arxiv.org/abs/2402.12354), else 1. settings: beta1, beta2, eps where they are not the optimizer's own.
     """
     rule = optimizers.find(name)
-    norms = {id(p) for m in model.modules() if isinstance(m, LayerNorm) for p in m.parameters()}
     embeddings = {id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()}
     groups: dict[tuple[float, float, bool], list] = {}
     for key, p in model.named_parameters():
         if p.requires_grad:
-            decayed = not key.endswith(("bias", "magnitude")) and id(p) not in norms
+            decayed = p.ndim > 1
             ratio = lora_plus if key.endswith(".B") else 1.0
             hidden = p.ndim == 2 and id(p) not in embeddings and not key.startswith("head.")
             kind = (weight_decay if decayed else 0.0, ratio, hidden and rule.MATRICES)

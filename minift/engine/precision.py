@@ -1,7 +1,8 @@
 """Which device and which dtype a run computes in, and why.
 
 Precision is explicit: trained weights are float32 and are cast to the dtype of the activations where they are used
-(layers.py); statistics, softmax, heads and loss are float32. float16 needs a GradScaler, for its gradients underflow.
+(layers/); statistics, softmax and loss are float32, and so is a classifier's head. float16 needs a GradScaler, for its
+gradients underflow.
 """
 
 import torch
@@ -31,7 +32,9 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
         return DTYPES[wanted], "asked for"
     if fast:
         return torch.bfloat16, what
-    return (torch.float16 if device.type == "cuda" else torch.float32), what
+    if device.type == "cuda":
+        return torch.float16, what
+    return torch.float32, what
 
 
 def native_bf16(device: torch.device) -> tuple[bool, str]:

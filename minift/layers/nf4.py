@@ -121,6 +121,11 @@ def quantization_config(skipped: list[str]) -> dict:
     }
 
 
+def has_packed_layers(model: nn.Module) -> bool:
+    """Whether any layer of a model is in four bits."""
+    return any(isinstance(module, NF4Linear) for module in model.modules())
+
+
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """(name, layer) of the layers that are quantised by default: every Linear of the body, also inside an adapter."""
     return ((f"body.{name}", m) for name, m in model.body.named_modules() if isinstance(m, Linear))

@@ -4,6 +4,9 @@ A family is a file here and a line in tables.FAMILIES, under config.json's model
 
     Config         a frozen dataclass: the fields of config.json that change what is computed, with transformers'
                    defaults; its __post_init__ raises ValueError for a kind of model that the file does not compute.
+                   checkpoints/loading.py judges the values in a file by a field's type and by how its name ends: whole
+                   numbers are 1 or more (..._layers 1,024 at most, ..._token_id 0 or more), ...dropout is below 1.
+                   The rows of the word embedding are the field vocab_size, which changes where they are added to.
                    Also these attributes, properties or fields:
                    longest         the most tokens that a sequence can have
                    vocabulary      rows of the word embedding
@@ -12,23 +15,25 @@ A family is a file here and a line in tables.FAMILIES, under config.json's model
     Body           nn.Module, Body(config); forward(batch, noise) -> hidden states at batch.rows, (M, C). Its layers are
                    an nn.ModuleList. It has the attributes `dtype` (of activations) and `recompute` (whether a layer
                    saves only its input). One that can generate has new_cache() -> list, and forward takes it as `cache`
+                   Its parameters and those of its parts are called weight and bias
     HEADS          what can be put on the body: "sequence" scores the labels of a sequence, "vocabulary" every token
     ARCHITECTURE   what transformers calls the body without a head
     ASKED          "first" or "last": the token of a sequence that a "sequence" head is asked about
     RENAME         pairs (part of our name, part of the hub's), replaced from top to bottom in "body.layers.0...weight"
     PREFIX         what the hub's names of the body begin with
     EMBEDDING      our name of the word embedding
-    ALIASES        {other name in config.json: field of Config}
+    ALIASES        {other name in config.json: field of Config}, as transformers' attribute_map
     TRANSPOSED     ends of the hub's names of weights that its files keep as (in, out)
     IGNORED        a regular expression: tensors of old files that are computed here
     OTHER_HEADS    a regular expression: tensors of heads for other tasks
     ROLES          what the hub calls the layers that make "query", "key", "value" and lead "down" from the MLP, from
-                   which adapters choose their default targets
+                   which adapters choose their default targets: the end of a name, as PEFT's target_modules
     TOKENIZER      the rules of its tokenizer (data/tokenizer.py), where a checkpoint names no tokenizer_class
     SHARDED        modules whose weights are gathered together where they are split over processes
     init_scale(config, name) -> standard deviation of a freshly drawn weight
 
-A head is an nn.Module, Head(config, n_labels), with
+A head is an nn.Module, Head(config, n_labels). What a checkpoint lacks of it is drawn at random in the order of its
+layers, so they are in transformers' order. It has
 
     out                the last linear layer
     features(h, noise) -> what that layer sees, (M, C) from hidden states h (M, C)
@@ -49,9 +54,26 @@ from torch import Tensor, nn
 from ..data.batch import Batch
 from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
+from ..ops.gelu import ACTIVATIONS
 from ..tables import FAMILIES
 
 LAST = "head.out"  # the name of a head's last linear layer
+
+
+def check_config(config, accepted: dict[str, object], act: str, width: str, heads: str, layers: str) -> None:
+    """Raises ValueError for a Config whose family computes nothing like it.
+
+    accepted: the one value that a field may have. act, width, heads, layers: what the family calls these fields.
+    """
+    for name, only in accepted.items():
+        if getattr(config, name) != only:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected {only!r}")
+    activation = getattr(config, act)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{act} is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if getattr(config, layers) < 1 or getattr(config, width) % getattr(config, heads):
+        shape = ", ".join(f"{name} {getattr(config, name)}" for name in (width, heads, layers))
+        raise ValueError(f"{shape}; expected a layer or more, and heads that divide the width")
 
 
 def family_named(model_type: str) -> ModuleType:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
-from ..ops.attention import attention
+from ..ops.attention import Settings, attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
+from . import check_config
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,8 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a kind of BERT that this file does not compute."""
-        for name, accepted in (
-            ("position_embedding_type", "absolute"),
-            ("is_decoder", False),
-            ("add_cross_attention", False),
-        ):
-            if getattr(self, name) != accepted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {accepted!r}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
-        if self.num_hidden_layers < 1 or self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}, "
-                f"num_hidden_layers {self.num_hidden_layers}; expected a layer or more, and heads that divide the width"
-            )
+        accepted = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+        check_config(self, accepted, "hidden_act", "hidden_size", "num_attention_heads", "num_hidden_layers")
 
     @property
     def longest(self) -> int:
@@ -101,19 +90,30 @@ class Attention(nn.Module):
     def __init__(self, config: Config, site: int):
         super().__init__()
         width = config.hidden_size
-        self.query, self.key, self.value = Linear(width, width), Linear(width, width), Linear(width, width)
-        self.out, self.norm = Linear(width, width), LayerNorm(width, config.layer_norm_eps)
-        self.heads, self.site = config.num_attention_heads, site
-        self.p_probs, self.p = config.attention_probs_dropout_prob, config.hidden_dropout_prob
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
+        self.norm = LayerNorm(width, config.layer_norm_eps)
+        self.heads = config.num_attention_heads
+        self.p_probs = config.attention_probs_dropout_prob
+        self.p = config.hidden_dropout_prob
+        self.site = site
 
     def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None) -> Tensor:
         """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None."""
-        asked, at = (x, noise) if rows is None else (x.index_select(0, rows), noise.at(rows))
-        q, k, v = self.query(asked, at), self.key(x, noise), self.value(x, noise)  # (M, C), (N, C), (N, C)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # (.., H, D)
-        settings = dict(longest=batch.longest, scale=q.shape[-1] ** -0.5, p=self.p_probs, noise=at, site=self.site)
-        a = attention(q, k, v, batch.offsets, rows, **settings)
-        return self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)[1]
+        asked, at = x, noise
+        if rows is not None:  # only these ask; all of them answer
+            asked, at = x.index_select(0, rows), noise.at(rows)
+        split = (self.heads, -1)
+        q = self.query(asked, at).unflatten(-1, split)  # (M, H, D)
+        k = self.key(x, noise).unflatten(-1, split)  # (N, H, D)
+        v = self.value(x, noise).unflatten(-1, split)  # (N, H, D)
+        scale = q.shape[-1] ** -0.5
+        settings = Settings(scale, p=self.p_probs, noise=at, site=self.site, longest=batch.longest)
+        a = attention(q, k, v, batch.offsets, rows, settings)  # (M, H, D)
+        _, y = self.norm.add(self.out(a.flatten(1), at), asked, self.p, at, self.site + 1)
+        return y
 
 
 class MLP(nn.Module):
@@ -121,16 +121,18 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, site: int):
         super().__init__()
-        self.up, self.down = (
-            Linear(config.hidden_size, config.intermediate_size),
-            Linear(config.intermediate_size, config.hidden_size),
-        )
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.act, self.p, self.site = ACTIVATIONS[config.hidden_act], config.hidden_dropout_prob, site
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.p = config.hidden_dropout_prob
+        self.site = site
 
     def forward(self, x: Tensor, noise: Noise) -> Tensor:
         """x (M, C) -> (M, C)."""
-        return self.norm.add(self.down(self.act(self.up(x, noise)), noise), x, self.p, noise, self.site)[1]
+        h = self.down(self.act(self.up(x, noise)), noise)
+        _, y = self.norm.add(h, x, self.p, noise, self.site)
+        return y
 
 
 class Layer(nn.Module):
@@ -138,7 +140,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, site: int):
         super().__init__()
-        self.attention, self.mlp = Attention(config, site), MLP(config, site + 2)
+        self.attention = Attention(config, site)
+        self.mlp = MLP(config, site + 2)
 
     def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None = None) -> Tensor:
         return self.mlp(self.attention(x, batch, noise, rows), noise.at(rows))
@@ -152,7 +155,8 @@ class Body(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
-        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
+        self.dtype = torch.float32  # of activations
+        self.recompute = False  # whether a layer saves only its input
 
     def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
@@ -160,8 +164,10 @@ class Body(nn.Module):
         x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, C)
         for layer in self.layers:
             rows = batch.rows if layer is self.layers[-1] else None
-            args = x, batch, noise, rows
-            x = recomputed(layer, *args) if self.recompute and torch.is_grad_enabled() else layer(*args)
+            if self.recompute and torch.is_grad_enabled():
+                x = recomputed(layer, x, batch, noise, rows)
+            else:
+                x = layer(x, batch, noise, rows)
         return x  # (M, C)
 
 
@@ -174,9 +180,12 @@ class ClassifyHead(nn.Module):
 
     def __init__(self, config: Config, n_labels: int):
         super().__init__()
-        self.pooler, self.out = Linear(config.hidden_size, config.hidden_size), Linear(config.hidden_size, n_labels)
-        p = config.classifier_dropout
-        self.p, self.site = config.hidden_dropout_prob if p is None else p, 1 + 3 * config.num_hidden_layers
+        self.pooler = Linear(config.hidden_size, config.hidden_size)
+        self.out = Linear(config.hidden_size, n_labels)
+        self.p = config.classifier_dropout
+        if self.p is None:
+            self.p = config.hidden_dropout_prob
+        self.site = 1 + 3 * config.num_hidden_layers
 
     def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
         """What the last linear layer sees, in float32. h (M, C) -> (M, C)."""

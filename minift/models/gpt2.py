@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Embedding, LayerNorm, Linear, recomputed
-from ..ops.attention import attention
+from ..ops.attention import Settings, attention
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
+from . import check_config
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,7 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for a kind of GPT-2 that this file does not compute."""
-        if self.add_cross_attention:
-            raise ValueError("add_cross_attention is True; expected False")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function is {self.activation_function!r}; expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if self.n_layer < 1 or self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd}, n_head {self.n_head}, n_layer {self.n_layer}; "
-                "expected a layer or more, and heads that divide the width"
-            )
+        check_config(self, {"add_cross_attention": False}, "activation_function", "n_embd", "n_head", "n_layer")
 
     @property
     def longest(self) -> int:
@@ -82,17 +73,24 @@ class Past:
     """Keys and values that one layer made of one sequence's T tokens so far, for the n tokens that come next."""
 
     def __init__(self, longest: int):
-        self.longest, self.length, self.kv = longest, 0, None
+        self.longest = longest
+        self.length = 0  # T
+        self.kv: Tensor | None = None  # (2, longest, H, D)
 
     def join(self, k: Tensor, v: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Appends k, v (n, H, D); returns all k, v (T + n, H, D), their offsets, and `rows` counted in them."""
         if self.kv is None:
             self.kv = k.new_empty(2, self.longest, *k.shape[1:])
-        start, self.length = self.length, self.length + len(k)
-        self.kv[0, start : self.length], self.kv[1, start : self.length] = k, v
-        k, v = self.kv[:, : self.length]
-        rows = torch.arange(start, self.length, device=k.device) if rows is None else rows + start
-        return k, v, torch.arange(2, device=k.device) * self.length, rows
+        start = self.length
+        self.length += len(k)
+        self.kv[0, start : self.length] = k
+        self.kv[1, start : self.length] = v
+        if rows is None:
+            rows = torch.arange(start, self.length, device=k.device)
+        else:
+            rows = rows + start
+        keys, values = self.kv[:, : self.length]
+        return keys, values, torch.arange(2, device=k.device) * self.length, rows
 
 
 class Attention(nn.Module):
@@ -100,8 +98,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.c_attn, self.c_proj = Linear(config.n_embd, 3 * config.n_embd), Linear(config.n_embd, config.n_embd)
-        self.heads, self.p, self.site = config.n_head, config.attn_pdrop, 1 + 3 * layer
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.heads = config.n_head
+        self.p = config.attn_pdrop
+        self.site = 1 + 3 * layer
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
@@ -109,11 +110,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None, past: Past | None) -> Tensor:
         """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None; what is in `past` is attended to, too."""
         q, k, v = self.c_attn(x, noise).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (N, H, D) each
-        q, at = (q, noise) if rows is None else (q.index_select(0, rows), noise.at(rows))
-        k, v, offsets, rows = (k, v, batch.offsets, rows) if past is None else past.join(k, v, rows)
-        settings = dict(scale=self.scale, causal=True, p=self.p, noise=at, site=self.site)
-        longest = batch.longest if past is None else len(k)
-        a = attention(q, k, v, offsets, rows, longest=longest, **settings)
+        at = noise
+        if rows is not None:  # only these ask; all of them answer
+            q = q.index_select(0, rows)  # (M, H, D)
+            at = noise.at(rows)
+        offsets, longest = batch.offsets, batch.longest
+        if past is not None:
+            k, v, offsets, rows = past.join(k, v, rows)
+            longest = len(k)
+        settings = Settings(self.scale, causal=True, p=self.p, noise=at, site=self.site, longest=longest)
+        a = attention(q, k, v, offsets, rows, settings)
         return self.c_proj(a.flatten(1), at)
 
 
@@ -123,7 +129,8 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc, self.c_proj = Linear(config.n_embd, inner), Linear(inner, config.n_embd)
+        self.c_fc = Linear(config.n_embd, inner)
+        self.c_proj = Linear(inner, config.n_embd)
         self.act = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor, noise: Noise) -> Tensor:
@@ -136,8 +143,10 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.ln_1, self.ln_2 = (LayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
-        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
 
 
 class Body(nn.Module):
@@ -146,10 +155,12 @@ class Body(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.wte, self.wpe = Embedding(config.vocab_size, config.n_embd), Embedding(config.n_positions, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
+        self.dtype = torch.float32  # of activations
+        self.recompute = False  # whether a layer saves only its input
 
     def new_cache(self) -> list[Past]:
         """An empty cache for one sequence, as forward takes it."""
@@ -165,19 +176,24 @@ class Body(nn.Module):
         x = dropout(x, self.config.embd_pdrop, noise, 0)  # (N, C)
         y = self.h[0].ln_1(x)
         for i in range(len(self.h)):
-            args = i, x, y, batch, noise, cache
-            x, y = recomputed(self.layer, *args) if self.recompute and torch.is_grad_enabled() else self.layer(*args)
+            if self.recompute and torch.is_grad_enabled():
+                x, y = recomputed(self.layer, i, x, y, batch, noise, cache)
+            else:
+                x, y = self.layer(i, x, y, batch, noise, cache)
         return y  # (M, C)
 
     def layer(
         self, i: int, x: Tensor, y: Tensor, batch: Batch, noise: Noise, cache: list[Past] | None
     ) -> tuple[Tensor, Tensor]:
         """Layer i: the residual stream x and its norm y, (N, C), to those after it; (M, C) from the last."""
-        layer, last, p = self.h[i], i + 1 == len(self.h), self.config.resid_pdrop
+        layer = self.h[i]
+        last = i + 1 == len(self.h)
+        p = self.config.resid_pdrop
         rows = batch.rows if last else None
         a = layer.attn(y, batch, noise, rows, cache and cache[i])
         if last:
-            x, noise = x.index_select(0, rows), noise.at(rows)
+            x = x.index_select(0, rows)
+            noise = noise.at(rows)
         x, y = layer.ln_2.add(a, x, p, noise, 2 + 3 * i)
         after = self.ln_f if last else self.h[i + 1].ln_1
         return after.add(layer.mlp(y, noise), x, p, noise, 3 + 3 * i)

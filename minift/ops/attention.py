@@ -2,7 +2,8 @@
 
     P = softmax(scale * Q K^T)        O = drop(P) V        (per head and sequence; causal: key position <= query's)
 
-backward, with P made again from the kept log-sum-exp instead of being saved (Dao et al., https://arxiv.org/abs/2205.14135):
+backward, with P made again from the kept log-sum-exp instead of being saved (Dao et al.,
+https://arxiv.org/abs/2205.14135):
 
     dV = drop(P)^T dO    dP = drop'(dO V^T)    dS = P * (dP - sum of P * dP)    dQ = scale * dS K    dK = scale * dS^T Q
 
@@ -12,9 +13,9 @@ kernels/cpu/attention.cpp, which holds a tile of scores at a time; on CUDA, bflo
 flash kernel (flash.py), with a mask of its own. `reference` says what they have to compute.
 """
 
-import ctypes
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,50 +28,55 @@ SCORES = 1 << 18  # scores at hand at once (1 MB in float32): as many heads of a
 kept = threading.local()  # what `scratch` keeps from call to call
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None = None,
-    *,
-    longest: int | None = None,
-    scale: float,
-    causal: bool = False,
-    p: float = 0.0,
-    noise: Noise = SILENT,
-    site: int = 0,
-) -> Tensor:
+@dataclass(frozen=True)
+class Settings:
+    """What attention is told beside its tensors."""
+
+    scale: float
+    causal: bool = False
+    p: float = 0.0  # of dropout
+    noise: Noise = SILENT  # of the queries: keys (M,)
+    site: int = 0  # number of the dropout place
+    longest: int | None = None  # the most tokens that a sequence has; None: not known
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, rows: Tensor | None, settings: Settings) -> Tensor:
     """Attention of each sequence to itself, (M, H, D).
 
-    q (M, H, D) are the queries at `rows` (ascending token numbers; None: all tokens), with noise.keys (M,);
-    k, v (N, H, D); sequence s holds tokens offsets[s] to offsets[s + 1], `longest` at most (None: not known).
+    q (M, H, D) are the queries at `rows` (ascending token numbers; None: all tokens); k, v (N, H, D); sequence s holds
+    tokens offsets[s] to offsets[s + 1].
     """
-    if p == 0 or noise.keys is None:
-        p, noise = 0.0, SILENT
+    if not settings.noise.drops(settings.p):
+        settings = replace(settings, p=0.0, noise=SILENT)
     if flash.takes(q, k, v):
-        return flash.flash(q, k, v, offsets, rows, longest, scale, causal, p, noise, site)
-    return Attention.apply(q, k, v, offsets, rows, scale, causal, p, noise, site)
+        return flash.flash(q, k, v, offsets, rows, settings)
+    return Attention.apply(q, k, v, offsets, rows, settings)
 
 
 class Attention(torch.autograd.Function):
     """Saves q, k, v and one number per query and head (the kernel two).
 
-    Not the output, where flash attention sums dO * O instead of P * dP: a query's whole row of P is at hand here.
+    The output is not saved: flash attention needs it to sum dO * O instead of P * dP, but here a query's whole row of P
+    is at hand.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, offsets, rows, *settings) -> Tensor:
+    def forward(ctx, q, k, v, offsets, rows, settings) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lib = native.kernel("attention", q, k, v) if q.dtype == k.dtype == v.dtype else None
-        shape = q.shape[:2] if lib is None else (2, *q.shape[:2])  # log-sum-exp (M, H), or two numbers that say more
-        stats = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+        M, H, _ = q.shape
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lib = None
+        if q.dtype == k.dtype == v.dtype:
+            lib = native.kernel("attention", q, k, v)
         if lib is None:
-            reference(q, k, v, out, stats, offsets, rows, *settings)
+            stats = q.new_empty((M, H), dtype=wide)  # log-sum-exp
+            reference(q, k, v, out, stats, offsets, rows, settings)
         else:
-            run(lib, q, k, v, out, stats, (None,) * 4, offsets, rows, *settings)
+            stats = q.new_empty((2, M, H), dtype=wide)  # the largest score, and the sum of exp(score - largest)
+            run(lib, (q, k, v), stats, offsets, rows, settings, out=out)
         ctx.save_for_backward(q, k, v, stats)
-        ctx.lib, ctx.settings = lib, (offsets, rows, *settings)
+        ctx.lib = lib
+        ctx.given = offsets, rows, settings
         return out
 
     @staticmethod
@@ -78,36 +84,62 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         q, k, v, stats = ctx.saved_tensors
         if ctx.lib is None:
-            gradients = reference_backward(q, k, v, stats, dout, *ctx.settings)
+            gradients = reference_backward(q, k, v, stats, dout, *ctx.given)
         else:
             gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-            run(ctx.lib, q, k, v, None, stats, (dout, *gradients), *ctx.settings)
-        return *gradients, *[None] * 7
+            run(ctx.lib, (q, k, v), stats, *ctx.given, dout=dout, gradients=gradients)
+        return *gradients, None, None, None
 
 
-def run(lib, q, k, v, out, stats, gradients, offsets, rows, scale, causal, p, noise, site) -> None:
-    """The kernel: forward, which writes out and stats, or, where `gradients` is dout, dq, dk, dv, backward."""
-    dout, *written = gradients
-    q, k, v, dout = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (q, k, v, dout))
-    offsets, rows = offsets.long().contiguous(), None if rows is None else rows.long().contiguous()
-    (M, H, D), S = q.shape, len(offsets) - 1
-    longest, per_worker = ctypes.c_int64(), ctypes.c_int64()
-    lib.attention_scratch(offsets.data_ptr(), S, D, ctypes.byref(longest), ctypes.byref(per_worker))
+def run(
+    lib, qkv, stats, offsets, rows, settings: Settings, *, out=None, dout=None, gradients=(None, None, None)
+) -> None:
+    """The kernel: forward, which writes out and stats, or backward from dout, which writes the gradients of qkv."""
+    q, k, v = (with_near_channels(t) for t in qkv)
+    if dout is not None:
+        dout = with_near_channels(dout)
+    dq, dk, dv = gradients
+    offsets = offsets.long().contiguous()
+    if rows is not None:
+        rows = rows.long().contiguous()
+    M, H, D = q.shape
+    S = len(offsets) - 1
+    tensors = dict(q=strided(q), k=strided(k), v=strided(v), out=out, stats=stats, offsets=offsets, rows=rows)
+    tensors |= dict(dout=strided(dout), dq=dq, dk=dk, dv=dv)
+
+    # a worker is a thread's share: it takes the next piece of work, and has scratch memory of its own
+    found = offsets.new_empty(2)
+    lib.attention_scratch(offsets=offsets, S=S, D=D, found=found)
+    longest, per_worker = found.tolist()
     workers = max(1, min(torch.get_num_threads(), S * H))
-    keys = noise.keys
-    dropped = (0, 0, 0) if keys is None else (*noise.salts(site), threshold(p))
-    strides = [s for t in (q, k, v, dout) for s in ((0, 0) if t is None else t.stride()[:2])]
-    sizes = (ctypes.c_int64 * 18)(M, S, H, D, longest.value, workers, causal, *dropped, *strides)
-    tensors = [q, k, v, out, stats, dout, *written, offsets, rows, None if keys is None else keys.contiguous()]
-    lib.attention(
-        *map(native.pointer, tensors),
-        sizes,
-        scale,
-        1 / (1 - p),
-        scratch(per_worker.value * workers).data_ptr(),
-        dout is not None,
-        native.CODES[q.dtype],
-    )
+    memory = scratch(per_worker * workers)
+    sizes = dict(M=M, S=S, H=H, D=D, longest=longest, workers=workers, scratch=memory)
+
+    # the kernel makes dropout's words itself, from the keys of the queries and from key positions
+    noise = settings.noise
+    keys = None
+    salt_row = salt_col = limit = 0
+    if noise.drops(settings.p):
+        keys = noise.keys.contiguous()
+        salt_row, salt_col = noise.salts(settings.site)
+        limit = threshold(settings.p)
+    drop = dict(keys=keys, salt_row=salt_row, salt_col=salt_col, threshold=limit, inverse=1 / (1 - settings.p))
+
+    how = dict(scale=settings.scale, causal=settings.causal, backward=dout is not None, dtype=native.CODES[q.dtype])
+    lib.attention(**tensors, **sizes, **drop, **how)
+
+
+def with_near_channels(t: Tensor) -> Tensor:
+    """t (.., H, D), or a copy, in which the D numbers of a head are neighbours."""
+    return t if t.stride(2) == 1 else t.contiguous()
+
+
+def strided(t: Tensor | None) -> tuple:
+    """`struct Strided` of kernels/attention.h."""
+    if t is None:
+        return 0, 0, 0
+    row, head, _ = t.stride()
+    return t.data_ptr(), row, head
 
 
 def scratch(size: int) -> Tensor:
@@ -120,29 +152,34 @@ def scratch(size: int) -> Tensor:
     return kept.scratch
 
 
-def reference(q, k, v, out, lse, offsets, rows, scale, causal, p, noise, site) -> None:
-    """Writes out and lse."""
-    words = dropout_words(noise, site, offsets, q.shape[1])
+def reference(q, k, v, out, lse, offsets, rows, settings: Settings) -> None:
+    """Writes out (M, H, D) and lse, the log-sum-exp (M, H)."""
+    words = dropout_words(settings, offsets, q.shape[1])
     for qs, ks, heads in pieces(offsets, rows, q.shape[1]):
-        s = scores(q[qs, heads], k[ks, heads], scale, causal, rows, qs, ks)  # (h, m, n)
+        s = scores(q[qs, heads], k[ks, heads], settings, rows, qs, ks)  # (h, m, n)
         lse_piece = torch.logsumexp(s, -1, keepdim=True)
         prob = s.sub_(lse_piece).exp_()
-        drop_(prob, p, words, qs, heads)
+        drop_(prob, settings.p, words, qs, heads)
         out[qs, heads] = torch.bmm(prob.to(v.dtype), v[ks, heads].transpose(0, 1)).transpose(0, 1)
         lse[qs, heads] = lse_piece.squeeze(-1).t()
 
 
-def reference_backward(q, k, v, lse, do, offsets, rows, scale, causal, p, noise, site) -> list[Tensor]:
+def reference_backward(q, k, v, lse, do, offsets, rows, settings: Settings) -> list[Tensor]:
     """dq, dk, dv."""
-    words = dropout_words(noise, site, offsets, q.shape[1])
+    scale, p = settings.scale, settings.p
+    words = dropout_words(settings, offsets, q.shape[1])
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for qs, ks, heads in pieces(offsets, rows, q.shape[1]):
-        qh, kh, doh = (t.transpose(0, 1) for t in (q[qs, heads], k[ks, heads], do[qs, heads]))  # (h, m or n, D)
-        s = scores(q[qs, heads], k[ks, heads], scale, causal, rows, qs, ks)
+        qh = q[qs, heads].transpose(0, 1)  # (h, m, D)
+        kh = k[ks, heads].transpose(0, 1)  # (h, n, D)
+        doh = do[qs, heads].transpose(0, 1)  # (h, m, D)
+        s = scores(q[qs, heads], k[ks, heads], settings, rows, qs, ks)
         prob = s.sub_(lse[qs, heads].t()[..., None]).exp_()  # (h, m, n)
         dprob = torch.bmm(doh, v[ks, heads].permute(1, 2, 0)).to(prob.dtype)
         stays = drop_(dprob, p, words, qs, heads)
-        dropped = prob if stays is None else (prob * stays).mul_(1 / (1 - p))
+        dropped = prob
+        if stays is not None:
+            dropped = (prob * stays).mul_(1 / (1 - p))
         dv[ks, heads] = torch.bmm(dropped.transpose(1, 2).to(do.dtype), doh).transpose(0, 1)
         delta = (prob * dprob).sum(-1, keepdim=True)  # (h, m, 1)
         ds = dprob.sub_(delta).mul_(prob).mul_(scale).to(q.dtype)
@@ -151,31 +188,36 @@ def reference_backward(q, k, v, lse, do, offsets, rows, scale, causal, p, noise,
     return [dq, dk, dv]
 
 
-def dropout_words(noise: Noise, site: int, offsets: Tensor, n_heads: int) -> tuple[Tensor, Tensor] | None:
-    """The words of query tokens (M,) and of key position and head (longest, H); None where dropout is off."""
-    if noise.keys is None:
+def dropout_words(settings: Settings, offsets: Tensor, n_heads: int) -> tuple[Tensor, Tensor] | None:
+    """The words of query tokens (M,) and of key position and head (longest, H); None where nothing is dropped."""
+    noise = settings.noise
+    if not noise.drops(settings.p):
         return None
     longest = int(offsets.diff().max())
-    return noise.rows(site), noise.cols(site, longest * n_heads).view(longest, -1)
+    return noise.rows(settings.site), noise.cols(settings.site, longest * n_heads).view(longest, -1)
 
 
 def pieces(offsets: Tensor, rows: Tensor | None, n_heads: int) -> Iterator[tuple[slice, slice, slice]]:
     """The work, one piece at a time: query rows, key tokens and heads. A sequence without queries has none."""
     ends = offsets if rows is None else torch.searchsorted(rows, offsets.to(rows.dtype))
-    offsets, ends = offsets.tolist(), ends.tolist()
+    offsets = offsets.tolist()
+    ends = ends.tolist()
     for s in range(len(offsets) - 1):
-        qs, ks = slice(ends[s], ends[s + 1]), slice(offsets[s], offsets[s + 1])
+        qs = slice(ends[s], ends[s + 1])
+        ks = slice(offsets[s], offsets[s + 1])
         size = (qs.stop - qs.start) * (ks.stop - ks.start)
-        heads = max(1, SCORES // max(1, size))
-        for h in range(0, n_heads if size else 0, heads):
+        if size == 0:
+            continue
+        heads = max(1, SCORES // size)
+        for h in range(0, n_heads, heads):
             yield qs, ks, slice(h, min(h + heads, n_heads))
 
 
-def scores(q, k, scale: float, causal: bool, rows: Tensor | None, qs: slice, ks: slice) -> Tensor:
+def scores(q, k, settings: Settings, rows: Tensor | None, qs: slice, ks: slice) -> Tensor:
     """scale * q k^T of one piece in at least float32, -inf where a causal query must not look. (h, m, n)"""
     s = torch.bmm(q.transpose(0, 1), k.permute(1, 2, 0))
-    s = s.to(torch.promote_types(s.dtype, torch.float32)).mul_(scale)
-    if causal:
+    s = s.to(torch.promote_types(s.dtype, torch.float32)).mul_(settings.scale)
+    if settings.causal:
         at = torch.arange(ks.start, ks.stop, device=q.device)
         asked = at if rows is None else rows[qs]
         s.masked_fill_(at > asked[:, None], -torch.inf)

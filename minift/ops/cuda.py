@@ -1,127 +1,90 @@
 """The kernels of `kernels/cuda/`: compiled by NVRTC at first use, cached, loaded and launched by the CUDA driver.
 
-    lib = cuda.kernel("gelu", x)            kernels/cuda/gelu.cu on x's device, or None: run the PyTorch reference
-    lib.gelu_forward(native.pointer(x), ...)
+    lib = cuda.Library("gelu", x.device)    kernels/cuda/gelu.cu on x's device; raises Unavailable
+    lib.gelu_forward(x=x, y=y, n=x.numel(), tanh=True, dtype=1)
 
-A library has the functions of the CPU's (native.py), with the same arguments, so one autograd function calls either.
-NVRTC comes with torch's own wheels: nobody has to install a toolkit, and no header is used. Launches go to torch's
-current stream, so a CUDA graph can capture them. Nothing happens when this file is imported.
+A library has the functions of the CPU's (compile.py), with the same arguments, so one autograd function calls either.
+NVRTC comes with torch's own wheels: nobody has to install a toolkit, and none of its headers is used. Launches go to
+torch's current stream, so a CUDA graph can capture them.
 
 https://docs.nvidia.com/cuda/nvrtc, https://docs.nvidia.com/cuda/cuda-driver-api
 """
 
 import ctypes
-import os
 import re
-import struct
-import sys
 import tempfile
 from ctypes import byref, c_void_p
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from . import native
-from .native import CODES, PLAIN, Unavailable, digest
+from . import sources
+from .compile import digest, keep, kept
+from .sources import Arguments, Unavailable, packed
 
 THREADS = 256  # of every block
+MOST_BLOCKS = 1 << 20
 OLDEST = (7, 0)  # compute capability
 FLAGS = "--std=c++17 -default-device"
-FORMATS = {"*": "P", "int64_t": "q", "float": "f", "double": "d"}  # arguments, as `struct` writes them
 DRIVER = "libcuda.so.1"
 NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
-loaded: dict[tuple[str, int], "Library | None"] = {}  # by operator and device; None: there is none, and that was said
-
-
-class Kernel(NamedTuple):
-    """What a source says of one of its kernels."""
-
-    names: tuple[str, ...]  # of the arguments
-    layout: struct.Struct  # of the arguments, as C lays them out
-    starts: tuple[int, ...]  # where each begins, in bytes
-    work: tuple[str, str]  # how many blocks: the first divided by the second; argument names or numbers
-
 
 def describe(device: torch.device) -> str:
-    """What runs on this device, in words. In mode `native` makes every kernel; raises ValueError where one fails."""
-    try:
-        version, arch = nvrtc()[1], architecture(device)
-        driver()
-    except Unavailable as e:
-        if native.mode == "native":
-            raise native.refusal(e) from None
-        return f"PyTorch reference ({e})"
-    for path in sorted(native.sources().glob("cuda/*.cu")) if native.mode == "native" else ():
-        load(path.stem, torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+    """What runs on this device, in words. Raises Unavailable where no kernel can be made."""
+    version, arch = nvrtc()[1], architecture(device)
+    driver()
     return f"native on CUDA {arch}, compiled at first use (NVRTC {version})"
 
 
-def kernel(name: str, *tensors: Tensor | None) -> "Library | None":
-    """The library of kernels/cuda/NAME.cu, if it can work on all these tensors; else None, and the reference runs.
-
-    It takes plain CUDA tensors of one device and dtype: float32, bfloat16, float16, or int32.
-    """
-    dtype, device = tensors[0].dtype, tensors[0].device
-    for t in tensors:
-        if t is not None and not (t.dtype is dtype and dtype in CODES and t.device == device and type(t) in PLAIN):
-            return None
-    key = name, device.index
-    return loaded[key] if key in loaded else load(name, device)
-
-
-def load(name: str, device: torch.device) -> "Library | None":
-    """Makes or finds the library, once; where that fails says so, once. Raises ValueError in mode `native`."""
-    library = None
-    if (native.sources() / f"cuda/{name}.cu").exists():
-        try:
-            library = Library(name, device)
-        except (Unavailable, OSError) as e:
-            if native.mode == "native":
-                raise native.refusal(e) from None
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{name} runs on its PyTorch reference on CUDA: {e}", file=sys.stderr)
-    loaded[name, device.index] = library
-    return library
-
-
 class Library:
-    """One .cu on one device. A function of it is a method that takes addresses and numbers, and returns at once."""
+    """One .cu on one device. A function of it is a method that takes the fields of its struct by name.
+
+    It returns at once: it launches its kernel, and then the kernel of the same name with _2 behind it, if there is one.
+    """
+
+    on_cuda = True
 
     def __init__(self, name: str, device: torch.device):
         """Raises Unavailable, or OSError where there are no sources."""
-        content, self.index = cubin(name, architecture(device)), device.index
+        texts = sources.read(source(name))
+        content = cubin(name, texts, architecture(device))
+        self.index = device.index
         self.context, module, number = c_void_p(), c_void_p(), ctypes.c_int()
         with torch.cuda.device(device):
             check(driver().cuDeviceGet(byref(number), device.index))
             check(driver().cuDevicePrimaryCtxRetain(byref(self.context), number))  # the one that torch uses
             check(driver().cuCtxSetCurrent(self.context))
             check(driver().cuModuleLoadData(byref(module), content))
-        kernels, found = signatures((native.sources() / f"cuda/{name}.cu").read_text()), {}
-        for function, k in kernels.items():
-            found[function] = c_void_p(), k
-            check(driver().cuModuleGetFunction(byref(found[function][0]), module, function.encode()))
-        for function in kernels:
+
+        work = workloads(texts[f"{name}.cu"])
+        offered = sources.functions(texts)
+        found = {}
+        for function in offered:
+            address = c_void_p()
+            check(driver().cuModuleGetFunction(byref(address), module, function.encode()))
+            found[function] = address, *work[function]
+        for function, wanted in offered.items():
             if not function.endswith("_2"):
                 steps = [found[f] for f in (function, f"{function}_2") if f in found]
-                setattr(self, function, partial(self.run, steps))
+                setattr(self, function, partial(self.run, steps, wanted))
 
-    def run(self, steps: list[tuple[c_void_p, Kernel]], *args) -> None:
+    def run(self, steps: list[tuple[c_void_p, str, str]], wanted: Arguments, /, **given) -> None:
         """One function: its kernels one after the other."""
-        for function, k in steps:
-            if n := blocks(k, args):
-                self.launch(function, n, THREADS, packed(k, args))
+        arguments = ctypes.create_string_buffer(packed(wanted, given), wanted.layout.size)
+        for function, total, per in steps:
+            if n := blocks(given, total, per):
+                self.launch(function, n, arguments)
 
-    def launch(self, function: c_void_p, grid: int, block: int, packed: tuple, shared: int = 0) -> None:
+    def launch(self, function: c_void_p, grid: int, arguments: ctypes.Array) -> None:
         """Puts a kernel on the current stream of the library's device. Raises RuntimeError."""
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                return self.launch(function, grid, block, packed, shared)
-        stream = torch.cuda.current_stream().cuda_stream
-        given = function, grid, 1, 1, block, 1, 1, shared, c_void_p(stream), packed[0], None
+                return self.launch(function, grid, arguments)
+        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        addresses = (c_void_p * 1)(ctypes.addressof(arguments))  # of all arguments: one struct
+        given = function, grid, 1, 1, THREADS, 1, 1, 0, stream, addresses, None
         code = driver().cuLaunchKernel(*given)
         if code == NO_CONTEXT:  # a thread of autograd's, in which nothing has called CUDA yet
             check(driver().cuCtxSetCurrent(self.context))
@@ -129,69 +92,52 @@ class Library:
         check(code, RuntimeError)
 
 
-def signatures(source: str) -> dict[str, Kernel]:
-    """What a CUDA source says of its kernels: the line `// blocks: ...` and the arguments under it."""
-    pattern = r'^// blocks: (\w+)(?: / (\w+))?\nextern "C" __global__ void (\w+)\(([^)]*)\)'
-    found = {}
-    for work, per, function, args in re.findall(pattern, source, re.MULTILINE):
-        codes = [next(f for word, f in FORMATS.items() if word in a) for a in args.split(",")]
-        starts = tuple(struct.calcsize("".join(codes[: i + 1])) - struct.calcsize(c) for i, c in enumerate(codes))
-        names = tuple(re.findall(r"(\w+)\s*(?:,|$)", args))
-        found[function] = Kernel(names, struct.Struct("".join(codes)), starts, (work, per or "1"))
-    return found
+def workloads(source: str) -> dict[str, tuple[str, str]]:
+    """How many blocks each kernel of a source is worth, as its line `// blocks: TOTAL / PER` says it."""
+    pattern = r'^// blocks: (\w+)(?: / (\w+))?\nextern "C" __global__ void (\w+)'
+    found = re.findall(pattern, source, re.MULTILINE)
+    return {function: (total, per or "1") for total, per, function in found}
 
 
-def blocks(k: Kernel, args: tuple) -> int:
-    """How many blocks are worth starting; kernels go round, so a limit costs nothing."""
-    work, per = (int(word) if word.isdigit() else args[k.names.index(word)] for word in k.work)
-    return min(-(-work // per), 1 << 20)
+def blocks(given: dict, total: str, per: str) -> int:
+    """How many blocks are worth starting: total / per, two numbers or names of fields.
 
-
-def packed(k: Kernel, args: tuple) -> tuple[ctypes.Array, ctypes.Array]:
-    """(addresses of the arguments, the memory they lie in, which has to stay until the launch). None is null."""
-    memory = ctypes.create_string_buffer(k.layout.pack(*(0 if a is None else a for a in args)), k.layout.size)
-    base = ctypes.addressof(memory)
-    return (c_void_p * len(args))(*(base + start for start in k.starts)), memory
+    Kernels go round, so a limit costs nothing.
+    """
+    total, per = (int(word) if word.isdigit() else given[word] for word in (total, per))
+    return min(-(-total // per), MOST_BLOCKS)
 
 
 # ---- making one
 
 
-def cubin(name: str, arch: str) -> bytes:
+def source(name: str) -> Path:
+    """kernels/cuda/NAME.cu."""
+    return sources.folder() / f"cuda/{name}.cu"
+
+
+def cubin(name: str, texts: dict[str, str], arch: str) -> bytes:
     """The machine code of a source from the cache, or compiled and put there. Raises Unavailable."""
-    folder, stem = native.cache_folder(), f"{name}-{arch}-{key(name, arch)}"
-    for path in folder.glob(f"{stem}-*.cubin") if native.private(folder) else ():
-        if native.private(path) and path.stem == f"{stem}-{digest(content := path.read_bytes())}":
-            return content
+    key = digest("\0".join([FLAGS, arch, nvrtc()[1], *texts.values()]).encode())
+    stem = f"{name}-{arch}-{key}"
+    for _, content in kept(stem, ".cubin"):
+        return content
+    content = compile_(name, texts, arch)
     with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
         made = Path(scratch, f"{stem}.cubin")
-        made.write_bytes(compile_(name, arch))
-        native.keep(made, folder, stem)
-        return made.read_bytes()
+        made.write_bytes(content)
+        keep(made, stem)
+    return content
 
 
-def key(name: str, arch: str) -> str:
-    """A name for everything that the machine code depends on."""
-    return digest("\0".join([FLAGS, arch, nvrtc()[1], source(name), header()]).encode())
-
-
-def source(name: str) -> str:
-    """The text of kernels/cuda/NAME.cu."""
-    return (native.sources() / f"cuda/{name}.cu").read_text()
-
-
-def header() -> str:
-    """The text of what all CUDA sources include."""
-    return (native.sources() / "cuda/common.cuh").read_text()
-
-
-def compile_(name: str, arch: str) -> bytes:
-    """Runs NVRTC on one source. Raises Unavailable with its first complaint."""
+def compile_(name: str, texts: dict[str, str], arch: str) -> bytes:
+    """Runs NVRTC on one source, with its headers. Raises Unavailable with its first complaint."""
     lib, program = nvrtc()[0], c_void_p()
-    text, headers = source(name).encode(), (ctypes.c_char_p * 1)(header().encode())
-    names = (ctypes.c_char_p * 1)(b"common.cuh")
+    file, *headers = texts
+    contents = (ctypes.c_char_p * len(headers))(*(texts[h].encode() for h in headers))
+    names = (ctypes.c_char_p * len(headers))(*(h.encode() for h in headers))
     options = [o.encode() for o in (*FLAGS.split(), f"--gpu-architecture={arch}")]
-    lib.nvrtcCreateProgram(byref(program), text, f"{name}.cu".encode(), 1, headers, names)
+    lib.nvrtcCreateProgram(byref(program), texts[file].encode(), file.encode(), len(headers), contents, names)
     try:
         if lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
             lines = output(program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip().splitlines()
@@ -217,7 +163,9 @@ def output(program: c_void_p, what: str) -> bytes:
 @cache
 def nvrtc() -> tuple[ctypes.CDLL, str]:
     """(library, version) of the compiler beside torch, or wherever the system finds it. Raises Unavailable."""
-    majors = [torch.version.cuda.split(".")[0]] if torch.version.cuda else ["13", "12"]  # a driver knows torch's
+    majors = ["13", "12"]
+    if torch.version.cuda:
+        majors = [torch.version.cuda.split(".")[0]]  # the driver knows torch's
     for name in (f"libnvrtc.so.{major}" for major in majors):
         for path in (*(folder / name for folder in folders() if (folder / name).exists()), name):
             try:

@@ -13,6 +13,7 @@ N tokens, C channels.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,17 +48,25 @@ def hash_(x: Tensor, scratch: Tensor) -> Tensor:
     return x
 
 
-def mix_tensor(x: Tensor, salt: int = 0, base: Tensor | None = None) -> Tensor:
-    """lowbias32 of int32 words ^ salt, as a new tensor. base (1,): the salt is mix(base + salt)."""
+def mix_tensor(x: Tensor, salt: int = 0, seed_word: Tensor | None = None) -> Tensor:
+    """lowbias32 of int32 words ^ salt, as a new tensor. seed_word (1,): the salt is mix(seed_word + salt)."""
     lib = native.kernel("dropout", x)
     if lib is None:
-        k = signed(salt) if base is None else mix_tensor(base + salt)
+        k = signed(salt) if seed_word is None else mix_tensor(seed_word + salt)
         x = hash_(x ^ k, torch.empty_like(x))
         return x ^ (x >> 16 & 0xFFFF)
     x = x.contiguous()
     y = torch.empty_like(x)
-    lib.mix_words(x.data_ptr(), y.data_ptr(), native.pointer(base), salt, x.numel())
+    lib.mix_words(x=x, y=y, seed_word=seed_word, salt=salt, n=x.numel())
     return y
+
+
+class Drop(NamedTuple):
+    """What one dropout place drops: its rate, and the words of the tokens and channels at hand."""
+
+    row: Tensor  # (N,) int32
+    col: Tensor  # (C,) int32
+    p: float
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,23 @@ class Noise:
     seed: int = 0
     step: int = 0
     keys: Tensor | None = None  # (N,) int32
-    base: Tensor | None = None  # (1,) int32: the word of (seed, step) in memory, for steps that are replayed (graph.py)
+    seed_word: Tensor | None = None  # (1,) int32: word() in memory, for steps that are replayed (engine/graph.py)
 
     def at(self, rows: Tensor | None) -> "Noise":
         """The noise of these tokens alone. rows (M,), or None for all."""
-        return self if self.keys is None or rows is None else replace(self, keys=self.keys[rows])
+        if self.keys is None or rows is None:
+            return self
+        return replace(self, keys=self.keys[rows])
+
+    def drops(self, p: float) -> bool:
+        """Whether a dropout place of rate p drops anything: nowhere else is this decided."""
+        return self.keys is not None and p > 0
+
+    def drop(self, p: float, site: int, channels: int) -> Drop | None:
+        """What the dropout place number `site` drops of so many channels; None where it drops nothing."""
+        if not self.drops(p):
+            return None
+        return Drop(self.rows(site), self.cols(site, channels), p)
 
     def word(self) -> int:
         """The 32-bit word of (seed, step), from which those of dropout places are made."""
@@ -82,21 +103,24 @@ class Noise:
 
     def salts(self, site: int) -> tuple[int, int]:
         """(k0, k1): two 32-bit words for the dropout place number `site` in this step."""
-        base = self.word() if self.base is None else self.base.item() & MASK
-        return mix(base + 2 * site & MASK), mix(base + 2 * site + 1 & MASK)
+        word = self.word() if self.seed_word is None else self.seed_word.item() & MASK
+        return mix(word + 2 * site & MASK), mix(word + 2 * site + 1 & MASK)
 
     def rows(self, site: int) -> Tensor:
         """The words of the tokens, (N,) int32."""
-        salt = self.salts(site)[0] if self.base is None else 2 * site
-        return mix_tensor(self.keys, salt, self.base)
+        salt = self.salts(site)[0] if self.seed_word is None else 2 * site
+        return mix_tensor(self.keys, salt, self.seed_word)
 
     def cols(self, site: int, n: int) -> Tensor:
         """The words of the first n channels, (n,) int32."""
-        salt, y = self.salts(site)[1] if self.base is None else 2 * site + 1, self.keys.new_empty(n)
-        if lib := native.kernel("dropout", y):
-            lib.mix_words(None, y.data_ptr(), native.pointer(self.base), salt, n)
-            return y
-        return mix_tensor(torch.arange(n, dtype=torch.int32, device=y.device) * signed(GOLDEN), salt, self.base)
+        salt = self.salts(site)[1] if self.seed_word is None else 2 * site + 1
+        y = self.keys.new_empty(n)
+        lib = native.kernel("dropout", y)
+        if lib is None:
+            channels = torch.arange(n, dtype=torch.int32, device=y.device)
+            return mix_tensor(channels * signed(GOLDEN), salt, self.seed_word)
+        lib.mix_words(x=None, y=y, seed_word=self.seed_word, salt=salt, n=n)
+        return y
 
 
 SILENT = Noise()
@@ -113,39 +137,47 @@ def keep(row: Tensor, col: Tensor, p: float) -> Tensor:
     return hash_(x, torch.empty_like(x)) < threshold(p)
 
 
+def for_kernels(drop: Drop | None) -> tuple:
+    """`struct Drop` of kernels/shared.h; its row is null where nothing is dropped."""
+    if drop is None:
+        return 0, 0, 0, 0.0
+    return drop.row.data_ptr(), drop.col.data_ptr(), threshold(drop.p), 1 / (1 - drop.p)
+
+
 class Dropout(torch.autograd.Function):
     """Saves the words of rows and channels, (N,) and (C,); the mask is hashed again in backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(row, col)
-        ctx.p = p
-        return drop(x, row, col, p)
+    def forward(ctx, x: Tensor, drop: Drop) -> Tensor:
+        ctx.save_for_backward(drop.row, drop.col)
+        ctx.p = drop.p
+        return dropped(x, drop)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return drop(dy, *ctx.saved_tensors, ctx.p), None, None, None
+        return dropped(dy, Drop(*ctx.saved_tensors, ctx.p)), None
 
 
-def drop(x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
-    """The equation above; the same values from the kernel and from the reference. x (N, C), row (N,), col (C,)."""
+def dropped(x: Tensor, drop: Drop) -> Tensor:
+    """The equation above, (N, C), by the kernel or by the reference, which give the same values. x (N, C)."""
     lib = native.kernel("dropout", x)
     if lib is None:
-        return reference(x, row, col, p)
+        return reference(x, drop)
     x = x.contiguous()
     y = torch.empty_like(x)
-    words = native.pointer(row), native.pointer(col), threshold(p), 1 / (1 - p)
-    lib.dropout(native.pointer(x), native.pointer(y), *words, *x.shape, native.CODES[x.dtype])
+    N, C = x.shape
+    lib.dropout(x=x, y=y, drop=for_kernels(drop), N=N, C=C, dtype=native.CODES[x.dtype])
     return y
 
 
-def reference(x: Tensor, row: Tensor, col: Tensor, p: float) -> Tensor:
-    """The equation above, a block of rows at a time. x (N, C), row (N,), col (C,)."""
+def reference(x: Tensor, drop: Drop) -> Tensor:
+    """The equation above, a block of rows at a time. x (N, C)."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     n = max(1, BLOCK // max(1, x.shape[1]))
     for i in range(0, x.shape[0], n):
-        torch.mul(x[i : i + n], keep(row[i : i + n, None], col, p), out=y[i : i + n]).mul_(1 / (1 - p))
+        kept = keep(drop.row[i : i + n, None], drop.col, drop.p)
+        torch.mul(x[i : i + n], kept, out=y[i : i + n]).mul_(1 / (1 - drop.p))
     return y
 
 
@@ -154,6 +186,7 @@ def dropout(x: Tensor, p: float, noise: Noise, site: int) -> Tensor:
 
     x (N, C), with noise.keys (N,); `site` numbers the dropout place in the model.
     """
-    if noise.keys is None or p == 0:
+    drop = noise.drop(p, site, x.shape[1])
+    if drop is None:
         return x
-    return Dropout.apply(x, noise.rows(site), noise.cols(site, x.shape[1]), p)
+    return Dropout.apply(x, drop)

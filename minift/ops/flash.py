@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
-from .dropout import Noise, mix
+from .dropout import mix
 
 FORWARD, BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 WIDEST = 128  # head size; beyond, some devices have no backward with dropout
@@ -42,27 +42,20 @@ def there(device: torch.device) -> bool:
     return new and torch.backends.cuda.is_flash_attention_available()
 
 
-def flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    rows: Tensor | None,
-    longest: int | None,
-    scale: float,
-    causal: bool,
-    p: float,
-    noise: Noise,
-    site: int,
-) -> Tensor:
-    """(M, H, D), as attention.attention; longest: tokens of the longest sequence, or more."""
+def flash(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, rows: Tensor | None, settings) -> Tensor:
+    """(M, H, D), as attention.attention."""
+    noise = settings.noise
     seed = None
-    if p > 0 and noise.base is None:  # a replayed step (graph.py) seeds the generator once, outside
-        k0, k1 = noise.salts(site)
+    # a replayed step (engine/graph.py) seeds the generator once, outside
+    if noise.drops(settings.p) and noise.seed_word is None:
+        k0, k1 = noise.salts(settings.site)
         seed = mix(k0 ^ len(k)) << 32 | mix(k1 ^ len(offsets))
-    asked = q if rows is None else q.new_zeros(k.shape).index_copy(0, rows, q)  # (N, H, D)
-    out = Flash.apply(asked, k, v, offsets.int(), longest or len(k), scale, causal, p, seed)
-    return out if rows is None else out.index_select(0, rows)
+    longest = settings.longest or len(k)
+    given = offsets.int(), longest, settings.scale, settings.causal, settings.p, seed
+    if rows is None:
+        return Flash.apply(q, k, v, *given)
+    asked = q.new_zeros(k.shape).index_copy(0, rows, q)  # (N, H, D)
+    return Flash.apply(asked, k, v, *given).index_select(0, rows)
 
 
 class Flash(torch.autograd.Function):

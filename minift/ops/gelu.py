@@ -1,7 +1,7 @@
 """Activations by the names that config.json files use.
 
 erf:   x * (1 + erf(x / sqrt(2))) / 2                                       (Hendrycks & Gimpel, arXiv 1606.08415)
-tanh:  x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2                its approximation; GPT-2's weights want it
+tanh:  x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2                its approximation, GPT-2's own
 """
 
 from functools import partial
@@ -12,25 +12,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
-from .again import again
+from .rematerialise import rematerialisable
 
 
 class Gelu(torch.autograd.Function):
-    """The native kernel. Saves x; backward makes the rest again."""
+    """The native kernel. Saves x, from which backward computes the slope."""
 
     @staticmethod
     def forward(ctx, x: Tensor, tanh: bool, lib) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.settings = tanh, lib
+        ctx.tanh = tanh
+        ctx.lib = lib
         return run(x, tanh, lib)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        (x,), (tanh, lib), dy = ctx.saved_tensors, ctx.settings, dy.contiguous()
+        (x,) = ctx.saved_tensors
+        dy = dy.contiguous()
         dx = torch.empty_like(x)
-        lib.gelu_backward(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), x.numel(), tanh, native.CODES[x.dtype])
+        ctx.lib.gelu_backward(x=x, dy=dy, dx=dx, n=x.numel(), tanh=ctx.tanh, dtype=native.CODES[x.dtype])
         return dx, None, None
 
 
@@ -40,24 +42,26 @@ def run(x: Tensor, tanh: bool, lib) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
     x = x.contiguous()
     y = torch.empty_like(x)
-    lib.gelu_forward(x.data_ptr(), y.data_ptr(), x.numel(), tanh, native.CODES[x.dtype])
+    lib.gelu_forward(x=x, y=y, n=x.numel(), tanh=tanh, dtype=native.CODES[x.dtype])
     return y
 
 
 def gelu(x: Tensor, tanh: bool, lib) -> Tensor:
-    """y, which backward makes again where it is wanted there."""
+    """y, which backward recomputes where it is needed there."""
     y = run(x, tanh, None) if lib is None else Gelu.apply(x, tanh, lib)
-    return again(y, partial(run, x.detach(), tanh, lib))
+    return rematerialisable(y, partial(run, x.detach(), tanh, lib))
 
 
 def gelu_erf(x: Tensor) -> Tensor:
     """The exact GELU."""
-    lib = None if x.is_cpu and x.dtype == torch.bfloat16 else native.kernel("gelu", x)  # PyTorch's own is faster there
+    lib = None
+    if not (x.is_cpu and x.dtype == torch.bfloat16):  # where PyTorch's own is faster
+        lib = native.kernel("gelu", x)
     return gelu(x, False, lib)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The GELU with tanh for erf; differs from the exact one by up to 4.7e-4."""
+    """The GELU with tanh instead of erf; differs from the exact one by up to 4.7e-4."""
     return gelu(x, True, native.kernel("gelu", x))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .compile import cpu
 
 LEAST = 1 << 16  # weights of a matrix that is worth it
 TOKENS, OUT = 704, 3072  # of dy in a piece of dW's product: it is turned round first, which has to stay in the cache
@@ -32,19 +33,28 @@ def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None) -> Tensor
     """dy^T x, (out, in), without gradients; added to `onto` in place, if there is one. dy (N, out), x (N, in)."""
     out = dy.shape[1]
     if not (takes(x, dy, out * x.shape[1]) and is_faster_for_weights()):
-        return dy.t() @ x if onto is None else onto.addmm_(dy.t(), x)
-    multiply = torch.ops.mkldnn._linear_pointwise  # which not every torch has
-    total = x.new_zeros(out, x.shape[1]) if onto is None and out > OUT else onto
+        if onto is None:
+            return dy.t() @ x
+        return onto.addmm_(dy.t(), x)
+
+    if onto is None and out <= OUT:
+        return piece(dy, x)
+    if onto is None:
+        onto = x.new_zeros(out, x.shape[1])
     for i in range(0, out, OUT):
-        part = None
-        for a, b in zip(dy[:, i : i + OUT].split(TOKENS), x.split(TOKENS), strict=True):
-            if part is None:
-                part = multiply(a.t(), b.t(), None, "none", [], "")
-            else:
-                part = multiply.binary(a.t(), part, b.t(), None, "add")
+        onto[i : i + OUT] += piece(dy[:, i : i + OUT], x)
+    return onto
+
+
+def piece(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x by oneDNN, a piece of the rows after the other."""
+    multiply = torch.ops.mkldnn._linear_pointwise  # which not every torch has
+    total = None
+    for a, b in zip(dy.split(TOKENS), x.split(TOKENS), strict=True):
         if total is None:
-            return part
-        total[i : i + OUT] += part
+            total = multiply(a.t(), b.t(), None, "none", [], "")
+        else:
+            total = multiply.binary(a.t(), total, b.t(), None, "add")
     return total
 
 
@@ -58,14 +68,14 @@ def takes(x: Tensor, y: Tensor, weights: int) -> bool:
 def is_faster() -> bool:
     """Whether this is a CPU on which oneDNN was measured to be faster, and torch has it."""
     keep_few_products()
-    cpu, there = native.cpu(), torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and "AMD" in cpu and "avx512f" in cpu
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and "AMD" in cpu() and "avx512f" in cpu()
 
 
 @cache
 def is_faster_for_weights() -> bool:
     """The same for dW, where oneDNN has to win more: Zen 5, the first of AMD's with these instructions."""
-    return is_faster() and "avx_vnni" in native.cpu()
+    return is_faster() and "avx_vnni" in cpu()
 
 
 class Linear(torch.autograd.Function):
@@ -73,20 +83,30 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
         return product(x, w, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dx = product(dy, w.t()) if needs[0] else None
-        return dx, weight_gradient(dy, x) if needs[1] else None, dy.sum(0) if needs[2] else None
+        x, w = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad
+        dx = dw = dbias = None
+        if needs_x:
+            dx = product(dy, w.t())
+        if needs_w:
+            dw = weight_gradient(dy, x)
+        if needs_bias:
+            dbias = dy.sum(0)
+        return dx, dw, dbias
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (N, out). x (N, in), w (out, in), bias (out,) or None."""
-    return Linear.apply(x, w, bias) if takes(x, w, w.numel()) else F.linear(x, w, bias)
+    if takes(x, w, w.numel()):
+        return Linear.apply(x, w, bias)
+    return F.linear(x, w, bias)
 
 
 def keep_few_products() -> None:

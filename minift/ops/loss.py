@@ -26,7 +26,7 @@ def linear_cross_entropy(
     """(loss, correct): the loss summed over rows in float32, and the number of rows whose largest logit is the target.
 
     x (M, C), weight (V, C), bias (V,) or None, smoothing in [0, 1); targets (M,) int64 in [0, V), or -1 for a row that
-    is there for the size alone: its loss and gradients are 0.
+    only fills up the batch: its loss and gradients are 0.
     """
     return LinearCrossEntropy.apply(x, weight, bias, targets, smoothing)
 
@@ -39,27 +39,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = None
-        db = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        grad = any(ctx.needs_input_grad[:3])
-        w, n = weight.to(x.dtype), max(1, CHUNK // weight.shape[0])
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad = needs_x or needs_weight or needs_bias
+        dx = dw = db = None
+        if needs_x:
+            dx = torch.empty_like(x)
+        if needs_bias:
+            db = torch.zeros_like(bias)
+
+        w = weight.to(x.dtype)
+        n = max(1, CHUNK // weight.shape[0])
         for i in range(0, x.shape[0], n):
-            xs, target = x[i : i + n], targets[i : i + n]
+            xs = x[i : i + n]
             z = product(xs, w)  # (m, V)
-            if db is not None:
-                z = z.to(wide)  # so that the sum over rows is one of float32's
-            part, hits, dz = cross_entropy(z, bias, target, smoothing, grad)
+            if needs_bias:
+                z = z.to(wide)  # so that its gradient is summed over rows in float32
+            part, hits, dz = cross_entropy(z, bias, targets[i : i + n], smoothing, grad)
             loss += part
             correct += hits
-            if db is not None:
+            if needs_bias:
                 db += dz.sum(0)
-            if dx is not None:
+            if needs_x:
                 dx[i : i + n] = product(dz.to(x.dtype), w.t())
-            if ctx.needs_input_grad[1]:
+            if needs_weight:
                 dw = grown(dw, dz, xs, weight.dtype)
             del z, dz  # before the logits of the next chunk are there
-        if ctx.needs_input_grad[1] and dw is None:  # no rows
+
+        if needs_weight and dw is None:  # no rows
             dw = torch.zeros_like(weight)
         ctx.gradients = dx, dw, db
         ctx.mark_non_differentiable(correct)
@@ -70,8 +76,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss: Tensor, _):
         if ctx.gradients is None:
             raise RuntimeError("the first backward pass through this loss took its gradients; compute it again")
-        gradients, ctx.gradients = ctx.gradients, None  # no longer held here, so that they become .grad without a copy
-        return *(None if g is None else g.mul_(dloss) for g in gradients), None, None
+        gradients = ctx.gradients
+        ctx.gradients = None  # no longer held here, so that they become .grad without a copy
+        for g in gradients:
+            if g is not None:
+                g.mul_(dloss)
+        return *gradients, None, None
 
 
 def grown(dw: Tensor | None, dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,7 +89,9 @@ def grown(dw: Tensor | None, dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tenso
     dz = dz.to(x.dtype)
     if dtype != x.dtype:
         part = (dz.t() @ x).to(dtype)
-        return part if dw is None else dw.add_(part)
+        if dw is None:
+            return part
+        return dw.add_(part)
     return weight_gradient(dz, x, dw)
 
 
@@ -90,12 +102,16 @@ def cross_entropy(
     lib = native.kernel("loss", z)
     if lib is None:
         return reference(z, bias, targets, smoothing, grad)
-    if z.is_cpu and not -1 <= targets.min() <= targets.max() < z.shape[1]:  # on CUDA the loss is NaN: nobody waits
+    # on CUDA the loss is NaN instead, so that nobody has to wait for the answer
+    if z.is_cpu and not -1 <= targets.min() <= targets.max() < z.shape[1]:
         raise IndexError(f"a target is {targets.min()} or {targets.max()}; expected 0 to {z.shape[1] - 1}, or -1")
-    b, targets = None if bias is None else bias.float().contiguous(), targets.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    targets = targets.contiguous()
     losses, hits = torch.empty(2, len(z), dtype=torch.float32, device=z.device).unbind()
-    at = native.pointer(b), targets.data_ptr(), smoothing, losses.data_ptr(), hits.data_ptr()
-    lib.cross_entropy(z.data_ptr(), *at, grad, *z.shape, native.CODES[z.dtype])
+    M, V = z.shape
+    inputs = dict(z=z, bias=bias, targets=targets, smoothing=smoothing, grad=grad)
+    lib.cross_entropy(**inputs, loss=losses, hits=hits, M=M, V=V, dtype=native.CODES[z.dtype])
     return losses.sum(), hits.sum().long(), z if grad else None
 
 
@@ -103,10 +119,13 @@ def reference(
     z: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The equations above, in at least float32."""
-    z, asked, target = z.to(torch.promote_types(z.dtype, torch.float32)), targets[:, None] >= 0, targets[:, None]
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     if bias is not None:
         z += bias
-    correct, target = (z.argmax(-1, keepdim=True) == target).sum(), target.clamp(min=0)
+    target = targets[:, None]
+    asked = target >= 0
+    correct = (z.argmax(-1, keepdim=True) == target).sum()
+    target = target.clamp(min=0)
     lse = torch.logsumexp(z, -1, keepdim=True)
     loss = lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)
     loss = loss.masked_fill(~asked, 0).sum()

@@ -87,20 +87,25 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
     A piece of rows at a time: of a transposed or half-precision matrix no whole copy is made.
     """
-    w = w[None] if w.dim() == 1 else w
-    n, columns = w.numel(), w.shape[1]
+    if w.dim() == 1:
+        w = w[None]
+    n = w.numel()
+    columns = w.shape[1]
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // BLOCK), device=w.device)
     rows = max(1, CHUNK // (BLOCK * max(1, columns))) * BLOCK  # whole blocks
     for k in range(0, w.shape[0], rows):
-        flat, i = w[k : k + rows].reshape(-1), k * columns
-        end = i + len(flat)
-        c, a = codes[i // 2 : -(-end // 2)], absmax[i // BLOCK : -(-end // BLOCK)]
-        if lib := native.kernel("nf4", flat):
-            given = flat.data_ptr(), middles(w.device).data_ptr(), c.data_ptr(), a.data_ptr()
-            lib.quantize(*given, len(flat), native.CODES[w.dtype])
-        else:
+        flat = w[k : k + rows].reshape(-1)
+        begin = k * columns
+        end = begin + len(flat)
+        c = codes[begin // 2 : -(-end // 2)]
+        a = absmax[begin // BLOCK : -(-end // BLOCK)]
+        lib = native.kernel("nf4", flat)
+        if lib is None:
             reference_quantize(flat, c, a)
+        else:
+            dtype = native.CODES[w.dtype]
+            lib.quantize(w=flat, middles=middles(w.device), codes=c, absmax=a, n=len(flat), dtype=dtype)
     return codes, absmax
 
 
@@ -114,9 +119,11 @@ def reference_quantize(flat: Tensor, codes: Tensor, absmax: Tensor) -> None:
         parts = [(blocks * (1 / a.clamp(min=1e-38))[:, None]).view(-1)]
         if full < len(x):  # the last block is cut short; bitsandbytes divides there
             rest = x[full:].abs().amax().clamp(min=1e-38)
-            a, parts = torch.cat([a, rest[None]]), [*parts, x[full:] / rest]
+            a = torch.cat([a, rest[None]])
+            parts.append(x[full:] / rest)
         c = nearest(torch.cat(parts).clamp_(-1, 1), middles(flat.device))
-        c = F.pad(c, (0, 1), value=7) if len(c) % 2 else c  # level 7 is 0
+        if len(c) % 2:
+            c = F.pad(c, (0, 1), value=7)  # level 7 is 0
         codes[i // 2 : (i + len(c)) // 2, 0] = c[0::2] << 4 | c[1::2]
         absmax[i // BLOCK : i // BLOCK + len(a)] = a
 
@@ -152,14 +159,23 @@ def dequantize(
 
     absmax (float32), or with nested and mean its bytes, as compress gave them.
     """
-    if lib := native.kernel("nf4", out):
-        twice, device = nested is not None, out.device
-        scales = (None, absmax, nested, mean) if twice else (absmax, None, None, None)
-        tables = pairs(device), *scales, dynamic_levels(device) if twice else None
-        given = (codes.contiguous(), *(t if t is None else t.contiguous() for t in tables))
-        lib.dequantize(*map(native.pointer, given), out.data_ptr(), out.numel(), native.CODES[out.dtype])
-        return out
-    return reference_dequantize(codes, absmax if nested is None else expand(absmax, nested, mean), out)
+    twice = nested is not None
+    lib = native.kernel("nf4", out)
+    if lib is None:
+        if twice:
+            absmax = expand(absmax, nested, mean)
+        return reference_dequantize(codes, absmax, out)
+
+    # the kernel takes the scales as they are, or in their four parts
+    absmax = absmax.contiguous()
+    scales = dict(absmax=absmax, d=None, b=None, m=None, second=None)
+    if twice:
+        nested = nested.contiguous()
+        scales = dict(absmax=None, d=absmax, b=nested, m=mean, second=dynamic_levels(out.device))
+    codes = codes.contiguous()
+    n = out.numel()
+    lib.dequantize(codes=codes, pairs=pairs(out.device), **scales, out=out, n=n, dtype=native.CODES[out.dtype])
+    return out
 
 
 def reference_dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
@@ -169,7 +185,8 @@ def reference_dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
         part = flat[i : i + CHUNK]
         bytes_ = codes.view(-1)[i // 2 : -(-(i + len(part)) // 2)]
         w = F.embedding(bytes_.int(), pairs(codes.device)).view(-1)[: len(part)]
-        a, full = absmax[i // BLOCK :], len(part) // BLOCK * BLOCK
+        a = absmax[i // BLOCK :]
+        full = len(part) // BLOCK * BLOCK
         torch.mul(w[:full].view(-1, BLOCK), a[: full // BLOCK, None], out=w[:full].view(-1, BLOCK))
         if full < len(part):
             w[full:] *= a[full // BLOCK]
@@ -182,7 +199,8 @@ _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The memory that all dequantised matrices use, one after the other: (rows, columns), valid until the next call."""
-    key, n = (device, dtype), rows * columns
+    key = device, dtype
+    n = rows * columns
     if key not in _scratch or _scratch[key].numel() < n:
         _scratch.pop(key, None)  # before the larger one is there
         with torch.inference_mode(False):  # or it could not be used in training later
@@ -191,17 +209,24 @@ def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 class Frozen(torch.autograd.Function):
-    """y = x W^T + b, where W does not learn: saves nothing; backward asks for W again."""
+    """y = x W^T + b, where W does not learn: saves nothing, and backward asks for W again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.matrix = matrix
-        return product(x, matrix(x.dtype), None if bias is None else bias.to(x.dtype))
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return product(x, matrix(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        dx = product(dy, ctx.matrix(dy.dtype).t()) if ctx.needs_input_grad[0] else None
-        return dx, dy.float().sum(0) if ctx.needs_input_grad[1] else None, None
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        dx = dbias = None
+        if needs_x:
+            dx = product(dy, ctx.matrix(dy.dtype).t())
+        if needs_bias:
+            dbias = dy.float().sum(0)
+        return dx, dbias, None
 
 
 def frozen_linear(x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:

@@ -77,7 +77,7 @@ def settings(model: Model) -> dict:
         "label2id": {name: i for i, name in enumerate(model.labels)},
         "problem_type": "single_label_classification",
     }
-    if model.settings.get("pad_token_id") is None:
+    if model.family.ASKED == "last" and model.settings.get("pad_token_id") is None:
         found["pad_token_id"] = model.settings.get("eos_token_id")
     return found
 

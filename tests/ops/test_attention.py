@@ -5,10 +5,11 @@ python -m pytest tests/ops/test_attention.py
 
 import pytest
 import torch
+from judging import at_most_twice, greatest
 
 from minift.data.batch import token_keys
 from minift.ops import attention as module
-from minift.ops.attention import attention
+from minift.ops.attention import Settings, attention
 from minift.ops.dropout import SILENT, Noise, keep
 
 LENGTHS = [1, 63, 7, 2, 130]
@@ -26,6 +27,11 @@ def inputs(lengths=LENGTHS, heads=3, size=7, dtype=torch.float64):
         torch.cat([torch.arange(m) for m in lengths]),
     )
     return q, k, v, offsets, Noise(1, 2, keys)
+
+
+def attend(q, k, v, offsets, rows=None, **settings):
+    """The operator."""
+    return attention(q, k, v, offsets, rows, Settings(**settings))
 
 
 def plain(q, k, v, offsets, rows=None, *, scale, causal=False, p=0.0, noise=SILENT):
@@ -59,7 +65,7 @@ def test_output_and_gradients(asked, causal, p, scores, monkeypatch):
     }[asked]
     want = plain(q, k, v, offsets, rows, scale=0.3, causal=causal, p=p, noise=noise)
     asked_q = q if rows is None else q[rows]
-    got = attention(asked_q, k, v, offsets, rows, scale=0.3, causal=causal, p=p, noise=noise.at(rows), site=SITE)
+    got = attend(asked_q, k, v, offsets, rows, scale=0.3, causal=causal, p=p, noise=noise.at(rows), site=SITE)
     assert torch.allclose(got, want, atol=1e-12)
     dy = torch.randn_like(want)
     for g, w in zip(torch.autograd.grad(got, (q, k, v), dy), torch.autograd.grad(want, (q, k, v), dy), strict=True):
@@ -80,17 +86,16 @@ def test_error_is_at_most_twice_plain_pytorchs(dtype, causal):
         out = f(*tensors, offsets, **kw, **more)
         return [out, *torch.autograd.grad(out, tensors, dy.to(out.dtype))]
 
-    truth, ours, theirs = run(plain, exact), run(attention, low, site=SITE), run(plain, low)
+    truth, ours, theirs = run(plain, exact), run(attend, low, site=SITE), run(plain, low)
     for t, a, b in zip(truth, ours, theirs, strict=True):
-        floor = torch.finfo(dtype).eps * t.abs().max()
-        assert (a.double() - t).abs().max() <= 2 * max((b.double() - t).abs().max(), floor)
+        at_most_twice(a, b, t, torch.finfo(dtype).eps * greatest(t))
 
 
 def test_extreme_scores():
     """Scores of 1e4 and -1e4 neither overflow nor lose the largest."""
     q, k, v, offsets, _ = inputs(dtype=torch.float32)
     with torch.no_grad():
-        got = attention(q * 1e3, k * 1e3, v, offsets, scale=1.0)
+        got = attend(q * 1e3, k * 1e3, v, offsets, scale=1.0)
         want = plain((q * 1e3).double(), (k * 1e3).double(), v.double(), offsets, scale=1.0)
     assert got.isfinite().all() and (got - want).abs().max() < 0.2  # float32 scores of 1e6 have a spacing of 0.06
 
@@ -99,15 +104,15 @@ def test_an_inf_does_not_become_a_number():
     q, k, v, offsets, _ = inputs(dtype=torch.float32, lengths=[3, 4])
     with torch.no_grad():
         v[1, 0, 0] = torch.inf
-        got = attention(q, k, v, offsets, scale=1.0)
+        got = attend(q, k, v, offsets, scale=1.0)
     assert not got[:3, 0, 0].isfinite().any() and got[3:].isfinite().all()
 
 
 def test_dropout_does_not_depend_on_the_packing():
     q, k, v, offsets, noise = inputs()
-    whole = attention(q, k, v, offsets, scale=0.3, p=0.5, noise=noise, site=SITE)
+    whole = attend(q, k, v, offsets, scale=0.3, p=0.5, noise=noise, site=SITE)
     for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        alone = attention(
+        alone = attend(
             q[a:b], k[a:b], v[a:b], torch.tensor([0, b - a]), scale=0.3, p=0.5, noise=noise.at(slice(a, b)), site=SITE
         )
         assert torch.allclose(alone, whole[a:b], atol=1e-12)
@@ -117,5 +122,5 @@ def test_no_matrix_of_scores_is_saved():
     q, k, v, offsets, noise = inputs(lengths=[200], heads=2, size=8)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        attention(q, k, v, offsets, scale=0.3, p=0.5, noise=noise, site=SITE)
+        attend(q, k, v, offsets, scale=0.3, p=0.5, noise=noise, site=SITE)
     assert sum(sizes) == 3 * q.numel() + 200 * 2  # q, k, v and a number per query and head

@@ -9,16 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import SITE, plain
+from judging import at_most_twice, equal_bits, greatest, root_mean_square
+from test_attention import SITE, attend, plain
 
 from minift.data.batch import token_keys
-from minift.ops import native
-from minift.ops.attention import attention
+from minift.ops import compile, native, sources
 from minift.ops.dropout import Noise, keep
 
 try:
-    native.compiler()
-except native.Unavailable as e:
+    compile.compiler()
+except compile.Unavailable as e:
     pytest.skip(str(e), allow_module_level=True)
 
 MIXED = [1, 7, 63, 0, 130, 65]
@@ -49,9 +49,9 @@ def draw(n, heads, size, dtype=torch.float32):
 def every(f, q, k, v, dout, offsets, rows=None, *, noise=None, **options):
     """f's output and the gradients of q, k and v, where the queries are those of `rows`."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-    if f is attention:
+    if f is attend:
         asked = q if rows is None else q[rows]
-        out = attention(asked, k, v, offsets, rows, noise=noise.at(rows), site=SITE, **options)
+        out = attend(asked, k, v, offsets, rows, noise=noise.at(rows), site=SITE, **options)
     else:
         out = plain(q, k, v, offsets, rows, noise=noise, **options)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), (dout if rows is None else dout[rows]).to(out.dtype))]
@@ -64,14 +64,13 @@ def judge(inputs, offsets, rows=None, largest=1.0, **options):
     largest: of the scores, where they are larger than the results: they are rounded before exp makes them relative.
     """
     truth = every(plain, *(t.double() for t in inputs), offsets, rows, **options)
-    ours, theirs = (every(f, *inputs, offsets, rows, **options) for f in (attention, plain))
+    ours, theirs = (every(f, *inputs, offsets, rows, **options) for f in (attend, plain))
     for t, a, b in zip(truth, ours, theirs, strict=True):
         assert a.shape == t.shape and a.isfinite().all()
         if t.numel():
-            floor = torch.finfo(a.dtype).eps * largest * t.abs().max().clamp(min=1)
-            a, b = (a.double() - t).abs(), (b.double() - t).abs()
-            assert a.square().mean().sqrt() <= 2 * max(b.square().mean().sqrt(), floor / 2)
-            assert a.max() <= 2 * max(b.max(), 4 * floor)
+            floor = torch.finfo(a.dtype).eps * largest * max(greatest(t), 1)
+            at_most_twice(a, b, t, floor / 2, root_mean_square)
+            at_most_twice(a, b, t, 4 * floor)
 
 
 def some(kind, offsets):
@@ -120,7 +119,7 @@ def test_masks_are_the_references_bit_for_bit(causal):
     offsets, noise = pack(lengths)
     q, k, _, _ = draw(sum(lengths), heads, 128)
     hot = torch.eye(128)[torch.cat([torch.arange(n) for n in lengths])].unsqueeze(1).expand(-1, heads, -1)
-    out, _, _, dv = every(attention, q, k, hot, hot, offsets, scale=0.01, causal=causal, p=0.4, noise=noise)
+    out, _, _, dv = every(attend, q, k, hot, hot, offsets, scale=0.01, causal=causal, p=0.4, noise=noise)
     for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         n = b - a
         words = noise.cols(SITE, n * heads).view(n, heads)
@@ -136,12 +135,12 @@ def test_views_give_the_same_bits(dtype):
     offsets, noise = pack(MIXED)
     tensors = draw(sum(MIXED), 3, 40, dtype)
     options = dict(scale=0.2, p=0.4, noise=noise)
-    want = every(attention, *tensors, offsets, **options)
+    want = every(attend, *tensors, offsets, **options)
     product = torch.stack(tensors, 1)  # (N, 4, H, D), as GPT-2's c_attn makes it
     odd = torch.empty(product.numel() + 1, dtype=dtype)[1:].view(product.shape).copy_(product)  # misaligned
     turned = [t.transpose(0, 2).contiguous().transpose(0, 2) for t in tensors]  # D is not the innermost
     for views in (product.unbind(1), odd.unbind(1), turned):
-        assert all(map(torch.equal, every(attention, *views, offsets, **options), want))
+        assert equal_bits(every(attend, *views, offsets, **options), want)
 
 
 def test_a_gradient_without_strides():
@@ -149,10 +148,8 @@ def test_a_gradient_without_strides():
     offsets, noise = pack(MIXED)
     q, k, v, _ = draw(sum(MIXED), 3, 8)
     ones = torch.ones(1, 1, 1).expand_as(q)
-    want, got = (
-        every(attention, q, k, v, t, offsets, scale=1.0, p=0.1, noise=noise) for t in (ones.contiguous(), ones)
-    )
-    assert all(map(torch.equal, got, want))
+    want, got = (every(attend, q, k, v, t, offsets, scale=1.0, p=0.1, noise=noise) for t in (ones.contiguous(), ones))
+    assert equal_bits(got, want)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
@@ -173,7 +170,7 @@ def test_an_inf_stays_visible_and_at_home(which, value, causal):
     dirty = [t.clone() for t in clean]
     dirty["qkv".index(which)][75, 1, 3] = value  # the second sequence's sixth token, second head
     options = dict(scale=0.3, causal=causal, p=0.0, noise=noise)
-    want, got = every(attention, *clean, offsets, **options), every(attention, *dirty, offsets, **options)
+    want, got = every(attend, *clean, offsets, **options), every(attend, *dirty, offsets, **options)
     for w, g in zip(want, got, strict=True):
         home = torch.zeros(w.shape, dtype=torch.bool)
         home[70:210, 1] = True
@@ -192,10 +189,10 @@ def test_threads_change_no_bit():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            runs.append(every(attention, *tensors, offsets, scale=0.2, causal=True, p=0.1, noise=noise))
+            runs.append(every(attend, *tensors, offsets, scale=0.2, causal=True, p=0.1, noise=noise))
     finally:
         torch.set_num_threads(before)
-    assert all(map(torch.equal, runs[0], runs[1])) and all(map(torch.equal, runs[0], runs[2]))
+    assert equal_bits(runs[0], runs[1]) and equal_bits(runs[0], runs[2])
 
 
 def test_no_matrix_of_scores_is_saved():
@@ -203,7 +200,7 @@ def test_no_matrix_of_scores_is_saved():
     q, k, v, _ = (t.requires_grad_() for t in draw(200, 2, 8))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        attention(q, k, v, offsets, scale=0.3, p=0.5, noise=noise, site=SITE)
+        attend(q, k, v, offsets, scale=0.3, p=0.5, noise=noise, site=SITE)
     assert sum(sizes) == 3 * q.numel() + 200 * 2 * 2  # q, k, v and two numbers per query and head
 
 
@@ -213,10 +210,10 @@ def test_other_dtypes_run_the_reference(dtypes, monkeypatch):
     offsets, noise = pack([3, 4])
     q, k, v = (t.to(dtype) for t, dtype in zip(draw(7, 2, 8)[:3], dtypes, strict=False))
     if len(set(dtypes)) == 1:
-        assert attention(q, k, v, offsets, scale=0.3, p=0.5, noise=noise).dtype == dtypes[0]
+        assert attend(q, k, v, offsets, scale=0.3, p=0.5, noise=noise).dtype == dtypes[0]
     else:
         with pytest.raises(RuntimeError):
-            attention(q, k, v, offsets, scale=0.3, p=0.5, noise=noise)
+            attend(q, k, v, offsets, scale=0.3, p=0.5, noise=noise)
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,7 +229,7 @@ def test_random_packs(data):
     )
     inputs = draw(sum(lengths), heads, size)
     truth = every(plain, *(t.double() for t in inputs), offsets, rows, **options)
-    for t, a in zip(truth, every(attention, *inputs, offsets, rows, **options), strict=True):
+    for t, a in zip(truth, every(attend, *inputs, offsets, rows, **options), strict=True):
         assert torch.allclose(a.double(), t, rtol=1e-4, atol=1e-4)
 
 
@@ -244,8 +241,9 @@ DRIVER = """
 template <class T> void run(std::vector<int64_t> offsets, std::vector<int64_t> rows, bool all, int64_t H, int64_t D,
                             bool causal, bool drop, int64_t dtype) {
     const int64_t S = offsets.size() - 1, N = offsets[S], M = all ? N : rows.size(), workers = 2;
-    int64_t longest, per_worker;
-    attention_scratch(offsets.data(), S, D, &longest, &per_worker);
+    int64_t found[2];
+    const AttentionScratch asked{offsets.data(), S, D, found};
+    attention_scratch(&asked);
     auto make = [&](int64_t n) {  // exactly as large as it has to be, so that one step beyond is seen
         std::unique_ptr<T[]> x(new T[n]);
         for (int64_t i = 0; i < n; i++) store(&x[i], float(i * 7 % 11) / 11 - 0.5f);
@@ -253,14 +251,20 @@ template <class T> void run(std::vector<int64_t> offsets, std::vector<int64_t> r
     };
     auto q = make(M * H * D), k = make(N * H * D), v = make(N * H * D), out = make(M * H * D), dout = make(M * H * D);
     auto dq = make(M * H * D), dk = make(N * H * D), dv = make(N * H * D);
-    std::unique_ptr<float[]> stats(new float[2 * M * H]), scratch(new float[per_worker * workers]);
+    std::unique_ptr<float[]> stats(new float[2 * M * H]), scratch(new float[found[1] * workers]);
     std::unique_ptr<int32_t[]> keys(new int32_t[M]);
     for (int64_t i = 0; i < M; i++) keys[i] = int32_t(i);
-    const int64_t w = H * D, sizes[] = {M, S, H, D, longest, workers, causal, 3, 4, 1 << 30, w, D, w, D, w, D, w, D};
-    for (int64_t backward = 0; backward < 2; backward++)
-        attention(q.get(), k.get(), v.get(), out.get(), stats.get(), dout.get(), dq.get(), dk.get(), dv.get(),
-                  offsets.data(), all ? nullptr : rows.data(), drop ? keys.get() : nullptr, sizes, 0.3f,
-                  drop ? 4 / 3.0f : 1.0f, scratch.get(), backward, dtype);
+    const int64_t w = H * D;
+    for (int64_t backward = 0; backward < 2; backward++) {
+        Attention a{};
+        a.q = {q.get(), w, D}, a.k = {k.get(), w, D}, a.v = {v.get(), w, D}, a.dout = {dout.get(), w, D};
+        a.out = out.get(), a.stats = stats.get(), a.dq = dq.get(), a.dk = dk.get(), a.dv = dv.get();
+        a.offsets = offsets.data(), a.rows = all ? nullptr : rows.data();
+        a.M = M, a.S = S, a.H = H, a.D = D, a.longest = found[0], a.workers = workers, a.scratch = scratch.get();
+        a.keys = drop ? keys.get() : nullptr, a.salt_row = 3, a.salt_col = 4, a.threshold = 1 << 30;
+        a.scale = 0.3f, a.inverse = drop ? 4 / 3.0f : 1.0f, a.causal = causal, a.backward = backward, a.dtype = dtype;
+        attention(&a);
+    }
     for (int64_t i = 0; i < N * w; i++)
         if (!std::isfinite(load(&dk[i]) + load(&dv[i]))) __builtin_trap();
     for (int64_t i = 0; i < M * w; i++)
@@ -284,11 +288,11 @@ int main() {
 def test_memory_and_undefined_behaviour(tmp_path):
     """A program of its own with the compiler's sanitizers: no byte outside a buffer is touched."""
     (tmp_path / "driver.cpp").write_text(DRIVER)
-    flags = [f for f in native.FLAGS.split() if f not in ("-O3", "-shared")]
+    flags = [f for f in compile.FLAGS.split() if f not in ("-O3", "-shared")]
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    files = ["-I", str(native.sources() / "cpu"), "driver.cpp", "-o", "driver"]
+    files = ["-I", str(sources.folder()), "-I", str(sources.folder() / "cpu"), "driver.cpp", "-o", "driver"]
     made = subprocess.run(
-        [*native.compiler()[0], *flags, *sanitize, *files], cwd=tmp_path, capture_output=True, text=True
+        [*compile.compiler()[0], *flags, *sanitize, *files], cwd=tmp_path, capture_output=True, text=True
     )
     if "cannot find" in made.stderr:
         pytest.skip(f"this compiler has no sanitizers: {made.stderr[-200:]}")

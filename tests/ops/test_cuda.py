@@ -9,7 +9,6 @@ they run as C++, thread by thread, below the same autograd functions as on a dev
 import ctypes
 import re
 import shutil
-import struct
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,12 +17,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import both, judge
+from judging import equal_bits, in_both_modes, in_mode, judge, results
 
 from minift.data.batch import token_keys
-from minift.ops import cuda, flash, native, nf4
-from minift.ops.attention import attention
-from minift.ops.dropout import Noise, dropout, mix_tensor
+from minift.ops import compile, cuda, flash, native, nf4, sources
+from minift.ops.attention import Settings, attention
+from minift.ops.dropout import Drop, Noise, dropout, for_kernels, mix_tensor
 from minift.ops.gelu import Gelu, gelu_tanh
 from minift.ops.lora import lora_linear, shrink, spread
 from minift.ops.loss import cross_entropy, linear_cross_entropy
@@ -38,13 +37,19 @@ EPS = 1e-5
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def text(name: str, kind: str = "cuda/{}.cu") -> str:
-    return (ROOT / "kernels" / kind.format(name)).read_text()
+def texts(name: str) -> dict[str, str]:
+    """kernels/cuda/NAME.cu with its headers."""
+    return sources.read(cuda.source(name))
+
+
+def text(name: str) -> str:
+    return texts(name)[f"{name}.cu"]
 
 
 # ---- they compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_70", "sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_compiles(name, arch, tmp_path):
@@ -53,75 +58,46 @@ def test_it_compiles(name, arch, tmp_path):
     except cuda.Unavailable as e:
         if not shutil.which("nvcc"):
             pytest.skip(f"{e}, and there is no nvcc")
-        command = [
-            "nvcc",
-            "-cubin",
-            "-std=c++17",
-            f"-arch={arch}",
-            "-o",
-            tmp_path / "made",
-            ROOT / f"kernels/cuda/{name}.cu",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        flags = ["-cubin", "-std=c++17", f"-arch={arch}", f"-I{ROOT}/kernels", "-o", tmp_path / "made"]
+        done = subprocess.run(["nvcc", *flags, cuda.source(name)], capture_output=True, text=True)
         if "Unsupported gpu architecture" in done.stderr:
             pytest.skip(f"this nvcc no longer makes {arch}")
         assert not done.returncode and not done.stderr, done.stderr
         return
     if arch == "sm_70" and version >= "13":
         pytest.skip(f"NVRTC {version} no longer makes {arch}")
-    made = cuda.compile_(name, arch)
-    assert made[:4] == b"\x7fELF" and all(f.encode() in made for f in cuda.signatures(text(name)))
+    made = cuda.compile_(name, texts(name), arch)
+    assert made[:4] == b"\x7fELF" and all(f.encode() in made for f in sources.functions(texts(name)))
 
 
-def test_no_header_is_needed():
-    for path in (ROOT / "kernels/cuda").iterdir():
-        assert set(re.findall(r"^#include (.*)", path.read_text(), re.MULTILINE)) <= {'"common.cuh"', "<cstdint>"}, path
-    assert text("common.cuh", "cuda/{}").index("#ifdef __CUDACC_RTC__") < text("common.cuh", "cuda/{}").index(
-        "<cstdint>"
-    )
+def test_no_header_but_ours_is_needed():
+    for name in NAMES:
+        for file, content in texts(name).items():
+            foreign = re.findall(r"^#include <(.*)>", content, re.MULTILINE)
+            assert not foreign or file == "shared.h"
+    shared = (ROOT / "kernels/shared.h").read_text()
+    assert shared.index("#ifdef __CUDACC_RTC__") < shared.index("#else") < shared.index("<cstdint>")
 
 
 # ---- they are called as the CPU's are
 
 
-def arguments(source: str) -> dict[str, list[str]]:
-    """Type and name of every argument of every function."""
-    found = re.findall(r'^extern "C" (?:__global__ )?void (\w+)\(([^)]*)\)', source, re.MULTILINE)
-    return {f: [" ".join(a.split()) for a in args.split(",")] for f, args in found}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_interface_is_the_cpus(name):
-    here, there = arguments(text(name)), arguments(text(name, "cpu/{}.cpp"))
-    assert here and len(here) == text(name).count("__global__") and cuda.signatures(text(name)).keys() == here.keys()
+    """The same functions, with the same structs, which stand in headers that both include."""
+    here, there = sources.functions(texts(name)), sources.functions(sources.read(compile.source(name)))
+    assert here and len(here) == text(name).count("__global__") and cuda.workloads(text(name)).keys() == here.keys()
     assert {f.removesuffix("_2") for f in here} == there.keys()
-    for function, given in here.items():
-        assert given == there[function.removesuffix("_2")]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_arguments_are_packed_as_c_lays_them_out(name):
-    types = native.signatures(text(name).replace("__global__ ", ""))
-    for function, k in cuda.signatures(text(name)).items():
-        fields = list(zip(k.names, types[function], strict=True))
-        layout = type("Layout", (ctypes.Structure,), {"_fields_": fields})
-        assert k.starts == tuple(getattr(layout, n).offset for n in k.names)
-        args = tuple(i + 0.5 if t is ctypes.c_float else i + (1 << 40) for i, (_, t) in enumerate(fields))
-        args = (None, *args[1:])
-        addresses, memory = cuda.packed(k, args)
-        found = layout.from_buffer_copy(memory.raw.ljust(ctypes.sizeof(layout), b"\0"))
-        assert [getattr(found, n) for n in k.names] == list(args)
-        for address, (_, t), value in zip(addresses, fields, args, strict=True):
-            assert t.from_address(address).value == value
+    for function, wanted in here.items():
+        other = there[function.removesuffix("_2")]
+        assert wanted.name == other.name and f"struct {wanted.name} {{" not in text(name)
 
 
 def test_blocks_follow_the_work():
-    k = cuda.signatures(text("norm"))["norm_backward"]
-    args = [0] * len(k.names)
-    args[k.names.index("N")], args[k.names.index("block")] = 33, 16
-    assert k.work == ("N", "block") and cuda.blocks(k, tuple(args)) == 3
-    (k,) = cuda.signatures('// blocks: 5\nextern "C" __global__ void f(int64_t n)').values()
-    assert cuda.blocks(k, (1,)) == 5 and k.layout.size == struct.calcsize("q")
+    total, per = cuda.workloads(text("norm"))["norm_backward"]
+    assert (total, per) == ("N", "block") and cuda.blocks(dict(N=33, block=16), total, per) == 3
+    assert cuda.workloads('// blocks: 5\nextern "C" __global__ void f(F a)') == {"f": ("5", "1")}
+    assert cuda.blocks({}, "5", "1") == 5
 
 
 # ---- they are found, kept and launched
@@ -155,12 +131,12 @@ def pretended(monkeypatch, tmp_path):
     """A CUDA device that exists on paper."""
     made = Driver()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cuda, "loaded", {})
+    monkeypatch.setattr(native, "loaded", {})
     monkeypatch.setattr(native, "mode", "auto")
     monkeypatch.setattr(cuda, "driver", lambda: made)
     monkeypatch.setattr(cuda, "nvrtc", lambda: (None, "13.0"))
     monkeypatch.setattr(cuda, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(cuda, "compile_", lambda name, arch: f"{name} for {arch}".encode())
+    monkeypatch.setattr(cuda, "compile_", lambda name, texts, arch: f"{name} for {arch}".encode())
     on_paper(monkeypatch)
     return made
 
@@ -173,56 +149,73 @@ def on_paper(monkeypatch) -> None:
 
 
 def test_a_launch(pretended):
-    lib = cuda.load("gelu", DEVICE)
-    seen = []
+    lib = native.load("gelu", DEVICE)
+    layout = sources.functions(texts("gelu"))["gelu_forward"].layout
+    seen, launch = [], pretended.cuLaunchKernel
+
+    def noting(*given):
+        seen.append(layout.unpack(ctypes.string_at(given[9][0], layout.size)))
+        return launch(*given)
+
+    pretended.cuLaunchKernel = noting
     pretended.codes = [0, cuda.NO_CONTEXT]  # the last comes first
-    launch = pretended.cuLaunchKernel
-    pretended.cuLaunchKernel = lambda *a: (
-        seen.append([ctypes.c_int64.from_address(p).value for p in a[9]]),
-        launch(*a),
-    )[1]
-    lib.gelu_forward(11, None, 2049, True, 1)
-    assert seen == [[11, 0, 2049, 1, 1]] * 2 and pretended.contexts == 2  # at loading, and for this thread
+    lib.gelu_forward(x=11, y=None, n=2049, tanh=True, dtype=1)
+    assert seen == [(11, 0, 2049, 1, 1)] * 2 and pretended.contexts == 2  # at loading, and for this thread
     assert [x[:4] for x in pretended.launches] == [(3, 256, 0, 77)] * 2
-    lib.gelu_forward(11, 12, 0, True, 1)
+    lib.gelu_forward(x=11, y=12, n=0, tanh=True, dtype=1)
     assert len(seen) == 2  # nothing to do, and a grid of 0 is an error
     pretended.codes = [700]
     with pytest.raises(RuntimeError, match="CUDA error 700"):
-        lib.gelu_forward(11, 12, 5, False, 0)
-    assert hasattr(cuda.load("norm", DEVICE), "norm_backward") and not hasattr(
-        cuda.load("norm", DEVICE), "norm_backward_2"
-    )
-    args = [0] * 17
-    args[13:] = 16, 32, 24, 0
-    cuda.load("norm", DEVICE).norm_backward(*args)
-    assert [x[0] for x in pretended.launches[-2:]] == [2, 2]
+        lib.gelu_forward(x=11, y=12, n=5, tanh=False, dtype=0)
+
+
+def test_a_second_half_is_launched_after_the_first(pretended):
+    lib = native.load("norm", DEVICE)
+    assert hasattr(lib, "norm_backward") and not hasattr(lib, "norm_backward_2")
+    fields = sources.functions(texts("norm"))["norm_backward"].fields
+    lib.norm_backward(**dict.fromkeys(fields, 0) | dict(drop=(0, 0, 0, 0), block=16, N=32, C=24))
+    assert [x[0] for x in pretended.launches] == [2, 2]
 
 
 def test_machine_code_is_compiled_once(pretended, monkeypatch):
     made, compile_ = [], cuda.compile_
-    monkeypatch.setattr(cuda, "compile_", lambda name, arch: (made.append((name, arch)), compile_(name, arch))[1])
-    assert cuda.cubin("gelu", "sm_90") == cuda.cubin("gelu", "sm_90") == b"gelu for sm_90"
+
+    def noting(name, texts, arch):
+        made.append((name, arch))
+        return compile_(name, texts, arch)
+
+    def cubin(arch):
+        return cuda.cubin("gelu", texts("gelu"), arch)
+
+    monkeypatch.setattr(cuda, "compile_", noting)
+    assert cubin("sm_90") == cubin("sm_90") == b"gelu for sm_90"
     assert made == [("gelu", "sm_90")]
-    (path,) = native.cache_folder().glob("*")
+    (path,) = compile.cache_folder().glob("*")
     assert path.suffix == ".cubin" and not path.stat().st_mode & 0o077
-    cuda.cubin("gelu", "sm_80")
+    cubin("sm_80")
     path.write_bytes(b"half")
-    assert cuda.cubin("gelu", "sm_90") == b"gelu for sm_90" and len(made) == 3
+    assert cubin("sm_90") == b"gelu for sm_90" and len(made) == 3
     path.chmod(0o666)
-    cuda.cubin("gelu", "sm_90")
+    cubin("sm_90")
     monkeypatch.setattr(cuda, "nvrtc", lambda: (None, "14.0"))
-    cuda.cubin("gelu", "sm_90")
+    cubin("sm_90")
     assert len(made) >= 4
 
 
+def on_device(dtype, device=DEVICE) -> SimpleNamespace:
+    """What stands for a tensor."""
+    return SimpleNamespace(dtype=dtype, device=device, is_cpu=device.type == "cpu")
+
+
 def test_where_there_is_no_way_it_is_said_once(pretended, monkeypatch, capsys):
-    def fails(name, arch):
+    def fails(name, texts, arch):
         raise cuda.Unavailable("NVRTC cannot compile")
 
     monkeypatch.setattr(cuda, "compile_", fails)
-    x = SimpleNamespace(dtype=torch.float32, device=DEVICE)
-    monkeypatch.setattr(cuda, "PLAIN", {SimpleNamespace})
-    assert cuda.kernel("gelu", x) is None and cuda.kernel("gelu", x) is None and cuda.kernel("attention", x) is None
+    monkeypatch.setattr(native, "PLAIN", {SimpleNamespace})
+    x = on_device(torch.float32)
+    assert native.kernel("gelu", x) is None and native.kernel("gelu", x) is None
+    assert native.kernel("attention", x) is None
     assert capsys.readouterr().err == "gelu runs on its PyTorch reference on CUDA: NVRTC cannot compile\n"
     assert native.use("auto", DEVICE) == "native on CUDA sm_90, compiled at first use (NVRTC 13.0)"
     with pytest.raises(ValueError, match="--kernels is 'native', but NVRTC cannot compile; expected auto or reference"):
@@ -233,14 +226,14 @@ def test_where_there_is_no_way_it_is_said_once(pretended, monkeypatch, capsys):
 
 
 def test_what_kernels_do_not_take_goes_to_the_reference(pretended, monkeypatch):
-    monkeypatch.setattr(cuda, "PLAIN", {SimpleNamespace})
-    x = SimpleNamespace(dtype=torch.float32, device=DEVICE)
-    assert cuda.kernel("gelu", x, None, x)
+    monkeypatch.setattr(native, "PLAIN", {SimpleNamespace})
+    x = on_device(torch.float32)
+    assert native.kernel("gelu", x, None, x)
     for other in (torch.float64, torch.float16, torch.int64):
-        assert cuda.kernel("gelu", x, SimpleNamespace(dtype=other, device=DEVICE)) is None
-    assert cuda.kernel("gelu", x, SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))) is None
-    assert cuda.kernel("gelu", SimpleNamespace(dtype=torch.float16, device=DEVICE))
-    assert cuda.kernel("gelu", SimpleNamespace(dtype=torch.float64, device=DEVICE)) is None
+        assert native.kernel("gelu", x, on_device(other)) is None
+    assert native.kernel("gelu", x, on_device(torch.float32, torch.device("cpu"))) is None
+    assert native.kernel("gelu", on_device(torch.float16))
+    assert native.kernel("gelu", on_device(torch.float64)) is None
 
 
 # ---- they are right: emulated on the CPU, and on a device
@@ -251,20 +244,18 @@ def emulator(tmp_path_factory) -> Path:
     """All of kernels/cuda/, compiled as C++ for this machine, with a driver to launch them: a library."""
     folder, files = tmp_path_factory.mktemp("emulated"), []
     try:
-        command = native.compiler()[0]
-    except native.Unavailable as e:
+        command = compile.compiler()[0]
+    except compile.Unavailable as e:
         pytest.skip(str(e))
     for name in NAMES:
         source = re.sub(r'^extern "C" __global__', "static", text(name), flags=re.MULTILINE)
-        for function, args in arguments(text(name)).items():
-            types = (a[: re.search(r"\w+$", a).start()] for a in args)
-            given = ", ".join(f"*({t}*)params[{i}]" for i, t in enumerate(types))
-            source += (
-                f'static emulated::Register {function}_("{function}", [](void** params) {{ {function}({given}); }});\n'
-            )
+        for function, wanted in sources.functions(texts(name)).items():
+            call = f"{function}(*({wanted.name}*)params[0])"
+            source += f'static emulated::Register {function}_("{function}", [](void** params) {{ {call}; }});\n'
         files.append(folder / f"{name}.cpp")
         files[-1].write_text('#include "emulate.h"\n' + source)
-    flags = ["-O1", "-w", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", f"-I{HERE}", f"-I{ROOT}/kernels/cuda"]
+    flags = ["-O1", "-w", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off"]
+    flags += [f"-I{place}" for place in (HERE, ROOT / "kernels", ROOT / "kernels/cuda")]
     out = folder / "libemulated.so"
     done = subprocess.run([*command, *flags, "-o", out, *files], capture_output=True, text=True)
     if done.returncode and "_Float16" in done.stderr:
@@ -277,9 +268,9 @@ def emulator(tmp_path_factory) -> Path:
 def emulated(emulator, monkeypatch) -> ctypes.CDLL:
     """Operators run the CUDA kernels on CPU tensors, by the emulated driver, which is returned."""
     monkeypatch.setattr(native, "mode", "native")
-    monkeypatch.setattr(cuda, "loaded", {})
+    monkeypatch.setattr(native, "loaded", {})
     monkeypatch.setattr(cuda, "DRIVER", str(emulator))
-    monkeypatch.setattr(cuda, "cubin", lambda name, arch: b"")
+    monkeypatch.setattr(cuda, "cubin", lambda name, texts, arch: b"")
     monkeypatch.setattr(cuda, "architecture", lambda device: "sm_90")
     on_paper(monkeypatch)
 
@@ -287,7 +278,7 @@ def emulated(emulator, monkeypatch) -> ctypes.CDLL:
         fits = all(t is None or t.dtype is tensors[0].dtype and t.dtype in native.CODES for t in tensors)
         if not fits or native.mode != "native":
             return None
-        return cuda.loaded[name, 0] if (name, 0) in cuda.loaded else cuda.load(name, DEVICE)
+        return native.loaded[name, DEVICE] if (name, DEVICE) in native.loaded else native.load(name, DEVICE)
 
     monkeypatch.setattr(native, "kernel", kernel)
     cuda.driver.cache_clear()
@@ -302,7 +293,7 @@ def place(request, monkeypatch) -> torch.device:
         request.getfixturevalue("emulated")
         return torch.device("cpu")
     monkeypatch.setattr(native, "mode", "native")
-    monkeypatch.setattr(cuda, "loaded", {})
+    monkeypatch.setattr(native, "loaded", {})
     return DEVICE
 
 
@@ -312,10 +303,8 @@ def draw(place, *shape, dtype=torch.float32, scale=1.0):
 
 def noise(place, n: int) -> Noise:
     """Dropout keys for n tokens."""
-    native.mode, before = "reference", native.mode
-    keys = token_keys(torch.arange(n), torch.zeros(n, dtype=torch.int64)).to(place)
-    native.mode = before
-    return Noise(5, 6, keys)
+    keys = in_mode("reference", token_keys, torch.arange(n), torch.zeros(n, dtype=torch.int64))
+    return Noise(5, 6, keys.to(place))
 
 
 SIZES = [(1, 2), (7, 63), (33, 128), (5, 260), (70, 17)]  # (N, C)
@@ -326,18 +315,19 @@ SIZES = [(1, 2), (7, 63), (33, 128), (5, 260), (70, 17)]  # (N, C)
 @pytest.mark.parametrize("n,width", SIZES)
 def test_dropout_is_the_reference_to_the_bit(n, width, p, dtype, place):
     x, dout = draw(place, n, width, dtype=dtype), [torch.randn(n, width)]
-    ours, want = (both(lambda x: dropout(x, p, noise(place, n), 2), [x], dout, m) for m in ("native", "reference"))
-    for a, b in zip(ours, want, strict=True):
-        assert torch.equal(a, b)
+    ours, want = in_both_modes(results, lambda x: dropout(x, p, noise(place, n), 2), [x], dout)
+    assert equal_bits(ours, want)
 
 
 def test_words_are_the_reference_to_the_bit(place):
     words = torch.arange(-7000, 7000, 3, dtype=torch.int32, device=place)
     some = noise(place, 300)
-    ours = mix_tensor(words), mix_tensor(words, 0xFFFFFFF1), some.rows(3), some.cols(3, 500)
-    native.mode = "reference"
-    want = mix_tensor(words), mix_tensor(words, 0xFFFFFFF1), some.rows(3), some.cols(3, 500)
-    assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+
+    def all_words():
+        return mix_tensor(words), mix_tensor(words, 0xFFFFFFF1), some.rows(3), some.cols(3, 500)
+
+    ours, want = in_both_modes(all_words)
+    assert equal_bits(ours, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -425,8 +415,8 @@ def test_rows_of_logits_that_are_hard(place):
 def test_an_unknown_target_is_nan(place):
     z, losses, hits = torch.randn(2, 5, device=place), *torch.empty(2, 2, device=place)
     targets = torch.tensor([5, -2], device=place)
-    given = targets.data_ptr(), 0.0, losses.data_ptr(), hits.data_ptr()
-    native.kernel("loss", z).cross_entropy(z.data_ptr(), None, *given, 0, 2, 5, 0)
+    given = dict(z=z, bias=None, targets=targets, smoothing=0.0, loss=losses, hits=hits)
+    native.kernel("loss", z).cross_entropy(**given, grad=0, M=2, V=5, dtype=0)
     assert losses.isnan().all() and not hits.any()
 
 
@@ -457,21 +447,21 @@ def test_lora_drops_what_dropout_drops(place):
     """Each rank sees one channel of x; and its way back is the same."""
     some, x, A = noise(place, 150), draw(place, 150, 132).detach(), torch.zeros(3, 132, device=place)
     A[0, 131], A[2, 5] = 1, 1
-    words = some.rows(4), some.cols(4, 132)
-    want, h = dropout(x, 0.3, some, 4), shrink(x, A, 0.3, words)
+    drop = some.drop(0.3, 4, 132)
+    want, h = dropout(x, 0.3, some, 4), shrink(x, A, drop)
     assert torch.equal(h[:, 0], want[:, 131]) and torch.equal(h[:, 2], want[:, 5]) and not h[:, 1].any()
     g, dx = torch.eye(3, device=place)[torch.arange(150, device=place) % 3].contiguous(), torch.zeros_like(x)
-    dA = spread(x, g, A, dx, 0.3, words)
+    dA = spread(x, g, A, dx, drop)
     assert torch.equal(dx[0::3, 131] != 0, want[0::3, 131] != 0) and torch.equal(dx[2::3, 5] != 0, want[2::3, 5] != 0)
     assert torch.allclose(dA[1], want[1::3].sum(0), atol=1e-5) and dA.untyped_storage().nbytes() == dA.nbytes
 
 
 def test_lora_of_one_channel(place):
     some, x, A = noise(place, 130), draw(place, 130, 1).detach(), draw(place, 1, 1).detach()
-    words, dx = (some.rows(4), some.cols(4, 1)), torch.zeros_like(x)
+    drop, dx = some.drop(0.3, 4, 1), torch.zeros_like(x)
     want = dropout(x, 0.3, some, 4)
-    assert torch.equal(shrink(x, A, 0.3, words), want * A)
-    assert torch.allclose(spread(x, x, A, dx, 0.3, words), (x * want).sum(0, keepdim=True), rtol=1e-5)
+    assert torch.equal(shrink(x, A, drop), want * A)
+    assert torch.allclose(spread(x, x, A, dx, drop), (x * want).sum(0, keepdim=True), rtol=1e-5)
     assert torch.allclose(dx, want * A)
 
 
@@ -479,27 +469,28 @@ def test_lora_of_one_channel(place):
 @pytest.mark.parametrize("width", [63, 132])
 def test_lora_shows_what_is_not_a_number(width, bad, place):
     some, x, A = noise(place, 71), draw(place, 71, width).detach(), draw(place, 3, width).detach()
-    words, dx = (some.rows(4), some.cols(4, width)), torch.zeros_like(x)
+    drop, dx = some.drop(0.3, 4, width), torch.zeros_like(x)
     for row in (0, 70):  # alone at its end
         hurt, g = x.clone(), torch.ones(71, 3, device=place)
         hurt[row, 1] = bad
-        h = shrink(hurt, A, 0.3, words)
+        h = shrink(hurt, A, drop)
         assert not h[row].isfinite().any() and h.isfinite().sum() == h.numel() - 3
-        dA = spread(hurt, g, A, None, 0.3, words)
+        dA = spread(hurt, g, A, None, drop)
         assert not dA[:, 1].isfinite().any() and dA.isfinite().sum() == dA.numel() - 3
         g[row, 2] = bad
-        spread(None, g, A, dx.zero_(), 0.3, words)
+        spread(None, g, A, dx.zero_(), drop)
         assert not dx[row].isfinite().any() and dx.isfinite().sum() == dx.numel() - width
 
 
 def test_lora_of_no_rows_leaves_everything(place):
     A, x = draw(place, 3, 70).detach(), torch.empty(0, 70, device=place)
     words = torch.empty(0, dtype=torch.int32, device=place), torch.zeros(70, dtype=torch.int32, device=place)
+    drop = Drop(*words, 0.3)
     dx = x.clone()
-    assert shrink(x, A, 0.3, words).shape == (0, 3) and not spread(x, x[:, :3], A, dx, 0.3, words).any()
+    assert shrink(x, A, drop).shape == (0, 3) and not spread(x, x[:, :3], A, dx, drop).any()
     lib, sums = native.kernel("lora", A), torch.ones(1, 3, 70, device=place)
-    given = [t.data_ptr() for t in (x, x, A, sums, dx, *words)]
-    lib.lora_backward(*given, 0, 1.0, 64, 0, 70, 3, 70, 0)
+    given = dict(x=x, g=x, A=A, sums=sums, dx=dx, drop=for_kernels(drop))
+    lib.lora_backward(**given, block=64, N=0, C=70, R=3, lda=70, dtype=0)
     assert not sums.any()
 
 
@@ -520,14 +511,15 @@ def test_nf4_is_the_reference_to_the_bit(n, dtype, place):
     torch.manual_seed(n)
     w = torch.randn(n).to(place, dtype)
     w[: n // 3] = 0
-    results = []
-    for native.mode in ("native", "reference"):
+
+    def there_and_back():
         codes, absmax = nf4.quantize(w)
-        twice = nf4.compress(absmax)
+        d, nested, mean = nf4.compress(absmax)
         plain = nf4.dequantize(codes, absmax, torch.empty_like(w))
-        results.append((codes, absmax, plain, nf4.dequantize(codes, twice[0], torch.empty_like(w), *twice[1:])))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        return codes, absmax, plain, nf4.dequantize(codes, d, torch.empty_like(w), nested, mean)
+
+    ours, want = in_both_modes(there_and_back)
+    assert equal_bits(ours, want)
 
 
 @pytest.mark.parametrize("view", ["one element in", "transposed", "every other", "expanded"])
@@ -546,20 +538,20 @@ def test_views(view, place):
         lambda x: add_norm(x, x * 0.5, *ones, EPS, 0.1, some, 1),
         gelu_tanh,
     ):
-        results = []
+        found = []
         for v in (x, x.contiguous()):
             v = v.detach().requires_grad_()
             y = f(v)
             y = y if isinstance(y, tuple) else (y,)
-            results.append([*y, *torch.autograd.grad(y, v, y)])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    A, words = torch.randn(3, x.shape[1], device=place), (some.rows(1), some.cols(1, x.shape[1]))
+            found.append([*y, *torch.autograd.grad(y, v, y)])
+        assert equal_bits(*found)
+    A, drop = torch.randn(3, x.shape[1], device=place), some.drop(0.1, 1, x.shape[1])
     for a in (A, A.t().contiguous().t()):
-        results = []
+        found = []
         for v in (x, x.contiguous()):
-            y, dx = shrink(v, a, 0.1, words), torch.zeros_like(v, memory_format=torch.contiguous_format)
-            results.append([y, dx, spread(v, y[:, :1].expand(-1, 3), a, dx, 0.1, words)])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            y, dx = shrink(v, a, drop), torch.zeros_like(v, memory_format=torch.contiguous_format)
+            found.append([y, dx, spread(v, y[:, :1].expand(-1, 3), a, dx, drop)])
+        assert equal_bits(*found)
 
 
 @pytest.mark.slow
@@ -567,7 +559,7 @@ def test_views(view, place):
 def test_results_do_not_depend_on_the_grid(threads, most, backwards, emulated):
     torch.manual_seed(0)
     x, r, w, b, A = (torch.randn(*s).requires_grad_() for s in ((70, 100), (70, 100), (100,), (100,), (9, 100)))
-    targets, some, results = torch.randint(100, (70,)), noise(torch.device("cpu"), 70), []
+    targets, some, runs = torch.randint(100, (70,)), noise(torch.device("cpu"), 70), []
 
     def f():
         h, y = add_norm(x, r, w, b, EPS, 0.1, some, 1)
@@ -578,9 +570,9 @@ def test_results_do_not_depend_on_the_grid(threads, most, backwards, emulated):
     emulated.shape.argtypes = [ctypes.c_int64] * 3
     for shape in ((64, 3, 0), (threads, most, backwards), (64, 3, 0)):
         emulated.shape(*shape)
-        results.append(f())
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*results[:2], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+        runs.append(f())
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*runs[:2], strict=True))
+    assert equal_bits(runs[0], runs[2])
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -601,11 +593,13 @@ def test_a_model_on_all_kernels(method, place, tmp_path, monkeypatch):
                 torch.nn.init.normal_(p, std=0.1)
     model.to(place)
     batch = pack([sequence(i, ids, [0], [i % 2]) for i, ids in enumerate(random_ids([5, 9, 2], 64))]).to(place)
-    learned, results = [p for p in model.parameters() if p.requires_grad], []
-    for native.mode in ("native", "reference"):
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients():
         loss, _ = task_named("classify").loss(model, batch, Noise(1, 2, batch.keys))
-        results.append([loss, *torch.autograd.grad(loss, learned, allow_unused=True)])
-    for x, y in zip(*results, strict=True):
+        return [loss, *torch.autograd.grad(loss, learned, allow_unused=True)]
+
+    for x, y in zip(*in_both_modes(gradients), strict=True):
         assert x is y is None or torch.allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -640,14 +634,15 @@ def test_flash_is_asked_for_whole_sequences(causal, rows, monkeypatch):
     offsets = torch.tensor([0, 3, 5, 12])
     rows = None if rows is None else torch.tensor(rows)
     q, k, v = (torch.randn(12, 2, 8, requires_grad=True) for _ in range(3))
-    results = []
+    found = []
     for takes in (False, True):
         monkeypatch.setattr(flash, "takes", lambda *_, takes=takes: takes)
         monkeypatch.setattr(flash, "FORWARD", pretend_flash)
         monkeypatch.setattr(flash, "BACKWARD", pretend_flash_backward)
-        out = attention(q if rows is None else q[rows], k, v, offsets, rows, longest=7, scale=0.3, causal=causal)
-        results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) * 0.7)])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+        settings = Settings(0.3, causal, longest=7)
+        out = attention(q if rows is None else q[rows], k, v, offsets, rows, settings)
+        found.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) * 0.7)])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 def test_flashs_seed_follows_seed_step_site_and_size(monkeypatch):
@@ -663,9 +658,8 @@ def test_flashs_seed_follows_seed_step_site_and_size(monkeypatch):
         (0.1, 1, 1, 11),
         (0.0, 1, 1, 5),
     ):
-        given = Noise(7, step, some.keys)
         offsets = torch.tensor([0, cut, 12] if cut < 11 else [0, 12])
-        flash.flash(x, x, x, offsets, None, 12, 0.3, False, p, given, site)
+        flash.flash(x, x, x, offsets, None, Settings(0.3, False, p, Noise(7, step, some.keys), site, 12))
     assert len(seeds) == 5 and seeds[0] == seeds[1] and len(set(seeds)) == 4 and all(0 <= s < 2**64 for s in seeds)
 
 
@@ -696,9 +690,8 @@ def test_attention_on_a_device(with_rows, causal, dtype, monkeypatch):
     q = q.detach()[rows].requires_grad_() if with_rows else q
     if not flash.takes(q, k, v):
         pytest.skip("no flash kernel for this device")
-    judge(
-        lambda q, k, v: attention(q, k, v, offsets, rows, scale=0.125, causal=causal), [q, k, v], [torch.randn(q.shape)]
-    )
+    settings = Settings(0.125, causal)
+    judge(lambda q, k, v: attention(q, k, v, offsets, rows, settings), [q, k, v], [torch.randn(q.shape)])
 
 
 @needs_device
@@ -711,8 +704,8 @@ def test_attentions_dropout_on_a_device(monkeypatch):
     v = torch.ones_like(q)
     if not flash.takes(q, q, v):
         pytest.skip("no flash kernel for this device")
-    state, given = torch.cuda.get_rng_state(), dict(scale=0.125, p=0.3, noise=noise(place, 512))
-    a, b, c = (attention(q, q, v, offsets, longest=256, site=s, **given) for s in (1, 1, 4))
+    state, given = torch.cuda.get_rng_state(), dict(p=0.3, noise=noise(place, 512), longest=256)
+    a, b, c = (attention(q, q, v, offsets, None, Settings(0.125, site=s, **given)) for s in (1, 1, 4))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(state, torch.cuda.get_rng_state())
     assert abs(a.float().mean().item() - 1) < 0.02 and a.float().std().item() > 0.01
 

@@ -17,6 +17,9 @@ KEYS = token_keys(torch.arange(20).repeat_interleave(50), torch.arange(50).repea
 CHANNELS = 500
 RATES = (0.1, 0.5)
 
+# for test_kernels.py: functions of one matrix
+OPERATORS = {"dropout": lambda x: dropout(x, 0.1, Noise(5, 6, KEYS[: len(x)]), 1)}
+
 
 def mask(p, seed=42, step=0, site=3, keys=KEYS, channels=CHANNELS):
     """Kept or not, as float64. (N, C)"""

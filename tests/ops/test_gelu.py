@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from minift.ops.gelu import ACTIVATIONS
+from minift.ops.gelu import ACTIVATIONS, gelu_erf, gelu_tanh
+
+OPERATORS = {"gelu_erf": gelu_erf, "gelu_tanh": gelu_tanh}  # for test_kernels.py: functions of one matrix
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -6,16 +6,17 @@ python -m pytest tests/ops/test_kernels.py
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import both, judge
+from judging import equal_bits, in_both_modes, judge, results
 
 from minift.data.batch import token_keys
-from minift.ops import lora as lora_module
-from minift.ops import native, nf4
+from minift.ops import compile, native, nf4
 from minift.ops.dropout import Noise, dropout, mix_tensor
 from minift.ops.gelu import gelu_erf, gelu_tanh
 from minift.ops.lora import lora_linear, shrink, spread
@@ -24,8 +25,8 @@ from minift.ops.norm import add_norm
 
 ROOT = Path(__file__).parents[2]
 try:
-    native.compiler()
-except native.Unavailable as e:
+    compile.compiler()
+except compile.Unavailable as e:
     pytest.skip(str(e), allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -116,16 +117,14 @@ def test_gelu_keeps_the_digits_of_its_tail(f):
 @pytest.mark.parametrize("n,width", SIZES)
 def test_dropout_is_the_reference_to_the_bit(n, width, p, dtype):
     x, dout = draw(n, width, dtype=dtype), [torch.randn(n, width)]
-    ours, want = (both(lambda x: dropout(x, p, noise(n), 2), [x], dout, mode) for mode in ("native", "reference"))
-    for a, b in zip(ours, want, strict=True):
-        assert torch.equal(a, b)
+    ours, want = in_both_modes(results, lambda x: dropout(x, p, noise(n), 2), [x], dout)
+    assert equal_bits(ours, want)
 
 
 def test_words_are_the_reference_to_the_bit():
     words = torch.arange(-70000, 70000, 3, dtype=torch.int32)
-    ours = mix_tensor(words)
-    native.mode = "reference"
-    assert torch.equal(ours, mix_tensor(words))
+    ours, want = in_both_modes(mix_tensor, words)
+    assert torch.equal(ours, want)
 
 
 def test_the_norm_drops_what_dropout_drops():
@@ -155,9 +154,12 @@ def test_hits_are_argmaxs_first():
     """Of equal logits the first is the answer, as with argmax."""
     x, targets = torch.eye(5), torch.tensor([0, 1, 2, 3, 4])
     weight = torch.tensor([[1.0, 1, 0, 0, 2], [1, 1, 0, 0, 2], [0, 0, 3, 0, 2], [0, 0, 0, 3, 2], [0, 0, 3, 0, 2]])
-    rows = list(zip(x.split(1), targets.split(1), strict=True))
-    for native.mode in ("native", "reference"):
-        assert [linear_cross_entropy(a, weight, None, t)[1].item() for a, t in rows] == [1, 0, 1, 1, 0]
+
+    def hits():
+        rows = zip(x.split(1), targets.split(1), strict=True)
+        return [linear_cross_entropy(row, weight, None, target)[1].item() for row, target in rows]
+
+    assert in_both_modes(hits) == [[1, 0, 1, 1, 0]] * 2
 
 
 @pytest.mark.parametrize("target", [-2, 63])
@@ -186,12 +188,12 @@ def test_lora(n, width, rank, trained, dtype):
 def test_lora_drops_what_dropout_drops():
     x, A = torch.randn(50, 130), torch.zeros(3, 130)
     A[0, 129], A[2, 5] = 1, 1
-    words = noise(50).rows(4), noise(50).cols(4, 130)
-    h = lora_module.shrink(x, A, 0.3, words)
+    drop = noise(50).drop(0.3, 4, 130)
+    h = shrink(x, A, drop)
     want = dropout(x, 0.3, noise(50), 4)
     assert torch.equal(h[:, 0], want[:, 129]) and torch.equal(h[:, 2], want[:, 5]) and not h[:, 1].any()
     g, dx = torch.eye(3)[torch.arange(50) % 3], torch.zeros(50, 130)
-    dA = lora_module.spread(x, g, A, dx, 0.3, words)
+    dA = spread(x, g, A, dx, drop)
     assert torch.equal(dx[0::3, 129] != 0, want[0::3, 129] != 0) and torch.equal(dx[2::3, 5] != 0, want[2::3, 5] != 0)
     assert torch.allclose(dA[1], want[1::3].sum(0), atol=1e-5)
 
@@ -205,30 +207,36 @@ def test_nf4_is_the_reference_to_the_bit(kind, n, dtype):
     w = w[1:] if kind == "one element in" else w[:n]
     if kind == "inf and nan":
         w[n // 2 : n // 2 + 1], w[n // 3 : n // 3 + 1], w[:1] = torch.nan, -torch.inf, torch.inf
-    made = []
-    for native.mode in ("native", "reference"):
+
+    def there_and_back():
         codes, absmax = nf4.quantize(w)
         scales = [(absmax,), nf4.compress(absmax)] if n and absmax.isfinite().all() else [(absmax,)]
         outs = [nf4.dequantize(codes, a, torch.empty(n + 1, dtype=dtype)[1:], *more) for a, *more in scales]
-        made.append([codes, *(t.nan_to_num(7.0) for t in (absmax, *outs))])
-    for a, b in zip(*made, strict=True):
-        assert torch.equal(a, b)
+        return [codes, *(t.nan_to_num(7.0) for t in (absmax, *outs))]
+
+    ours, want = in_both_modes(there_and_back)
+    assert equal_bits(ours, want)
 
 
-def lora_of_ones(x):
-    """x + drop(x) 1 1^T / C."""
-    A, W = torch.ones(1, x.shape[1]) / x.shape[1], torch.eye(x.shape[1])
-    return lora_linear(x, None, A, torch.ones(x.shape[1], 1), lambda dtype: W.to(dtype), 1.0, 0.1, noise(len(x)), 1)
+KERNELS = sorted(path.stem for path in (ROOT / "kernels/cpu").glob("*.cpp"))
 
 
-OPERATORS = {
-    "lora": lora_of_ones,
-    "add_norm": lambda x: add_norm(x, x * 0.5, *torch.ones(2, x.shape[1]), EPS, 0.1, noise(len(x)), 1),
-    "gelu_erf": gelu_erf,
-    "gelu_tanh": gelu_tanh,
-    "dropout": lambda x: dropout(x, 0.1, noise(len(x)), 1),
-    "loss": lambda x: linear_cross_entropy(x, torch.eye(x.shape[1]), None, torch.arange(len(x)) % x.shape[1], 0.1)[0],
-}
+def operators() -> dict[str, Callable]:
+    """The fused operators as functions of one matrix: OPERATORS in test_NAME.py, for every kernel NAME."""
+    found = {}
+    for name in KERNELS:
+        file = Path(__file__).with_name(f"test_{name}.py")
+        if file.exists() and "\nOPERATORS = " in file.read_text():
+            found |= import_module(file.stem).OPERATORS
+    return found
+
+
+OPERATORS = operators()
+
+
+def several(y: torch.Tensor | tuple) -> tuple:
+    """The results of an operator that has one or more."""
+    return y if isinstance(y, tuple) else (y,)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -242,13 +250,12 @@ def test_views(name, view):
         "every other": lambda: base[:3000].view(20, 150)[:, ::2],
         "expanded": lambda: base[:75].expand(20, 75),
     }[view]()
-    results = []
+    found = []
     for v in (x, x.contiguous()):
         v = v.detach().requires_grad_()
-        y = OPERATORS[name](v)
-        y = y if isinstance(y, tuple) else (y,)
-        results.append([*y, *torch.autograd.grad([t.sum() for t in y], v)])  # dy is expanded
-    for a, b in zip(*results, strict=True):
+        y = several(OPERATORS[name](v))
+        found.append([*y, *torch.autograd.grad([t.sum() for t in y], v)])  # dy is expanded
+    for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -256,8 +263,7 @@ def test_views(name, view):
 @pytest.mark.parametrize("shape", [(0, 5), (0, 1), (1, 1)])
 def test_empty(name, shape):
     x = torch.randn(shape, requires_grad=True)
-    y = OPERATORS[name](x)
-    (y[0] if isinstance(y, tuple) else y).sum().backward()
+    several(OPERATORS[name](x))[0].sum().backward()
     assert x.grad.shape == shape
 
 
@@ -272,21 +278,19 @@ def test_extremes(name, dtype):
     x[3] = 0
     x[4] = 1e4
     x = x.to(dtype)
-    results = []
+    found = []
     for v in (x, x.double()):
         v = v.clone().requires_grad_()
-        y = OPERATORS[name](v)
-        y = y if isinstance(y, tuple) else (y,)
-        results.append([*y, *torch.autograd.grad(y[-1].sum(), v)])
-    for a, e in zip(*results, strict=True):
+        y = several(OPERATORS[name](v))
+        found.append([*y, *torch.autograd.grad(y[-1].sum(), v)])
+    for a, e in zip(*found, strict=True):
         size = e.abs().amax(-1, keepdim=True) if name == "lora" else e.abs()  # h is rounded, and all channels have it
         tolerance = (2e-5 if dtype == torch.float32 else 2e-2) * size.clamp_min(1)
         assert ((a - e).abs() <= tolerance).all()
     for bad in (torch.inf, -torch.inf, torch.nan):
         v = x.clone()
         v[5, 3] = bad
-        y = OPERATORS[name](v)
-        for t in y if isinstance(y, tuple) else (y,):
+        for t in several(OPERATORS[name](v)):
             rows = t.isfinite().view(-1, t.shape[-1] if t.dim() else 1).all(1)
             assert not rows[5 if t.dim() else 0] and rows.sum() == len(rows) - 1
 
@@ -295,10 +299,10 @@ def test_extremes(name, dtype):
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     """Of minift's own kernels. What torch's BLAS sums by thread (LoRA's dy B and dy^T h at rank 1) is not theirs."""
     torch.manual_seed(0)
-    before, results = torch.get_num_threads(), []
+    before, runs = torch.get_num_threads(), []
     x, weight, bias, g = draw(611, 333, dtype=dtype), draw(333), draw(333), torch.randn(611, 1).to(dtype)
     A, some = torch.randn(1, 333), noise(611)
-    words = some.rows(1), some.cols(1, 333)
+    drop = some.drop(0.1, 1, 333)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -310,12 +314,11 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
                 torch.autograd.grad(y.sum(), [x, weight, bias], allow_unused=True) for y in out if y.requires_grad
             ]
             dx = torch.zeros_like(x)
-            lora = [shrink(x.detach(), A, 0.1, words), spread(x.detach(), g, A, dx, 0.1, words), dx]
-            results.append(out + lora + [g for gs in gradients for g in gs if g is not None])
+            lora = [shrink(x.detach(), A, drop), spread(x.detach(), g, A, dx, drop), dx]
+            runs.append(out + lora + [g for gs in gradients for g in gs if g is not None])
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert equal_bits(runs[0], runs[1]) and equal_bits(runs[0], runs[2])
 
 
 def test_nothing_is_saved_that_can_be_made_again():
@@ -343,14 +346,14 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
     """Odd sizes, views and extremes once more, in a process with the address and undefined-behaviour checks."""
-    compiler = native.compiler()[0]
+    compiler = compile.compiler()[0]
     found = [subprocess.run([*compiler, f"-print-file-name=lib{n}.so"], capture_output=True, text=True).stdout.strip()
              for n in ("asan", "ubsan")]  # fmt: skip
     if not all(os.path.isabs(f) for f in found):
         pytest.skip(f"{compiler[0]} has no sanitizer libraries")
     code = (
-        "import sys, pytest; from minift.ops import native;"
-        "native.FLAGS += ' -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all';"
+        "import sys, pytest; from minift.ops import compile;"
+        "compile.FLAGS += ' -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all';"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_kernels.py', '-k', sys.argv[1]]))"
     )
     preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
@@ -361,4 +364,4 @@ def test_sanitizers_find_nothing(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     made = {path.name.partition("-")[0] for path in tmp_path.glob("minift/kernels/*.so")}
-    assert made >= {"norm", "gelu", "loss", "dropout", "lora", "nf4"}
+    assert made >= set(KERNELS) - {"memory", "attention"}  # no operator; test_attention_native.py has a program for it

@@ -11,6 +11,11 @@ from minift.ops import loss as module
 from minift.ops import native
 from minift.ops.loss import linear_cross_entropy
 
+# for test_kernels.py: functions of one matrix
+OPERATORS = {
+    "loss": lambda x: linear_cross_entropy(x, torch.eye(x.shape[1]), None, torch.arange(len(x)) % x.shape[1], 0.1)[0]
+}
+
 
 def inputs(rows=23, width=7, vocabulary=63, dtype=torch.float32, scale=1.0):
     torch.manual_seed(0)

@@ -3,10 +3,10 @@
 python -m pytest tests/ops/test_native.py
 """
 
-import ctypes
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -17,19 +17,26 @@ import torch
 
 from minift.config import KERNELS, TrainConfig
 from minift.measure.track import peak_memory
-from minift.ops import lora, native
+from minift.ops import compile, lora, native, sources
+from minift.ops.dropout import Drop
 from minift.ops.gelu import gelu_erf
 
 ROOT = Path(__file__).parents[2]
 try:
-    native.compiler()
-except native.Unavailable as e:
+    compile.compiler()
+except sources.Unavailable as e:
     pytest.skip(str(e), allow_module_level=True)
 
 ADD = """
 #include "common.h"
-extern "C" void add(const float* x, float* y, double by, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] = x[i] + float(by);
+struct Add {
+    const float* x;
+    float* y;
+    double by;
+    int64_t n;
+};
+extern "C" void add(const Add* a) {
+    for (int64_t i = 0; i < a->n; i++) a->y[i] = a->x[i] + float(a->by);
 }
 """
 
@@ -40,13 +47,14 @@ def fresh(monkeypatch, tmp_path):
     folder = tmp_path / "kernels/cpu"
     folder.mkdir(parents=True)
     (folder / "add.cpp").write_text(ADD)
-    (folder / "common.h").write_text((ROOT / "kernels/cpu/common.h").read_text())
-    monkeypatch.setattr(native, "sources", lambda: tmp_path / "kernels")
+    for header in ("shared.h", "cpu/common.h"):
+        (tmp_path / "kernels" / header).write_text((ROOT / "kernels" / header).read_text())
+    monkeypatch.setattr(sources, "folder", lambda: tmp_path / "kernels")
     monkeypatch.setattr(native, "loaded", {})
     monkeypatch.setattr(native, "making", {})
     monkeypatch.setattr(native, "mode", "auto")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    find = native.compiler
+    find = compile.compiler
     find.cache_clear()
     yield
     find.cache_clear()
@@ -55,18 +63,23 @@ def fresh(monkeypatch, tmp_path):
 def adds(library) -> bool:
     """Whether `add` works."""
     x, y = torch.ones(5), torch.empty(5)
-    library.add(x.data_ptr(), y.data_ptr(), 2.5, 5)
+    library.add(x=x, y=y, by=2.5, n=5)
     return y.tolist() == [3.5] * 5
 
 
 def cached() -> list[Path]:
-    return sorted(native.cache_folder().glob("*"))
+    return sorted(compile.cache_folder().glob("*"))
 
 
 def compiles(monkeypatch) -> list[str]:
     """The names of what is compiled from here on."""
-    names, compile_ = [], native.compile_
-    monkeypatch.setattr(native, "compile_", lambda name, out: (names.append(name), compile_(name, out))[1])
+    names, compile_ = [], compile.compile_
+
+    def noted(name, flags, out):
+        names.append(name)
+        compile_(name, flags, out)
+
+    monkeypatch.setattr(compile, "compile_", noted)
     return names
 
 
@@ -86,30 +99,37 @@ def test_a_kernel_is_compiled_once_and_then_found(monkeypatch):
     assert native.kernel("add", torch.ones(1)) is native.kernel("add", torch.ones(1))
 
 
+FILES = {"source": "cpu/add.cpp", "header": "cpu/common.h", "shared header": "shared.h"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["source", "header", "flags", "compiler", "cpu"])
+@pytest.mark.parametrize("what", [*FILES, "flags", "compiler", "cpu"])
 def test_whatever_it_is_made_from_is_in_the_key(what, monkeypatch):
-    before = native.key("add")
-    if what in ("source", "header"):
-        path = native.sources() / {"source": "cpu/add.cpp", "header": "cpu/common.h"}[what]
+    before = key_of_add()
+    if what in FILES:
+        path = sources.folder() / FILES[what]
         path.write_text(path.read_text() + "\n")
     elif what == "flags":
-        monkeypatch.setattr(native, "FLAGS", native.FLAGS.replace("-O3", "-O2"))
+        monkeypatch.setattr(compile, "FLAGS", compile.FLAGS.replace("-O3", "-O2"))
     elif what == "compiler":
-        monkeypatch.setattr(native, "compiler", lambda: (["c++"], "another version"))
+        monkeypatch.setattr(compile, "compiler", lambda: (["c++"], "another version"))
     else:
-        monkeypatch.setattr(native, "cpu", lambda: "another CPU")
-    assert native.key("add") != before
+        monkeypatch.setattr(compile, "cpu", lambda: "another CPU")
+    assert key_of_add() != before
+
+
+def key_of_add() -> str:
+    return compile.key(sources.read(compile.source("add")))
 
 
 def test_the_cpu_is_told_from_others():
-    assert len(native.cpu()) > 20
+    assert len(compile.cpu()) > 20
 
 
 def test_a_cache_made_for_another_cpu_is_not_used(monkeypatch):
     assert native.kernel("add", torch.ones(1))
     names = compiles(monkeypatch)
-    monkeypatch.setattr(native, "cpu", lambda: "another CPU")
+    monkeypatch.setattr(compile, "cpu", lambda: "another CPU")
     assert adds(again(monkeypatch)) and names == ["add"] and len(cached()) == 2
 
 
@@ -120,8 +140,8 @@ def test_what_others_can_write_is_not_loaded(what, monkeypatch):
     loose = path if what == "file" else path.parent
     loose.chmod(0o777)
     names, opened = compiles(monkeypatch), []
-    load = native.opened
-    monkeypatch.setattr(native, "opened", lambda path, name: (opened.append(path), load(path, name))[1])
+    load = compile.Library
+    monkeypatch.setattr(compile, "Library", lambda path, texts: (opened.append(path), load(path, texts))[1])
     assert adds(again(monkeypatch)) and names == ["add"]
     assert what == "file" or opened[0].parent != path.parent
 
@@ -130,7 +150,7 @@ def test_what_belongs_to_others_is_not_loaded(monkeypatch):
     assert native.kernel("add", torch.ones(1))
     names, me = compiles(monkeypatch), os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    assert not native.private(cached()[0])
+    assert not compile.private(cached()[0])
     assert adds(again(monkeypatch)) and names == ["add"]
 
 
@@ -176,10 +196,10 @@ def test_nothing_is_left_in_the_temporary_folder(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path):
     code = (
-        "import torch; from minift.ops import native; from pathlib import Path;"
-        f"native.sources = lambda: Path({str(native.sources())!r});"
+        "import torch; from minift.ops import native, sources; from pathlib import Path;"
+        f"sources.folder = lambda: Path({str(sources.folder())!r});"
         "x, y = torch.ones(5), torch.empty(5);"
-        "native.kernel('add', x).add(x.data_ptr(), y.data_ptr(), 2.5, 5); assert y.tolist() == [3.5] * 5"
+        "native.kernel('add', x).add(x=x, y=y, by=2.5, n=5); assert y.tolist() == [3.5] * 5"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)]
     assert [(r.communicate()[1], r.returncode) for r in runs] == [(b"", 0)] * 3
@@ -197,18 +217,18 @@ def test_two_processes_may_compile_at_once(tmp_path):
     ],
 )
 def test_where_there_is_no_way_it_is_said_once_and_the_reference_runs(broken, reason, monkeypatch, capsys, tmp_path):
-    source = native.sources() / "cpu/add.cpp"
+    source = sources.folder() / "cpu/add.cpp"
     if broken == "no compiler":
         monkeypatch.setenv("CXX", "no-such-compiler")
     elif broken == "no source":
         source.unlink()
     elif broken == "an error":
-        source.write_text(ADD.replace("y[i] =", "z[i] ="))
+        source.write_text(ADD.replace("a->y[i] =", "a->z[i] ="))
     elif broken == "a compiler that fails":
         monkeypatch.setenv("CXX", "false")
     else:
-        source.write_text("float missing(double);\n" + ADD.replace("float(by)", "missing(by)"))
-        monkeypatch.setattr(native, "FLAGS", native.FLAGS + " -Wl,-z,now")
+        source.write_text("float missing(double);\n" + ADD.replace("float(a->by)", "missing(a->by)"))
+        monkeypatch.setattr(compile, "FLAGS", compile.FLAGS + " -Wl,-z,now")
     assert native.kernel("add", torch.ones(1)) is None and native.kernel("add", torch.ones(1)) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("add runs on its PyTorch reference: ") and reason in said
@@ -228,7 +248,7 @@ def test_the_modes(monkeypatch):
     with pytest.raises(ValueError, match="--kernels is 'fast'; expected one of auto, native, reference"):
         native.use("fast")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    native.compiler.cache_clear()
+    compile.compiler.cache_clear()
     assert native.use("auto") == "PyTorch reference (no C++ compiler was found (looked for no-such-compiler))"
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
         native.use("native")
@@ -249,23 +269,59 @@ class Odd(torch.Tensor):
 
 def test_the_compiler_is_the_one_asked_for(monkeypatch, tmp_path):
     log, wrapper = tmp_path / "log", tmp_path / "wrapper"
-    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {log}\nshift\nexec {native.compiler()[0][0]} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {log}\nshift\nexec {compile.compiler()[0][0]} "$@"\n')
     wrapper.chmod(0o700)
-    native.compiler.cache_clear()
+    compile.compiler.cache_clear()
     monkeypatch.setenv("CXX", f"{wrapper} --first")
     assert adds(native.kernel("add", torch.ones(1)))
     assert all(line.startswith("--first") for line in log.read_text().splitlines())
 
 
-def test_signatures_are_those_of_the_source():
-    types = native.signatures(ADD)
-    assert types == {"add": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_int64]}
+def test_arguments_are_those_of_the_source():
+    (add,) = sources.functions({"add.cpp": ADD}).values()
+    assert add.fields == {"x": "P", "y": "P", "by": "d", "n": "q"}
     for source in (ROOT / "kernels/cpu").glob("*.cpp"):
-        found = native.signatures(source.read_text())
+        found = sources.functions(sources.read(source))
         assert len(found) == source.read_text().count('extern "C" void') > 0, source.name
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "kernels/cpu").glob("*.cpp") if p.stem != "memory"))
+def test_structs_lie_as_the_compiler_lays_them_out(name, tmp_path):
+    source = ROOT / f"kernels/cpu/{name}.cpp"
+    checks = [f'#include <cstddef>\n#include "{source}"']
+    for wanted in sources.functions(sources.read(source)).values():
+        checks += [f"static_assert(sizeof({wanted.name}) == {wanted.layout.size});"]
+        before = ""
+        for field, code in wanted.fields.items():
+            offset = struct.calcsize(before + code) - struct.calcsize(code)
+            checks += [f"static_assert(offsetof({wanted.name}, {field}) == {offset});"]
+            before += code
+    (tmp_path / "checks.cpp").write_text("\n".join(checks))
+    command = [*compile.compiler()[0], "-std=c++17", "-fsyntax-only", f"-I{ROOT}/kernels", tmp_path / "checks.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode and len(checks) > 3, done.stderr
+
+
+def test_a_struct_within_a_struct_begins_and_ends_where_c_has_it():
+    text = "struct Inner {\n    float a;\n    double b;\n    int32_t c;\n};\n"
+    text += "struct Outer {\n    int32_t first;\n    Inner inner;\n    int32_t last;\n};\n"
+    content = sources.packed(sources.arguments("Outer", text), dict(first=1, inner=(2.0, 3.0, 4), last=5))
+    assert struct.unpack("=i4xf4xdi4xi4x", content) == (1, 2.0, 3.0, 4, 5)
+
+
+def test_fields_are_set_by_name_and_none_is_forgotten():
+    (add,) = sources.functions({"add.cpp": ADD}).values()
+    x = torch.ones(2)
+    content = sources.packed(add, dict(n=2, x=x, by=0.5, y=None))
+    assert struct.unpack("PPdq", content) == (x.data_ptr(), 0, 0.5, 2)
+    with pytest.raises(KeyError, match="n"):
+        sources.packed(add, dict(x=x, y=None, by=0.5, m=2))
+    for given in (dict(x=x, by=0.5, n=2), dict(x=x, y=x, by=0.5, n=2, m=3)):
+        with pytest.raises(AssertionError, match="Add has"):
+            sources.packed(add, given)
+
+
 @pytest.mark.parametrize(
     ("command", "arch"),
     [
@@ -281,11 +337,11 @@ def test_every_kernel_compiles_for_other_cpus_and_without_a_warning(command, arc
         pytest.skip("the compilers here make code for another CPU")
     if command != "the one found" and not shutil.which(command):
         pytest.skip(f"no {command}")
-    commands = native.compiler()[0] if command == "the one found" else [command]
-    flags = native.FLAGS.replace("-O3", "-O0").replace("native", arch).replace("-shared", "-S -Wall -Wextra -Werror")
+    commands = compile.compiler()[0] if command == "the one found" else [command]
+    flags = compile.FLAGS.replace("-O3", "-O0").replace("native", arch).replace("-shared", "-S -Wall -Wextra -Werror")
     for source in (ROOT / "kernels/cpu").glob("*.cpp"):
-        headers = [flag for flag in native.more_flags(source.stem) if flag.startswith("-isystem")]
-        command = [*commands, *flags.split(), *headers, "-o", os.devnull, source]
+        headers = [f for f in compile.torch_flags(sources.read(source)) if f.startswith("-isystem")]
+        command = [*commands, *flags.split(), *headers, f"-I{ROOT}/kernels", "-o", os.devnull, source]
         done = subprocess.run(command, capture_output=True, text=True)
         assert not done.returncode and not done.stderr, done.stderr
 
@@ -295,27 +351,29 @@ def test_clangs_vectors_lie_anywhere(monkeypatch):
     """It took references to them to be aligned, and the process died."""
     if not shutil.which("clang++"):
         pytest.skip("no clang++")
-    native.compiler.cache_clear()
+    compile.compiler.cache_clear()
     monkeypatch.setenv("CXX", "clang++")
-    monkeypatch.setattr(native, "sources", lambda: ROOT / "kernels")
+    monkeypatch.setattr(sources, "folder", lambda: ROOT / "kernels")
     torch.manual_seed(0)
     x, A, words = torch.randn(5, 64), torch.randn(1025)[1:].view(16, 64), torch.arange(64, dtype=torch.int32)
     results = []
+    drop = Drop(words[:5], words, 0.1)
     for mode in ("native", "reference"):
         monkeypatch.setattr(native, "mode", mode)
-        h, dx = lora.shrink(x, A, 0.1, (words[:5], words)), torch.zeros(5, 64)
-        results.append([h, dx, lora.spread(x, h, A, dx, 0.1, (words[:5], words))])
+        h, dx = lora.shrink(x, A, drop), torch.zeros(5, 64)
+        results.append([h, dx, lora.spread(x, h, A, dx, drop)])
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results, strict=True))
 
 
 def test_torchs_threads_are_used():
     """torch's own parallel loop is there, and obeys torch.set_num_threads."""
-    source = native.sources() / "cpu/pieces.cpp"
+    source = sources.folder() / "cpu/pieces.cpp"
     source.write_text(
         '#include "common.h"\n'
-        'extern "C" void pieces(int64_t* starts, int64_t n) {\n'
-        "    parallel(n, 1, [&](int64_t begin, int64_t end) {\n"
-        "        for (int64_t i = begin; i < end; i++) starts[i] = begin;\n"
+        "struct Pieces {\n    int64_t* starts;\n    int64_t n;\n};\n"
+        'extern "C" void pieces(const Pieces* a) {\n'
+        "    parallel(a->n, 1, [&](int64_t begin, int64_t end) {\n"
+        "        for (int64_t i = begin; i < end; i++) a->starts[i] = begin;\n"
         "    });\n"
         "}\n"
     )
@@ -324,20 +382,20 @@ def test_torchs_threads_are_used():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             starts = torch.full((12,), -1)
-            library.pieces(starts.data_ptr(), 12)
+            library.pieces(starts=starts, n=12)
             assert len(set(starts.tolist())) == threads and starts.min() == 0
     finally:
         torch.set_num_threads(before)
 
 
 def test_without_torchs_loop_one_thread_does_all(monkeypatch):
-    monkeypatch.setattr(native, "torch_parallel_for", lambda: None)
+    monkeypatch.setattr(compile, "torch_parallel_for", lambda: None)
     assert adds(native.kernel("add", torch.ones(1)))
 
 
 @pytest.mark.slow
 def test_subnormals_stay_after_loading_every_kernel(monkeypatch):
-    monkeypatch.setattr(native, "sources", lambda: ROOT / "kernels")
+    monkeypatch.setattr(sources, "folder", lambda: ROOT / "kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
     names = sorted(p.stem for p in (ROOT / "kernels/cpu").glob("*.cpp"))
     assert names and all(native.kernel(name, torch.ones(1)) for name in names)
@@ -445,8 +503,8 @@ def test_a_compiler_that_is_no_command(given, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_compiler_that_never_ends(monkeypatch, tmp_path, capsys):
     """It is waited for once, and not for every kernel."""
-    monkeypatch.setattr(native, "hung", set())
-    monkeypatch.setattr(native, "SECONDS", 6)
+    monkeypatch.setattr(compile, "hung", set())
+    monkeypatch.setattr(compile, "SECONDS", 6)
     monkeypatch.setenv("CXX", script(tmp_path / "slow", '[ "$1" = --version ] && echo slow && exit; exec sleep 100'))
     began = time.monotonic()
     assert native.load("add") is None and "did not end within 6 seconds" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.ops import native, nf4
+from minift.ops import compile, native, nf4
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 CPU = torch.device("cpu")
@@ -30,8 +30,8 @@ def kernels(request, monkeypatch):
     """Everything twice: by PyTorch, and by the kernel in C++."""
     if request.param == "native":
         try:
-            native.compiler()
-        except native.Unavailable as e:
+            compile.compiler()
+        except compile.Unavailable as e:
             pytest.skip(str(e))
     monkeypatch.setattr(native, "mode", request.param)
 

@@ -12,6 +12,11 @@ from minift.ops.norm import add_norm, layer_norm
 
 KEYS = token_keys(torch.arange(63), torch.zeros(63, dtype=torch.int64))
 
+# for test_kernels.py: functions of one matrix
+OPERATORS = {
+    "add_norm": lambda x: add_norm(x, x * 0.5, *torch.ones(2, x.shape[1]), 1e-5, 0.1, Noise(5, 6, KEYS[: len(x)]), 1)
+}
+
 
 @pytest.mark.parametrize("width", [1, 7, 63, 1023])
 @pytest.mark.parametrize("p", [0.0, 0.3])

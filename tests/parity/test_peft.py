@@ -332,7 +332,7 @@ def test_weights_that_were_cut_are_refused(saved):
 
 
 @pytest.mark.parametrize("values, words", [
-    ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
+    ({"peft_type": "VERA"}, "peft_type is 'VERA'; expected 'LORA'"),
     ({"bias": "all"}, "bias is 'all'"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),

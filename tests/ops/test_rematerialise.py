@@ -1,6 +1,6 @@
-"""What backward makes again: the same bits, and less that is kept.
+"""What backward recomputes: the same bits, and less that is kept.
 
-python -m pytest tests/ops/test_again.py
+python -m pytest tests/ops/test_rematerialise.py
 """
 
 import gc
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from minift.data.batch import token_keys
 from minift.ops import native
-from minift.ops.again import Recipe, again, lean
 from minift.ops.dropout import SILENT, Noise
 from minift.ops.gelu import gelu_erf, gelu_tanh
 from minift.ops.norm import add_norm
+from minift.ops.rematerialise import Recipe, rematerialisable, rematerialise
 
 N, C = 37, 65
 
@@ -39,7 +39,7 @@ def test_gradients_are_the_same_to_the_bit(mode, act, noise, dtype, monkeypatch)
     plain = torch.autograd.grad(layer(weights, act, noise), weights)
     made, call = [], Recipe.__call__
     monkeypatch.setattr(Recipe, "__call__", lambda self: made.append(self) or call(self))
-    with lean():
+    with rematerialise():
         loss = layer(weights, act, noise)
     found = torch.autograd.grad(loss, weights)
     assert len(made) == 3 and len(set(map(id, made))) == 2  # asked for three times, made twice
@@ -48,8 +48,8 @@ def test_gradients_are_the_same_to_the_bit(mode, act, noise, dtype, monkeypatch)
 
 def test_a_marked_tensor_is_not_kept():
     x, w = torch.randn(N, C, requires_grad=True), torch.randn(C, C, requires_grad=True)
-    with lean():
-        y = again(x.exp().clone(), lambda: x.detach().exp())
+    with rematerialise():
+        y = rematerialisable(x.exp().clone(), lambda: x.detach().exp())
         z = F.linear(y, w)
     gone = weakref.ref(y)
     del y

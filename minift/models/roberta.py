@@ -1,0 +1,141 @@
+"""RoBERTa (Liu et al., https://arxiv.org/abs/1907.11692): BERT's layers, with other positions and another head.
+
+    x = norm(word[id] + type[t] + position[p + 1 + i])      p: the padding token's id, where positions begin after
+
+It was trained without pairs, so there is one token type. All else stands in bert.py. N tokens, M rows, C width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..data import tokenizer
+from ..data.batch import Batch
+from ..layers import Linear, recomputed
+from ..ops.dropout import SILENT, Noise, dropout
+from . import bert, check_config
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a RoBERTa config.json that change what is computed, under their names there."""
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 1
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError for a kind of RoBERTa that this file does not compute."""
+        accepted = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+        check_config(self, accepted, "hidden_act", "hidden_size", "num_attention_heads", "num_hidden_layers")
+        if self.longest < 1:
+            raise ValueError(
+                f"max_position_embeddings is {self.max_position_embeddings}; "
+                f"expected at least {self.pad_token_id + 2}, since positions begin after pad_token_id"
+            )
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence there are positions for, in tokens: 512 of roberta-base's 514."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the word embedding."""
+        return self.vocab_size
+
+    @property
+    def token_types(self) -> int:
+        """Rows of the token type embedding."""
+        return self.type_vocab_size
+
+    def with_dropout(self, p: float) -> dict:
+        """The changes that set every dropout rate to p."""
+        return dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p, classifier_dropout=None)
+
+
+def positions(batch: Batch, padding: int) -> Tensor:
+    """The row of the position embedding for each token, (N,): padding + 1, padding + 2, ... in each sequence.
+
+    A padding token in a text (somebody wrote "<pad>") is at `padding` and is not counted, as in fairseq.
+    """
+    is_text = (batch.ids != padding).long()
+    counted = is_text.cumsum(0)  # from the beginning of the bag
+    first = torch.arange(len(counted), device=counted.device) - batch.positions  # of each token's sequence
+    before = (counted - is_text).index_select(0, first)
+    return (counted - before) * is_text + padding
+
+
+class Body(nn.Module):
+    """The encoder. Dropout places: 0 after the embeddings, then three a layer; the head's follow."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embeddings = bert.Embeddings(config)
+        self.layers = nn.ModuleList(bert.Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
+        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
+
+    def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
+        """Hidden states at batch.rows, (M, C)."""
+        placed = replace(batch, positions=positions(batch, self.config.pad_token_id))
+        x = self.embeddings(placed).to(self.dtype)
+        x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, C)
+        for layer in self.layers:
+            rows = batch.rows if layer is self.layers[-1] else None
+            args = x, batch, noise, rows
+            x = recomputed(layer, *args) if self.recompute and torch.is_grad_enabled() else layer(*args)
+        return x  # (M, C)
+
+
+class ClassifyHead(nn.Module):
+    """One label a sequence, from its <s> token: dropout, a tanh layer, dropout, a linear layer; none is pretrained."""
+
+    architecture = "RobertaForSequenceClassification"
+    rename = (("head.dense.", "classifier.dense."), ("head.out.", "classifier.out_proj."))
+    learns = True
+
+    def __init__(self, config: Config, n_labels: int):
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.out = Linear(config.hidden_size, n_labels)
+        p = config.classifier_dropout
+        self.p = config.hidden_dropout_prob if p is None else p
+        self.site = 1 + 3 * config.num_hidden_layers
+
+    def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
+        """What the last linear layer sees, in float32. h (M, C) -> (M, C)."""
+        x = dropout(h.float(), self.p, noise, self.site)
+        return dropout(torch.tanh(self.dense(x, noise)), self.p, noise, self.site + 1)
+
+
+HEADS = {"sequence": ClassifyHead}
+SHARDED = bert.SHARDED  # what is gathered as one where the weights are split over processes
+ARCHITECTURE = "RobertaModel"  # of a body without a head
+ASKED = "first"  # the token of a sequence that classification asks about
+TOKENIZER = tokenizer.ROBERTA  # how its tokenizer splits a text, and joins two
+
+RENAME = (("body.", "roberta."), *bert.RENAME)  # our name -> the hub's: BERT's below the first word
+PREFIX = "roberta."
+EMBEDDING = bert.EMBEDDING  # which has a row for each token of the vocabulary
+ALIASES = {}  # other names that a config.json may give a field of Config
+TRANSPOSED = ()
+ROLES = bert.ROLES
+IGNORED = bert.IGNORED  # buffers of old files, computed here
+OTHER_HEADS = r"(roberta\.)?pooler\..*|lm_head\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
+init_scale = bert.init_scale
