@@ -178,11 +178,6 @@ def modern_name(name: str) -> str:
     return re.sub(r"\.miss_block\.[^.]+$", ".miss_block", name)
 
 
-def on_base(model: nn.Module, config: MissConfig, found: dict[str, Tensor]) -> tuple[MissConfig, dict[str, Tensor]]:
-    """The same: MiSS does not change its base."""
-    return config, found
-
-
 def settings(model: nn.Module) -> dict:
     """adapter_config.json: every field that PEFT needs to compute the same."""
     config = model.adapter

@@ -101,7 +101,7 @@ def forked(tmp_path_factory):
     return fork(
         tmp_path_factory.mktemp("fork"),
         {"choose.py": "minift/tasks/choose.py"},
-        ("TASKS", '"choose": "which of several endings goes on from a text"'),
+        {"TASKS = {": '    "choose": "which of several endings goes on from a text",'},
     )
 
 

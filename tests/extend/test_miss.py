@@ -41,8 +41,8 @@ def scores(model, folder: Path, texts: list[str]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
     """minift with one file and one line more."""
-    line = '"miss": Method("miss", "one small block for all parts of a row of the weight (MiSS)")'
-    return fork(tmp_path_factory.mktemp("fork"), {"miss.py": "minift/adapters/miss.py"}, ("METHODS", line))
+    line = '    "miss": Method("miss", "one small block for all parts of a row of the weight (MiSS)"),'
+    return fork(tmp_path_factory.mktemp("fork"), {"miss.py": "minift/adapters/miss.py"}, {"METHODS = {": line})
 
 
 @pytest.mark.slow
