@@ -54,13 +54,13 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def commands(folder: Path, *lines: str, **places) -> list[Said]:
-    """What the fork's `minift LINE` says, for each line; all must end well. One process for all imports torch once."""
+def commands(folder: Path, *lines: str, code: int = 0, **places) -> list[Said]:
+    """What the fork's `minift LINE` says, for each line, all in one process; each must end with this code."""
     words = [arguments(line, **places) for line in lines]
     out = in_fork(folder, COMMANDS, json.dumps(words))
     said = [Said(*json.loads(line)) for line in out.splitlines()]
     for line, one in zip(lines, said, strict=True):
-        assert one.code == 0, f"{line}: {one.err}"
+        assert one.code == code, f"{line}: {one.err}"
     return said
 
 
