@@ -20,7 +20,7 @@ from ..data.batch import Batch
 from ..layers import Linear, recomputed
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import gelu_erf
-from . import bert
+from . import bert, check_config
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Config:
     add_cross_attention: bool = False
 
     def __post_init__(self):
-        """Raises ValueError for a kind of ELECTRA that this file does not compute: BERT's limits are its own."""
-        bert.Config.__post_init__(self)
+        """Raises ValueError for a kind of ELECTRA that this file does not compute."""
+        accepted = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+        check_config(self, accepted, "hidden_act", "hidden_size", "num_attention_heads", "num_hidden_layers")
 
     @property
     def longest(self) -> int:

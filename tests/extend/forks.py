@@ -1,4 +1,4 @@
-"""minift as a fork has it: a copy of the tree with some files more, and one line more in a table."""
+"""minift as a fork has it: a copy of the tree with some files more, and a line more in a table."""
 
 import json
 import os
@@ -15,27 +15,28 @@ ROOT = HERE.parents[1]
 TABLES = "minift/tables.py"
 
 
-def fork(folder: Path, files: dict[str, str], line: tuple[str, str], place: str = TABLES) -> Path:
+def fork(folder: Path, files: dict[str, str], lines: dict[str, str], place: str = TABLES) -> Path:
     """A copy of minift in `folder`, with files of this folder put in places of the tree.
 
-    line: (a table, the line that it gets); place: the file that the table stands in.
+    lines: those that are new in the file `place`, each by the line that it goes below.
     """
     for part in ("minift", "kernels"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name, new in files.items():
         assert not (folder / new).exists(), f"{new} is there already"
         shutil.copy(HERE / name, folder / new)
-    table, entry = line
-    before = (folder / place).read_text()
-    after = before.replace(f"\n{table} = {{\n", f"\n{table} = {{\n    {entry},\n")
-    assert after.count("\n") == before.count("\n") + 1, f"{place}: no table {table}"
-    (folder / place).write_text(after)
+    text = (folder / place).read_text()
+    for above, line in lines.items():
+        assert text.count(f"\n{above}\n") == 1, f"{place}: expected one line {above}"
+        text = text.replace(f"\n{above}\n", f"\n{above}\n{line}\n")
+    (folder / place).write_text(text)
     return folder
 
 
 def in_fork(folder: Path, code: str, *words) -> str:
     """What a process prints that runs this code, where the fork's minift is imported; it must end well."""
-    environment = os.environ | {"PYTHONPATH": str(folder)}
+    path = os.pathsep.join(map(str, (folder, HERE.parent / "ops")))  # for judging.py
+    environment = os.environ | {"PYTHONPATH": path}
     line = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -53,13 +54,13 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def commands(folder: Path, *lines: str, **places) -> list[Said]:
-    """What the fork's `minift LINE` says, for each line; all must end well. One process for all imports torch once."""
+def commands(folder: Path, *lines: str, code: int = 0, **places) -> list[Said]:
+    """What the fork's `minift LINE` says, for each line, all in one process; each must end with this code."""
     words = [arguments(line, **places) for line in lines]
     out = in_fork(folder, COMMANDS, json.dumps(words))
     said = [Said(*json.loads(line)) for line in out.splitlines()]
     for line, one in zip(lines, said, strict=True):
-        assert one.code == 0, f"{line}: {one.err}"
+        assert one.code == code, f"{line}: {one.err}"
     return said
 
 

@@ -47,7 +47,7 @@ def small_electra(
 def forked(tmp_path_factory):
     """minift with one file and one line more."""
     folder = tmp_path_factory.mktemp("fork")
-    return fork(folder, {"electra.py": "minift/models/electra.py"}, ("FAMILIES", '"electra": "ELECTRA"'))
+    return fork(folder, {"electra.py": "minift/models/electra.py"}, {"FAMILIES = {": '    "electra": "ELECTRA",'})
 
 
 @pytest.mark.slow
