@@ -42,7 +42,7 @@ from minift.ops.rematerialise import rematerialise
 
 assert ACTIVATIONS["relu2"] is relu2
 native.use("auto")
-library = native.load("relu2")
+library = native.load_kernel("relu2")
 called = []
 
 class Counted:
