@@ -3,15 +3,18 @@
 python -m pytest tests/test_track.py
 """
 
+import csv
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from helpers import command, fails, losses, model_and_data, works
+from helpers import command, fails, losses, metrics, model_and_data, works
 
 import minift
 from minift.measure import track
+from minift.tasks import classify
 
 TRAIN = "train --model {f}/model --data {f}/train.tsv --valid 0.2 --out {f}/run --steps 6"
 
@@ -48,6 +51,30 @@ def test_wandb_offline(folder):
     content = file.read_bytes()
     for word in (b"train/loss", b"eval/accuracy", b"weight_decay", b"model.safetensors"):
         assert word in content, word
+
+
+def test_a_task_names_its_own_metrics(folder, monkeypatch):
+    """No accuracy anywhere: what is counted, the best metric and --patience are the task's."""
+
+    class Metrics(classify.Metrics):
+        best = ("mistakes", min)
+
+        def result(self) -> dict:
+            found = super().result()
+            hits = found.pop("accuracy")
+            return found | {"hits": hits, "mistakes": 1 - hits}
+
+    monkeypatch.setattr(classify, "Metrics", Metrics)
+    monkeypatch.setattr(classify, "COUNTED", "hits")
+    works(f"{TRAIN} --eval-every 1 --patience 2 --lr 0.000001", f=folder)
+    with open(folder / "run/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [*rows[0]] == ["step", "train_loss", "train_hits", "valid_loss", "valid_hits", "valid_mistakes"]
+    steps = metrics(folder / "run")
+    assert [float(row["valid_mistakes"]) for row in rows] == [step["eval/mistakes"] for step in steps]
+    assert "train/hits" in steps[0] and not any("accuracy" in name for name in steps[0])
+    best = json.loads(next((folder / "run/checkpoints").glob("*/state.json")).read_text())["best"]
+    assert best["mistakes"] == min(step["eval/mistakes"] for step in steps)
 
 
 def test_a_library_that_is_not_installed(folder, monkeypatch):
