@@ -20,8 +20,9 @@ needs no more than these two. It also has
     frozen, set_frozen(layer)  the layer inside, a Linear or NF4Linear; another in its place
     tensors() -> {end of the name in PEFT's file: parameter, or a view of one in the shape that it has there}
 
-Its parameters are float32, and begin where the model computes what it did. `frozen` may be packed: its matrix is then
-made at each call, in memory that the next one takes (layers/nf4.py).
+Its parameters are float32, and begin where the model computes what it did. Dropout on its input has the number (site)
+lora.SITE + that of the layer among all candidates. `frozen` may be packed: its matrix is then made at each call, in
+memory that the next one takes (layers/nf4.py).
 
 A file whose layers are its own, not those of another method, also defines
 

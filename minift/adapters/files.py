@@ -40,9 +40,14 @@ def saved_in_file(found: dict, heads: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(str, (*named, *heads))))
 
 
-def named_in_file(model: nn.Module, targets: str | tuple[str, ...], chosen: list[str]) -> str | tuple[str, ...]:
-    """Targets as PEFT understands them: of "all-linear", the names of the layers themselves."""
-    if targets == "all-linear":
+def named_in_file(
+    model: nn.Module, targets: str | tuple[str, ...], layers: tuple[int, ...], chosen: list[str]
+) -> str | tuple[str, ...]:
+    """Targets as PEFT understands them, or the names of the chosen layers where it would not.
+
+    It does not know "all-linear" in a file, and refuses a regular expression beside numbers of layers.
+    """
+    if targets == "all-linear" or (isinstance(targets, str) and layers):
         return tuple(name_in(model, hub) for hub in chosen)
     return targets
 

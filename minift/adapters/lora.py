@@ -169,7 +169,7 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
         check_rank(rank, hub, layer)
         model.set_submodule(name, LoRALinear(layer, rank, alpha, config.dropout, config.rslora, SITE + i))
     train_saved(model, saved)
-    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, chosen))
+    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, config.layers, chosen))
 
 
 def check_patterns(config: LoRAConfig) -> None:

@@ -3,7 +3,8 @@
 A family is a file here and a line in tables.FAMILIES, under config.json's model_type. The file defines
 
     Config         a frozen dataclass: the fields of config.json that change what is computed, with transformers'
-                   defaults; its __post_init__ raises ValueError for a kind of model that the file does not compute.
+                   defaults; its __post_init__ raises ValueError for a kind of model that the file does not compute
+                   (check_config, below).
                    checkpoints/loading.py judges the values in a file by a field's type and by how its name ends: whole
                    numbers are 1 or more (..._layers 1,024 at most, ..._token_id 0 or more), ...dropout is below 1.
                    The rows of the word embedding are the field vocab_size, which changes where they are added to.
@@ -15,7 +16,10 @@ A family is a file here and a line in tables.FAMILIES, under config.json's model
     Body           nn.Module, Body(config); forward(batch, noise) -> hidden states at batch.rows, (M, C). Its layers are
                    an nn.ModuleList. It has the attributes `dtype` (of activations) and `recompute` (whether a layer
                    saves only its input). One that can generate has new_cache() -> list, and forward takes it as `cache`
-                   Its parameters and those of its parts are called weight and bias
+                   Its parameters and those of its parts are called weight and bias. A Linear is called with the
+                   noise of its rows, for an adapter may be around it. Every place of dropout has a number of its own,
+                   `site`, from 0; the head's come after the body's. Parts of other families may be used again, where
+                   Config has the fields that they read
     HEADS          what can be put on the body: "sequence" scores the labels of a sequence, "vocabulary" every token
     ARCHITECTURE   what transformers calls the body without a head
     ASKED          "first" or "last": the token of a sequence that a "sequence" head is asked about
@@ -36,7 +40,7 @@ A head is an nn.Module, Head(config, n_labels). What a checkpoint lacks of it is
 layers, so they are in transformers' order. It has
 
     out                the last linear layer
-    features(h, noise) -> what that layer sees, (M, C) from hidden states h (M, C)
+    features(h, noise) -> what that layer sees, (M, C) from hidden states h (M, C); a small head computes in float32
     architecture       what transformers calls the body with this head
     rename             pairs as in RENAME, for the head's own names
     learns             whether an adapter run trains it, in full, beside the adapters

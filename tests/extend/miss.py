@@ -30,12 +30,12 @@ from .files import (
     names_in_file,
     saved_in_file,
 )
+from .lora import SITE
 from .targets import candidates, check_pattern, default_saved, roles, select, train_saved
 
 SAVED_AS = "miss"
 PEFT_TYPE = "MISS"
 PATTERNS = ("targets", "exclude")
-SITE = 1 << 16  # dropout places of adapters: this plus the layer's number among all that could have one
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def wrap(model: nn.Module, config: MissConfig) -> None:
             raise InputError(f"rank is {config.rank} for {hub}; expected 1 to {layer.in_features}, its inputs")
         model.set_submodule(name, MissLinear(layer, config.rank, config.dropout, SITE + i))
     train_saved(model, saved)
-    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, chosen))
+    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, config.layers, chosen))
 
 
 # in PEFT's files

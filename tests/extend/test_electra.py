@@ -6,7 +6,6 @@ python -m pytest tests/extend/test_electra.py
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
@@ -16,6 +15,7 @@ from helpers import VOCABULARY, reviews
 
 from minift.data.tokenizer import BERT, read_tokenizer
 
+peft = pytest.importorskip("peft")
 SIZES = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
     max_position_embeddings=40,

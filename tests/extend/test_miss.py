@@ -6,7 +6,6 @@ python -m pytest tests/extend/test_miss.py
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
@@ -15,6 +14,7 @@ from helpers import peer, reviews, small_bert
 
 from minift.data.tokenizer import BERT, read_tokenizer
 
+peft = pytest.importorskip("peft")
 NAMES = {0: "blame", 1: "praise"}
 ROWS = [{"text": "a good film", "label": "praise"}, {"text": "the plot was so dull and bad", "label": "blame"}]
 

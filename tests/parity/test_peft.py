@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from folders import configure, with_nan
-from helpers import nf4, peer, peer_logits, random_ids, sequence
+from helpers import nf4, peer, peer_logits, random_ids, sequence, small_bert
 from safetensors.torch import load_file, save_file
 
 import minift
@@ -105,6 +105,19 @@ def test_the_same_layers_and_first_weights(name, tmp_path):
         assert torch.equal(lora.A, modules[hub].lora_A["default"].weight) and not lora.B.any()
         assert lora.scale == pytest.approx(modules[hub].scaling["default"]), hub
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == their.get_nb_trainable_parameters()[0]
+
+
+def test_a_regular_expression_and_numbers_of_layers_are_written_as_names(tmp_path):
+    """PEFT refuses a file with both."""
+    model, _ = minift.load(small_bert(tmp_path / "base"))
+    adapt(model, "lora", targets=r".*(query|key)", layers=(1,))
+    minift.save(model, None, tmp_path / "adapter")
+    base = transformers.BertModel.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    adapted = [name for name, m in theirs.named_modules() if hasattr(m, "lora_A")]
+    assert adapted == [f"base_model.model.encoder.layer.1.attention.self.{name}" for name in ("query", "key")]
+    again, _ = minift.load(tmp_path / "adapter")
+    assert [name for name, _ in adapters(again)] == [name for name, _ in adapters(model)]
 
 
 @pytest.mark.slow
