@@ -162,13 +162,18 @@ class Body(nn.Module):
         """Hidden states at batch.rows, (M, C)."""
         x = self.embeddings(batch).to(self.dtype)
         x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, C)
-        for layer in self.layers:
-            rows = batch.rows if layer is self.layers[-1] else None
-            if self.recompute and torch.is_grad_enabled():
-                x = recomputed(layer, x, batch, noise, rows)
-            else:
-                x = layer(x, batch, noise, rows)
-        return x  # (M, C)
+        return run_layers(self, x, batch, noise)  # (M, C)
+
+
+def run_layers(body: nn.Module, x: Tensor, batch: Batch, noise: Noise) -> Tensor:
+    """The layers of an encoder one after the other, the last at batch.rows alone: x (N, C) -> (M, C)."""
+    for layer in body.layers:
+        rows = batch.rows if layer is body.layers[-1] else None
+        if body.recompute and torch.is_grad_enabled():
+            x = recomputed(layer, x, batch, noise, rows)
+        else:
+            x = layer(x, batch, noise, rows)
+    return x
 
 
 class ClassifyHead(nn.Module):

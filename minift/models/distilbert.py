@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data import tokenizer
 from ..data.batch import Batch
-from ..layers import Embedding, LayerNorm, Linear, recomputed
+from ..layers import Embedding, LayerNorm, Linear
 from ..ops.dropout import SILENT, Noise, dropout
 from . import bert, check_config
 
@@ -108,17 +108,14 @@ class Body(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, 1 + 3 * i) for i in range(config.n_layers))
-        self.dtype, self.recompute = torch.float32, False  # of activations; whether a layer saves only its input
+        self.dtype = torch.float32  # of activations
+        self.recompute = False  # whether a layer saves only its input
 
     def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
         x = self.embeddings(batch).to(self.dtype)
         x = dropout(x, self.config.dropout, noise, 0)  # (N, C)
-        for layer in self.layers:
-            rows = batch.rows if layer is self.layers[-1] else None
-            args = x, batch, noise, rows
-            x = recomputed(layer, *args) if self.recompute and torch.is_grad_enabled() else layer(*args)
-        return x  # (M, C)
+        return bert.run_layers(self, x, batch, noise)  # (M, C)
 
 
 class ClassifyHead(nn.Module):

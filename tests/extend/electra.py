@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data import tokenizer
 from ..data.batch import Batch
-from ..layers import Linear, recomputed
+from ..layers import Linear
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import gelu_erf
 from . import bert, check_config
@@ -91,13 +91,7 @@ class Body(nn.Module):
         x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, E)
         if self.project is not None:
             x = self.project(x, noise)  # (N, C)
-        for layer in self.layers:
-            rows = batch.rows if layer is self.layers[-1] else None
-            if self.recompute and torch.is_grad_enabled():
-                x = recomputed(layer, x, batch, noise, rows)
-            else:
-                x = layer(x, batch, noise, rows)
-        return x  # (M, C)
+        return bert.run_layers(self, x, batch, noise)  # (M, C)
 
 
 class ClassifyHead(nn.Module):
