@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import peer, random_ids, reviews, sequence, small_bert
+from folders import configure
+from helpers import peer, peer_logits, random_ids, reviews, sequence, small_bert, small_gpt2
 from safetensors.torch import load_file, save_file
-from test_peft import CLASSES, KINDS, batches, change, logits, off, our_losses, peer_logits, peer_losses
-from test_prompts import small_gpt2
+from test_peft import CLASSES, OFF, batches, logits, our_losses, peer_losses
 
 import minift
 from minift import cli
@@ -53,6 +53,7 @@ SETTINGS = {
 }
 LAYER = "bert.encoder.layer.1."
 DENSE = ["attention.output.dense", "intermediate.dense", "output.dense"]
+KINDS = pytest.mark.parametrize("kind", CLASSES)
 EVERY = pytest.mark.parametrize("name", SETTINGS)
 
 
@@ -199,7 +200,7 @@ def test_over_four_bits_as_peft_and_bitsandbytes(kind, tmp_path):
         llm_int8_skip_modules=["classifier", "bert.pooler.dense", "lm_head"],
     )
     how = dict(quantization_config=config, dtype=torch.float32, device_map="cpu")
-    base = cls.from_pretrained(tmp_path / "base", **how, **off(kind))
+    base = cls.from_pretrained(tmp_path / "base", **how, **OFF[kind.removesuffix("-classify")])
     their = peft.get_peft_model(base, peft.IA3Config(task_type=task_type)).train()
     assert our_losses(model, kind, 3e-3) == pytest.approx(peer_losses(their, kind, 3e-3), abs=1e-5)
 
@@ -289,7 +290,7 @@ def test_we_load_pefts(name, tmp_path):
     _, their = pair(kind, tmp_path, {}, theirs)
     randomise(their)
     their.save_pretrained(tmp_path / "adapter")
-    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    configure(tmp_path / "adapter" / peft_format.CONFIG, base_model_name_or_path=str(tmp_path / "base"))
     model, _ = minift.load(tmp_path / "adapter", task=CLASSES[kind][1])
     ids = random_ids([9, 1, 17])
     assert equal(logits(model, ids), peer_logits(their, ids))
@@ -357,7 +358,7 @@ def test_an_adapter_for_a_body_alone(tmp_path):
     their = peft.get_peft_model(base, peft.IA3Config(**patterns)).eval()
     randomise(their)
     their.save_pretrained(tmp_path / "adapter")
-    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    configure(tmp_path / "adapter" / peft_format.CONFIG, base_model_name_or_path=str(tmp_path / "base"))
     ids = random_ids([9, 5])
     for task in (None, "classify"):
         model, _ = minift.load(tmp_path / "adapter", task=task)
@@ -446,7 +447,7 @@ def test_ill_formed_weights_are_refused_by_name(saved, fault, words):
     ids=str,
 )
 def test_what_the_engine_lacks_is_refused_by_name(saved, values, words):
-    change(saved, **values)
+    configure(saved / peft_format.CONFIG, **values)
     with pytest.raises(InputError, match=words):
         minift.load(saved)
 
