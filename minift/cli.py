@@ -109,10 +109,13 @@ def check(config: CheckConfig) -> int:
     from .data.check import check_file
     from .tasks import task_named
 
+    checks = task_named(config.task).CHECKS
+    if checks is None:
+        raise InputError(f"--task is {config.task}, whose files have no check of their own; training finds the faults")
     tokenizer = hub.read_tokenizer_of(config.model) if config.model else None
     report = check_file(
         config.data,
-        task_named(config.task).CHECKS,
+        checks,
         valid=config.valid,
         columns=config.columns,
         header=config.header,
