@@ -21,6 +21,7 @@ A task is a file here and a line in tables.TASKS. N tokens, M rows asked about, 
         is for something else; wanted: the classes of the data, or None
     settings(model) -> what stands in config.json beside the checkpoint's own
     PEFT_TYPE         PEFT's task_type; PEFT_HEADS: modules that PEFT trains for it without being told
+    claims(settings) -> whether a config.json is for this task; only where architecture or PEFT_TYPE are another's too
 
     loss(model, batch, noise, smoothing) -> (the loss summed over the batch's targets, another sum over them), both ()
         COUNTED       what the second is called when divided by T: "accuracy" if it counts targets predicted right
@@ -42,17 +43,18 @@ def task_named(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
-def task_of_architecture(family: ModuleType, architectures: list[str]) -> str | None:
-    """The name of the task that a checkpoint's head is for, by what its config.json calls it; None: the body alone."""
-    for name in TASKS:
-        if task_named(name).architecture(family) in architectures:
-            return name
-    return None
+def task_of_architecture(family: ModuleType, settings: dict) -> str | None:
+    """The name of the task that a checkpoint's head is for, by its config.json; None: the body alone."""
+    architectures = settings.get("architectures") or []
+    return claimed([name for name in TASKS if task_named(name).architecture(family) in architectures], settings)
 
 
-def task_of_peft(task_type: object) -> str | None:
-    """The name of the task that an adapter is for, by PEFT's task_type."""
-    for name in TASKS:
-        if task_named(name).PEFT_TYPE == task_type:
-            return name
-    return None
+def task_of_peft(task_type: object, settings: dict | None = None) -> str | None:
+    """The name of the task that an adapter is for, by PEFT's task_type and the config.json of the adapted model."""
+    return claimed([name for name in TASKS if task_named(name).PEFT_TYPE == task_type], settings or {})
+
+
+def claimed(names: list[str], settings: dict) -> str | None:
+    """Of tasks that are called the same elsewhere, the one that claims this config.json, else the first."""
+    claims = (name for name in names if hasattr(task_named(name), "claims") and task_named(name).claims(settings))
+    return next(claims, names[0] if names else None)
