@@ -41,5 +41,6 @@ def test_a_folder_says_which_of_them_it_is_for(labels, number, tmp_path):
         saving.save(model, tokenizer, tmp_path / kind)
         assert f"bert, {wanted}" in works("inspect --model {folder}", folder=tmp_path / kind).out
     assert task_of(tmp_path / "whole") == minift.load(tmp_path / "adapter")[0].task == wanted
-    works("merge --model {t}/adapter --out {t}/merged", t=tmp_path)
+    (tmp_path / "sample.jsonl").write_text('{"text": "a text, and nothing that is right"}\n')
+    works("merge --model {t}/adapter --data {t}/sample.jsonl --out {t}/merged", t=tmp_path)
     assert task_of(tmp_path / "merged") == wanted
