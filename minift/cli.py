@@ -109,10 +109,13 @@ def check(config: CheckConfig) -> int:
     from .data.check import check_file
     from .tasks import task_named
 
+    checks = task_named(config.task).CHECKS
+    if checks is None:
+        raise InputError(f"--task is {config.task}, whose files have no check of their own; training finds the faults")
     tokenizer = hub.read_tokenizer_of(config.model) if config.model else None
     report = check_file(
         config.data,
-        task_named(config.task).CHECKS,
+        checks,
         valid=config.valid,
         columns=config.columns,
         header=config.header,
@@ -197,7 +200,7 @@ def row_of(name: str, p) -> tuple[str, ...]:
 
 
 def task_of(source: str) -> str | None:
-    """The task that a model folder's head is for, by its architecture; None also where an adapter says it."""
+    """The task that a model folder's head is for, by its config.json; None also where an adapter says it."""
     from .checkpoints import hub
     from .models import family_named
     from .tasks import task_of_architecture
@@ -206,7 +209,7 @@ def task_of(source: str) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     settings = hub.read_settings(folder)
-    return task_of_architecture(family_named(settings["model_type"]), settings.get("architectures") or [])
+    return task_of_architecture(family_named(settings["model_type"]), settings)
 
 
 def trained(config: EvalConfig | PredictConfig | GenerateConfig, task: str) -> tuple:

@@ -19,6 +19,8 @@ import transformers
 from folders import names_in, write
 from helpers import command, fails, losses, metrics, model_and_data, peer, python, real_gpt2, reviews, works
 
+from minift.tasks import classify
+
 TRAIN = "train --model {run}/model --data {run}/train.tsv"
 EVAL = "eval --model {run}/runs/a --data {run}/test.tsv --json"
 
@@ -233,3 +235,9 @@ def test_a_bar_on_a_terminal(run, tmp_path):
     assert process.wait() == 0
     text = seen.decode()
     assert "\r" in text and "5/5" in text and "loss" in text and "tok/s" in text
+
+
+def test_check_says_where_a_task_has_no_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(classify, "CHECKS", None)
+    data = reviews(tmp_path / "train.tsv", 4)
+    fails("check --task classify --data {data}", "--task is classify, whose files have no check", data=data)

@@ -5,6 +5,8 @@ python -m pytest tests/test_graph.py
 Without a device nothing is recorded: then the same functions run on the same tensors, which have to be filled anew.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 import minift
 from minift.data.batch import pack, token_keys
 from minift.engine.graph import fill_up, size_for
+from minift.errors import InputError
 from minift.ops import native
 from minift.ops.dropout import Noise, signed
 from minift.setup import Engine, make_job
@@ -71,6 +74,14 @@ def test_what_is_filled_up_changes_nothing(family, mode, tmp_path, monkeypatch):
             assert (a - b).abs().max() <= 2e-6 * max(1.0, a.abs().max().item()), name
 
     check()
+
+
+@pytest.mark.parametrize("kept_as", [lambda t: t.float(), lambda t: t[:, None], lambda t: t[:1]])
+def test_targets_that_no_class_can_be_added_to_are_refused(kept_as):
+    """A number has no value that says "ask nothing": a row that is added would count."""
+    batch = pack(examples("classify", [5, 3]))
+    with pytest.raises(InputError, match="expected a run without"):
+        fill_up(replace(batch, targets=kept_as(batch.targets)), 6, 40)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ and, if it wraps layers,
 
 `add` then leaves model.adapter: a frozen dataclass with the fields variant (the method's name), targets, exclude, saved
 (modules of the head that learn, by the hub's names), kept (frozen parameters that are saved with the adapter, by our
-names) and base (the folder or hub id that the frozen weights come from). Layers are chosen by targets.py.
+names) and base (the folder or hub id that the frozen weights come from). Layers are chosen by targets.py. Numbers that
+make no sense raise InputError.
 
 What wraps a layer is a layer itself (layers/__init__.py), whose `matrix` and `bias` say what it computes now: merging
 needs no more than these two. It also has
@@ -21,17 +22,17 @@ needs no more than these two. It also has
     tensors() -> {end of the name in PEFT's file: parameter, or a view of one in the shape that it has there}
 
 Its parameters are float32, and begin where the model computes what it did. Dropout on its input has the number (site)
-lora.SITE + that of the layer among all candidates. `frozen` may be packed: its matrix is then made at each call, in
-memory that the next one takes (layers/nf4.py).
+lora.SITE + that of the layer among all candidates. What several layers share is one module, a part of each. `frozen`
+may be packed: its matrix is then made at each call, in memory that the next one takes (layers/nf4.py).
 
 A file whose layers are its own, not those of another method, also defines
 
     wrap(model, config)   puts its layers in place, nothing drawn; they and config.saved become all that is trained.
         Both `add` and the reading of a file come through here. The steps are in targets.py: default_saved where saved
         is None, select, requires_grad_(False), set_submodule for those of candidates, train_saved. Names that only
-        minift understands ("all-linear", numbers of layers) become those of the layers, for PEFT to read
+        minift understands ("all-linear", numbers of layers) become those of the layers, for PEFT to read: named_in_file
 
-and one that PEFT has a name for (SAVED_AS is its own)
+and one that PEFT has a name for (SAVED_AS is its own; files.py helps to read and write its files)
 
     PEFT_TYPE      peft_type in adapter_config.json
     PATTERNS       the fields of its configuration that name layers, each a tuple or a regular expression
@@ -40,7 +41,9 @@ and one that PEFT has a name for (SAVED_AS is its own)
     settings(model) -> adapter_config.json, but for what is the same for all (checkpoints/peft.py)
     modern_name(name) -> how PEFT writes the name of a tensor today
     options(model) -> the options of `minift train` that made such an adapter, for config.json of a run
-    on_base(model, config, found) -> (config, tensors) for the base as it is, if training may have changed it
+    on_base(model, config, found) -> (config, tensors) for the base as it is, if training may have changed it. It also
+        takes out of `found`, by their names today, what belongs to no layer: VeRA's "base_model.vera_A". (None is
+        written: what all layers share has to follow from the configuration, as from a seed)
 """
 
 import importlib

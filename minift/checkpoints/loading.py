@@ -25,7 +25,7 @@ from ..layers import Linear
 from ..layers.nf4 import STATE, NF4Linear, linears, swap
 from ..models import Model, family_named
 from ..tables import TASKS
-from ..tasks import task_named
+from ..tasks import task_named, task_of_peft
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
 from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
@@ -68,8 +68,9 @@ def load(
     if base_model and adapter is None:
         raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
     extra = adapter_tensors(given) if adapter else {}
-    task = task or adapter_task
     settings = settings_with_run(folder, given) if adapter else read_settings(folder)
+    if adapter_task and not task:  # which other tasks may have the same name for, in PEFT
+        task = task_of_peft(task_named(adapter_task).PEFT_TYPE, settings)
     own = settings.pop("minift", {})  # what a run said of itself, beside the hub's settings
 
     # an adapter's head is first read as it is; its rows are settled below, when all weights are there
@@ -118,8 +119,9 @@ def settings_with_run(folder: Path, given: Path) -> dict:
     if name is None:
         return settings
     of_run = read_settings(given, name)
-    settings |= {key: of_run[key] for key in ("id2label", "label2id", "pad_token_id", "minift") if key in of_run}
     settings.pop("problem_type", None)  # of the base's head; the run has its own
+    keys = ("id2label", "label2id", "problem_type", "pad_token_id", "minift")
+    settings |= {key: of_run[key] for key in keys if key in of_run}
     return settings
 
 

@@ -114,8 +114,9 @@ def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Ba
     if config.data:
         if tokenizer is None:
             raise InputError(f"{config.model}: no tokenizer to read --data with")
-        # a completion is needed, since that is what is asked about; a label is not
-        examples = task.read(config.data, config.columns, not task.NAMED_CLASSES, config.header, config.max_line)
+        # a completion is needed, since that is what is asked about; of a task with predictions, what is right is not
+        need = task.predictions is None
+        examples = task.read(config.data, config.columns, need, config.header, config.max_line)
         return pack(task.encode(examples[:SAMPLE], model, tokenizer, check_length(model, 0), labelled=False))
     ids = torch.randint(model.config.vocabulary, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
     return pack([task.probe(i, x.int().numpy(), model) for i, x in enumerate(ids)])

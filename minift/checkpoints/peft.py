@@ -108,6 +108,9 @@ def modern_names(found: dict[str, Tensor], model: nn.Module, file: ModuleType) -
         name = re.sub(r"modules_to_save\.default(?=\.|$)", "modules_to_save", file.modern_name(name))
         name = name.replace(".modules_to_save.", ".")
         name = re.sub(r"^(?:(?:module|_orig_mod)\.)+", "", name).removeprefix(PREFIX)
+        if name.startswith("base_model."):  # of no layer, but of the adapter as a whole: for the method's on_base
+            renamed[name] = tensor
+            continue
         if name.split(".")[0] not in tops:
             name, is_bare = model.family.PREFIX + name, True
         renamed[tensor_name(model, name)] = tensor

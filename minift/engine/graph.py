@@ -39,8 +39,8 @@ def fill_up(batch: Batch, sequences: int, longest: int) -> Batch:
     sequences: the most that a batch has. longest: the most tokens that a sequence has; sizes grow in steps of at most
     this.
     """
-    if batch.targets.shape != batch.rows.shape:
-        raise InputError("--graph is True, with a task whose targets are not one a row; expected a run without")
+    if batch.targets.shape != batch.rows.shape or batch.targets.is_floating_point():
+        raise InputError("--graph is True, with a task whose targets are not one class a row; expected a run without")
     n, m = len(batch.ids), len(batch.rows)
     more = size_for(n + 1, longest) - n  # one at least: rows that are added need a token of their own
     rows = size_for(m, longest) - m

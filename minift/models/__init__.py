@@ -1,6 +1,7 @@
 """A model: the body of a family and, for a task, its head. Each family is one file, read top to bottom.
 
-A family is a file here and a line in tables.FAMILIES, under config.json's model_type. The file defines
+A family is a file here and a line in tables.FAMILIES, under config.json's model_type. It is made of what layers/ and
+ops/ have, and is given a Batch (data/batch.py); bert.py shows them all. The file defines
 
     Config         a frozen dataclass: the fields of config.json that change what is computed, with transformers'
                    defaults; its __post_init__ raises ValueError for a kind of model that the file does not compute
@@ -14,12 +15,14 @@ A family is a file here and a line in tables.FAMILIES, under config.json's model
                    token_types     rows of the token type embedding, 0 where the family has none
                    with_dropout(p) -> the changes of fields that set every dropout rate to p
     Body           nn.Module, Body(config); forward(batch, noise) -> hidden states at batch.rows, (M, C). Its layers are
-                   an nn.ModuleList. It has the attributes `dtype` (of activations) and `recompute` (whether a layer
-                   saves only its input). One that can generate has new_cache() -> list, and forward takes it as `cache`
+                   an nn.ModuleList; one that is used several times, as ALBERT's, is there once. It has the attributes
+                   `dtype` (of activations) and `recompute` (whether a layer saves only its input). One that can
+                   generate has new_cache() -> list, and forward takes it as `cache`.
                    Its parameters and those of its parts are called weight and bias. A Linear is called with the
                    noise of its rows, for an adapter may be around it. Every place of dropout has a number of its own,
-                   `site`, from 0; the head's come after the body's. Parts of other families may be used again, where
-                   Config has the fields that they read
+                   `site`, from 0; the head's come after the body's. A layer that is used several times is told its
+                   sites at each use (an adapter in it drops the same each time). Parts of other families may be used
+                   again, where Config has the fields that they read
     HEADS          what can be put on the body: "sequence" scores the labels of a sequence, "vocabulary" every token
     ARCHITECTURE   what transformers calls the body without a head
     ASKED          "first" or "last": the token of a sequence that a "sequence" head is asked about
@@ -32,7 +35,8 @@ A family is a file here and a line in tables.FAMILIES, under config.json's model
     OTHER_HEADS    a regular expression: tensors of heads for other tasks
     ROLES          what the hub calls the layers that make "query", "key", "value" and lead "down" from the MLP, from
                    which adapters choose their default targets: the end of a name, as PEFT's target_modules
-    TOKENIZER      the rules of its tokenizer (data/tokenizer.py), where a checkpoint names no tokenizer_class
+    TOKENIZER      the rules of its tokenizer (data/tokenizer.py: WordPiece or byte-level BPE), where a checkpoint names
+                   no tokenizer_class; any other kind of tokenizer is read from a tokenizer.json alone
     SHARDED        modules whose weights are gathered together where they are split over processes
     init_scale(config, name) -> standard deviation of a freshly drawn weight
 

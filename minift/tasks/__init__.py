@@ -1,28 +1,35 @@
 """What is learned, one file each. Nothing outside this folder asks which task it is.
 
-A task is a file here and a line in tables.TASKS. N tokens, M rows asked about, T targets, C width. The file defines
+A task is a file here and a line in tables.TASKS. N tokens, M rows asked about, T targets, C width. It may take what it
+shares with another task from that one's file (`from . import classify`). The file defines
 
     read(path, columns, need_label, header, max_line) -> its examples in a list; stream(...) -> the same, read anew each
-        time they are asked for. They raise InputError: file, line, what was found, what was expected
+        time they are asked for; need_label False: what is right may be absent. They raise InputError: file, line, what
+        was found, what was expected. data/examples.py has what both are made of: labelled_rows -> (where, {"text",
+        "pair", "label"}) of any kind of file; make_example, for which a label is a string or a whole number; Stream
     from_rows(rows, labelled) -> the same from a list in Python; labelled: whether what is right has to be there
-    CHECKS            what `minift check` looks at (data/check.py)
+    CHECKS            what `minift check` looks at (data/check.py); None: nothing
     label_names(examples, given) -> the classes of a training set, `given` being --labels; None: the task has none
-    judge(examples, model, tokenizer, labelled) -> what `encoded` needs of each example beside it (its label's number),
-        in one pass that keeps nothing; raises InputError for examples that this model cannot be asked
+    judge(examples, model, tokenizer, labelled) -> what `encoded` needs of each example beside it (its label's number,
+        or any value), in one pass that keeps no example; raises InputError for examples that this model cannot be asked
     encoded(examples, labels, model, tokenizer, max_length) -> an iterator of data.batch.Sequence: tokens, the rows
-        asked about, and targets, an array of any dtype with T entries along its first axis
+        asked about, and targets, an array of any dtype with T entries along its first axis. Only with one class a row,
+        as integers, --graph works: it adds rows of class -1, which the loss has to leave out
     encode(examples, model, tokenizer, max_length, labelled) -> the two together, in a list
     probe(number, ids, model) -> a Sequence of these tokens, asked as the task asks, without a right answer
 
     architecture(family) -> what transformers calls the family with the head of this task; None where it has none
     make_head(family, config, n_labels) -> that head (models/__init__.py): the family's own or another
-    NAMED_CLASSES     whether config.json names the classes of such a model (id2label)
+    NAMED_CLASSES     whether config.json names the classes of such a model (id2label); else n_labels is 0, and
+        model.labels is empty
     check_settings(settings, wanted, own, path)   raises InputError where a checkpoint's head, whose classes are `own`,
-        is for something else; wanted: the classes of the data, or None
+        is for something else; wanted: the classes of the data, or None. Asked only where NAMED_CLASSES
     settings(model) -> what stands in config.json beside the checkpoint's own
     PEFT_TYPE         PEFT's task_type; PEFT_HEADS: modules that PEFT trains for it without being told
+    claims(settings) -> whether a config.json is for this task; only where architecture or PEFT_TYPE are another's too
 
-    loss(model, batch, noise, smoothing) -> (the loss summed over the batch's targets, another sum over them), both ()
+    loss(model, batch, noise, smoothing) -> (the loss summed over the batch's targets, another sum over them), both ();
+        0 for no targets, which a process may get. smoothing: --label-smoothing, for those that have labels
         COUNTED       what the second is called when divided by T: "accuracy" if it counts targets predicted right
     Metrics(model)    .add(batch), .sums (float64, added up over processes), .result() -> {"loss": ..., COUNTED: ...,
         and others by name}; .best = (name, max or min): which of them says that a model is better
@@ -42,17 +49,18 @@ def task_named(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
-def task_of_architecture(family: ModuleType, architectures: list[str]) -> str | None:
-    """The name of the task that a checkpoint's head is for, by what its config.json calls it; None: the body alone."""
-    for name in TASKS:
-        if task_named(name).architecture(family) in architectures:
-            return name
-    return None
+def task_of_architecture(family: ModuleType, settings: dict) -> str | None:
+    """The name of the task that a checkpoint's head is for, by its config.json; None: the body alone."""
+    architectures = settings.get("architectures") or []
+    return claimed([name for name in TASKS if task_named(name).architecture(family) in architectures], settings)
 
 
-def task_of_peft(task_type: object) -> str | None:
-    """The name of the task that an adapter is for, by PEFT's task_type."""
-    for name in TASKS:
-        if task_named(name).PEFT_TYPE == task_type:
-            return name
-    return None
+def task_of_peft(task_type: object, settings: dict | None = None) -> str | None:
+    """The name of the task that an adapter is for, by PEFT's task_type and the config.json of the adapted model."""
+    return claimed([name for name in TASKS if task_named(name).PEFT_TYPE == task_type], settings or {})
+
+
+def claimed(names: list[str], settings: dict) -> str | None:
+    """Of tasks that are called the same elsewhere, the one that claims this config.json, else the first."""
+    claims = (name for name in names if hasattr(task_named(name), "claims") and task_named(name).claims(settings))
+    return next(claims, names[0] if names else None)

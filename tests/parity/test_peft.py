@@ -15,7 +15,7 @@ from helpers import nf4, peer, peer_logits, random_ids, sequence, small_bert
 from safetensors.torch import load_file, save_file
 
 import minift
-from minift.adapters import adapt
+from minift.adapters import adapt, lora
 from minift.adapters.lora import adapters
 from minift.checkpoints import peft as peft_format
 from minift.data.batch import order, pack
@@ -366,6 +366,22 @@ def test_fields_that_are_not_known_or_not_there_do_no_harm(saved):
     change(saved, **dict.fromkeys(gone, ...), a_field_of_the_future=3)
     model, _ = minift.load(saved)
     assert model.report.adapter == 10 and model.adapter.dropout == 0
+
+
+def test_a_tensor_of_the_whole_adapter_is_the_methods_affair(saved, monkeypatch):
+    """As what VeRA's layers share. It does not make the file one of the body alone, whose targets have no prefix."""
+    change(saved, target_modules=r"bert\.encoder\..*(query|value)")
+    weights = saved / peft_format.WEIGHTS
+    save_file(load_file(weights) | {"base_model.shared": torch.ones(2)}, weights)
+    with pytest.raises(InputError, match=r"base_model.shared \(2,\) belongs to no adapted layer"):
+        minift.load(saved)
+
+    def on_base(model, config, found):
+        assert found.pop("base_model.shared").equal(torch.ones(2))
+        return config, found
+
+    monkeypatch.setattr(lora, "on_base", on_base)
+    assert minift.load(saved)[0].report.adapter == 10
 
 
 def test_a_base_of_another_width(saved, tmp_path):
