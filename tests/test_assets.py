@@ -24,6 +24,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import assets as known  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PATHS = {f"{group.folder}/{name}": group for group in known.GROUPS for name in group.files}
 
 

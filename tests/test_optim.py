@@ -108,7 +108,8 @@ def test_adamw_is_torchs_to_the_bit(decay):
 @pytest.mark.parametrize("name", tables.OPTIMIZERS)
 def test_a_step_does_not_import_the_compiler(name):
     code = (
-        "import sys, torch; from minift.engine.optim import clip; from minift.engine.optimizers import Optimizer, rule_named;"
+        "import sys, torch; from minift.engine.optim import clip;"
+        "from minift.engine.optimizers import Optimizer, rule_named;"
         "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2); clip([p], 1.0);"
         f"Optimizer(rule_named({name!r}), [{{'params': [p], 'weight_decay': 0.0}}], 0.1).step();"
         "assert 'torch._dynamo' not in sys.modules and p.max() < 1"

@@ -22,6 +22,8 @@ from minift.engine import optim, optimizers
 from minift.engine.optimizers import Optimizer
 from minift.measure import track
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-5  # of losses
 SHAPES = [(7, 5), (3, 11), (1, 6), (9, 1), (4,), (1,), (0, 3), (2, 3, 5)]
 

@@ -19,6 +19,8 @@ from minift.layers.nf4 import STATE, NF4Linear
 from minift.ops.dropout import SILENT
 from minift.tasks import task_named
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("bitsandbytes")
 CLASSES = {
     "bert": (transformers.BertForSequenceClassification, "classify", {"hidden_size": 64, "intermediate_size": 128}),

@@ -132,6 +132,7 @@ def test_what_a_thing_is_it_says_itself(path):
         assert not any(re.search(r"\bhead\.(out|pooler)\b", text) for text in texts), "known in models/ alone"
 
 
+@pytest.mark.slow
 def test_an_import_does_nothing():
     """No device is probed, no thread setting touched, nothing printed."""
     code = """

@@ -11,6 +11,8 @@ import minift
 from minift.ops import native
 from minift.training import train_step
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-5  # of losses and, relatively, of gradient norms
 
 

@@ -16,6 +16,8 @@ from minift.data.batch import token_keys
 from minift.ops import compile, native, sources
 from minift.ops.dropout import Noise, keep
 
+pytestmark = pytest.mark.slow
+
 try:
     compile.compiler()
 except compile.Unavailable as e:

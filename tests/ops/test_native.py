@@ -322,6 +322,7 @@ def test_fields_are_set_by_name_and_none_is_forgotten():
             sources.packed(add, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arch"),
     [

@@ -31,7 +31,10 @@ from minift.setup import default_lr
 from minift.tasks import task_named
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT's own, of every Conv1D
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out"),  # PEFT's own, of every Conv1D
+]
 
 FIRST = ".*layer.1..*(key|output.dense)"
 SETTINGS = {

@@ -25,6 +25,8 @@ from minift.layers.nf4 import NF4Linear
 from minift.ops.dropout import SILENT
 from minift.tasks import task_named
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 CLASSES = {
     "bert": (transformers.BertForSequenceClassification, "classify", "SEQ_CLS"),
