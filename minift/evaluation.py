@@ -12,7 +12,7 @@ from .data.tokenizer import Tokenizer
 from .errors import InputError
 from .measure.track import Progress
 from .models import Model, check_length
-from .tasks import task_named
+from .tasks import task_of
 
 TOKENS = 4096  # at once, where nothing else is asked for
 
@@ -31,7 +31,7 @@ def evaluate(
     else:
         rows = None
     config.check()
-    task = task_named(model.task)
+    task = task_of(model)
     length = check_length(model, config.max_length)
     if rows is None:
         examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
@@ -59,7 +59,7 @@ def predict(
     config: what to predict, of which the predictions come one by one; or a list of texts, ("text", "its pair"), or as
     else the lines of a .jsonl are, of which they come in a list. tokens, max_length: the options, for a list.
     """
-    task = task_named(model.task)
+    task = task_of(model)
     if task.predictions is None:
         raise InputError(f"a model for the task {model.task} predicts nothing; expected `generate`")
     if isinstance(config, list):
@@ -75,7 +75,7 @@ def predict(
 
 def predictions(model: Model, tokenizer: Tokenizer, examples: Iterable, max_length: int, tokens: int) -> Iterator[dict]:
     """The prediction for each example, some of them computed at a time."""
-    task = task_named(model.task)
+    task = task_of(model)
     labels = task.judge(examples, model, tokenizer, labelled=False)  # every fault is told before the first prediction
     sequences = task.encoded(examples, labels, model, tokenizer, max_length)
     progress = Progress(len(labels), "example")
@@ -98,7 +98,7 @@ def measure(
 
     add_up: sums the counts over all processes, where each has measured its part.
     """
-    metrics = task_named(model.task).Metrics(model)
+    metrics = task_of(model).Metrics(model)
     for batch in batches(sequences, tokens):
         with torch.inference_mode():
             metrics.add(batch.to(model.device))

@@ -46,38 +46,38 @@ class Sampling:
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer, config: GenerateConfig | list, **options
+    model: Model, tokenizer: Tokenizer, config: GenerateConfig | list, *, max_tokens: int = 64, **options
 ) -> Iterator[dict] | list[dict]:
     """{"prompt", "completion"} for each prompt, in order. Raises InputError.
 
     config: what to complete, of which the completions come one by one; or a list of prompts, of which they come in a
-    list: generate(model, tokenizer, ["The capital of Peru is"], max_tokens=8). options: fields of GenerateConfig.
+    list: generate(model, tokenizer, ["The capital of Peru is"], max_tokens=8). options: fields of Sampling, for a list.
     The prompt of a chat is its whole history, tokenised as in training; an empty one is end-of-text. All are judged
     before the first is completed.
     """
     if isinstance(config, list):
         prompts = passages_from(config, need_label=False)
-        config = GenerateConfig(prompt="of a list", **options)
-        config.check()
-        return list(completions(model, tokenizer, prompts, config))
+        return list(completions(model, tokenizer, prompts, max_tokens, Sampling(**options)))
     config.check()
     if config.prompt:
         prompts = [Passage(((config.prompt, False),), "--prompt")]
     else:
         prompts = stream_passages(config.data, need_label=False, max_line=config.max_line)
-    return completions(model, tokenizer, prompts, config)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    return completions(model, tokenizer, prompts, config.max_tokens, sampling)
 
 
 def completions(
-    model: Model, tokenizer: Tokenizer, prompts: Iterable[Passage], config: GenerateConfig
+    model: Model, tokenizer: Tokenizer, prompts: Iterable[Passage], max_tokens: int, sampling: Sampling
 ) -> Iterator[dict]:
     """What `generate` gives, one by one."""
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    if not model.scores_vocabulary or not hasattr(model.body, "new_cache"):
+        raise InputError(f"the model has a head for {model.task or 'nothing'}; expected one that generates text")
     stops = ends_of_text(model, tokenizer)
     count = judge(prompts, model, tokenizer)
     progress = Progress(count, "prompt")
     for number, (prompt, ids, _) in enumerate(tokens_of(prompts, model, tokenizer)):
-        tokens = continuation(model, ids or stops[:1], config.max_tokens, sampling, stops, number)
+        tokens = continuation(model, ids or stops[:1], max_tokens, sampling, stops, number)
         yield {"prompt": "".join(text for text, _ in prompt.parts), "completion": tokenizer.decode(tokens)}
         progress.add(note=f"{len(tokens)} tokens")
     progress.close()

@@ -16,13 +16,14 @@ from .config import TrainConfig, is_number
 from .data.batch import Sequence
 from .data.examples import sample, split
 from .data.tokenizer import Tokenizer
+from .engine.distributed import local
 from .errors import InputError
 from .evaluation import measure
 from .layers.nf4 import has_packed_layers
 from .measure.track import check_loggers, say
 from .models import Model, check_length
-from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings, require_task
-from .tasks import task_named
+from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings
+from .tasks import task_named, task_of
 
 
 class Interrupted(Exception):
@@ -58,7 +59,7 @@ def set_aside(config: TrainConfig, examples: list) -> tuple[list, list]:
 
 def from_lists(model: Model, config: TrainConfig, examples: list, valid: list | None) -> tuple[list, list]:
     """(training, validation) examples from lists in Python. Raises InputError."""
-    task = task_named(model.task)
+    task = task_of(model)
     if valid is None:
         return set_aside(config, task.from_rows(examples))
     if config.valid:
@@ -73,14 +74,14 @@ def prepare_run(
 
     Everything is checked before the run folder is begun. Raises InputError.
     """
-    config = dataclasses.replace(config, task=require_task(model))
+    task = task_of(model)
+    config = dataclasses.replace(config, task=model.task)
     config.check()
     check_out(config)
     check_loggers(config.log)
     optimizer_settings(config)
     engine = choose_engine(config)
     max_length = check_length(model, config.max_length)
-    task = task_named(config.task)
     examples, valid = examples or read_examples(config)
     sequences = task.encode(examples, model, tokenizer, max_length)
     held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
@@ -100,18 +101,18 @@ def announce(model: Model, config: TrainConfig, sequences: list[Sequence], valid
     tokens = [len(s) for s in sequences]
     mean = sum(tokens) / len(tokens)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    first, *others = task_named(model.task).summary(model, sequences) or [""]
+    first, *others = task_of(model).summary(model, sequences) or [""]
     say(f"{trainable:,} of {model.size():,} parameters are trained" + (f"; {first}" if first else ""))
     for line in others:
         say(line)
     empty = sum(not len(s.targets) for s in sequences)
     if empty:
         say(f"nothing is left to learn of {empty:,} examples, cut to {max_length} tokens")
-    split = f", at most {at_once:,} at once" if at_once else ""
+    limit = f", at most {at_once:,} at once" if at_once else ""
     cut = sum(s.cut for s in sequences)
     say(
         f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
-        f"{config.batch * mean:,.0f} a step{split}; {cut:,} cut to {max_length} tokens"
+        f"{config.batch * mean:,.0f} a step{limit}; {cut:,} cut to {max_length} tokens"
     )
 
 
@@ -242,10 +243,7 @@ def check_finite(job: Job, step: int) -> None:
     faults = []
     for name, p in resume.trained(job.model):
         for tensor in (p, *job.optimizer.state.get(p, {}).values()):
-            tensor = tensor.detach()
-            if hasattr(tensor, "to_local"):  # a process's own part of a sharded one
-                tensor = tensor.to_local()
-            if not resume.is_finite(tensor):
+            if not resume.is_finite(local(tensor.detach())):
                 faults.append(name)
     count = torch.tensor([len(faults)], dtype=torch.float64, device=job.model.device)
     if job.world.add_up(count).item():

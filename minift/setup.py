@@ -1,6 +1,5 @@
 """From a model to a job: what a step runs on. `prepare` does it in one call, in Python too."""
 
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from .layers.nf4 import has_packed_layers, quantize
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
-from .tasks import task_named
+from .tasks import task_of
 
 BASE = 109_000_000  # weights of BERT-base
 
@@ -42,7 +41,7 @@ class Job:
     world: World = ALONE
     base: dict = field(default_factory=dict)  # resume.fingerprint_base of the model as it was loaded
     graphs: Graphs | None = None  # with --graph, from the first step on
-    caught: Several[int] = ()  # signals that arrived
+    caught: list[int] = field(default_factory=list)  # signals that arrived
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,10 @@ def prepare(model: Model, config: TrainConfig | None = None, **options) -> Job:
     options: fields of TrainConfig; those about files have no meaning here. The model goes to the device and is kept
     there as the options say. Raises InputError, and ValueError for a wrong option.
     """
-    config = replace(config or TrainConfig(**options), task=require_task(model))
+    task_of(model)
+    config = replace(config or TrainConfig(**options), task=model.task)
     config.check()
     return make_job(model, config, choose_engine(config))
-
-
-def require_task(model: Model) -> str:
-    """The task that a model has a head for. Raises InputError where it has none."""
-    if model.task is None:
-        raise InputError("the model has no head, so there is nothing to learn; expected load(..., task=...)")
-    return model.task
 
 
 def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
@@ -143,7 +136,7 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus, config.optimizer, **settings)
     return Job(
         model=model,
-        task=task_named(model.task),
+        task=task_of(model),
         config=config,
         parameters=[p for p in model.parameters() if p.requires_grad],
         optimizer=optimizer,

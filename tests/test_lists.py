@@ -6,9 +6,11 @@ python -m pytest tests/test_lists.py
 import json
 
 import pytest
+from helpers import small_bert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import minift
 from minift.data.examples import Example, examples_from, read_examples
 from minift.data.passages import passages_from, read_passages
 from minift.errors import InputError
@@ -121,3 +123,14 @@ def test_what_is_wrong_names_the_passage(rows, words):
     with pytest.raises(InputError) as error:
         passages_from(rows)
     assert words in str(error.value)
+
+
+def test_a_model_without_the_right_head_says_so(tmp_path):
+    body, tokenizer = minift.load(small_bert(tmp_path))
+    with pytest.raises(minift.InputError, match="the model has no head, so nothing can be asked of it"):
+        minift.predict(body, tokenizer, ["good"])
+    with pytest.raises(minift.InputError, match="the model has no head"):
+        minift.prepare(body)
+    classifier, tokenizer = minift.load(tmp_path, task="classify", labels=["no", "yes"])
+    with pytest.raises(minift.InputError, match="the model has a head for classify; expected one that generates text"):
+        minift.generate(classifier, tokenizer, ["good"])

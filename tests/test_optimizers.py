@@ -225,16 +225,17 @@ def check_equal(run, whole) -> None:
 @pytest.mark.slow
 @each
 def test_a_run_learns(folder, tmp_path, name):
-    """120 steps of 64 examples, without dropout: SGD leaves the plateau of so small a model late, Lion too."""
+    """120 steps of 64 examples, without dropout, at a rate that suits so small a model: of Lion, whose steps do not
+    grow with the gradient, four times what suits the others beside AdamW's."""
     data = str(reviews(tmp_path / "train.tsv", 256))
     model, tokenizer = minift.load(folder / "model", task="classify", labels=["blame", "praise"], dropout=0.0)
-    lr = 40 * 5e-5 * optimizers.rule_named(name).LR
+    lr = (160 if name == "lion" else 40) * 5e-5 * optimizers.rule_named(name).LR
     config = minift.TrainConfig(
         data=data, valid="0.2", out=str(tmp_path / "run"), epochs=30, batch=64, lr=lr, optimizer=name
     )
-    assert minift.train(model, tokenizer, config).metrics["accuracy"] > 0.75
+    assert minift.train(model, tokenizer, config).metrics["accuracy"] > 0.95
     losses = curve(tmp_path / "run")
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
 
 
 @each

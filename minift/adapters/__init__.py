@@ -29,8 +29,8 @@ A file whose layers are its own, not those of another method, also defines
 
     wrap(model, config)   puts its layers in place, nothing drawn; they and config.saved become all that is trained.
         Both `add` and the reading of a file come through here. The steps are in targets.py: default_saved where saved
-        is None, select, requires_grad_(False), set_submodule for those of candidates, train_saved. Names that only
-        minift understands ("all-linear", numbers of layers) become those of the layers, for PEFT to read: named_in_file
+        is None, select, requires_grad_(False), set_submodule for those of candidates, train_saved. What only minift
+        understands ("all-linear", numbers of layers) becomes names of layers, for PEFT to read: targets_for_peft
 
 and one that PEFT has a name for (SAVED_AS is its own; files.py helps to read and write its files)
 

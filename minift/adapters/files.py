@@ -29,7 +29,7 @@ def check_unknown(found: dict, known: set[str]) -> list[str]:
     return [f"options that are not known here, and not used: {', '.join(unknown)}"] if unknown else []
 
 
-def names_in_file(value: str | list | None) -> str | tuple[str, ...]:
+def targets_from_peft(value: str | list | None) -> str | tuple[str, ...]:
     """Targets as they are here: a regular expression as it is, a list as a tuple."""
     return value if isinstance(value, str) else tuple(sorted(map(str, value or ())))
 
@@ -40,7 +40,7 @@ def saved_in_file(found: dict, heads: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(str, (*named, *heads))))
 
 
-def named_in_file(
+def targets_for_peft(
     model: nn.Module, targets: str | tuple[str, ...], layers: tuple[int, ...], chosen: list[str]
 ) -> str | tuple[str, ...]:
     """Targets as PEFT understands them, or the names of the chosen layers where it would not.

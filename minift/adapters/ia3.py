@@ -5,7 +5,7 @@
 
 l begins at 1, in float32 whatever W is, and multiplies in float32: bfloat16 has no number between 1 and 1.008. For
 backward the first form saves one value of width `out` a token more than the frozen layer; the second its input, which
-is made again in backward where it came from an activation (ops/again.py).
+is made again in backward where it came from an activation (ops/rematerialise.py).
 
 Which layers are scaled at their input is decided as in PEFT: those whose names end in one of `feedforward`, or are
 matched by it. BERT's defaults in PEFT are key, value and output.dense, which is also the end of attention's output
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.dropout import SILENT, Noise
 from . import Options
-from .files import as_option, check_kinds, check_unknown, names_in_file, saved_in_file
+from .files import as_option, check_kinds, check_unknown, saved_in_file, targets_from_peft
 from .targets import candidates, check_pattern, default_saved, name_in, roles, select, train_saved
 
 SAVED_AS = "ia3"
@@ -159,9 +159,9 @@ def read(found: dict, heads: tuple[str, ...]) -> tuple[IA3Config, list[str]]:
     notes = check_unknown(found, KNOWN)
     feedforward = found.get("feedforward_modules")
     config = IA3Config(
-        targets=names_in_file(found.get("target_modules")),
-        exclude=names_in_file(found.get("exclude_modules")),
-        feedforward=None if feedforward is None else names_in_file(feedforward),
+        targets=targets_from_peft(found.get("target_modules")),
+        exclude=targets_from_peft(found.get("exclude_modules")),
+        feedforward=None if feedforward is None else targets_from_peft(feedforward),
         saved=saved_in_file(found, heads),
         base=found.get("base_model_name_or_path") or "",
     )

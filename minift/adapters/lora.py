@@ -19,7 +19,15 @@ from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
 from ..ops.lora import lora_linear
 from . import Options
-from .files import as_option, check_kinds, check_unknown, named_in_file, names_in_file, saved_in_file, tensor_name
+from .files import (
+    as_option,
+    check_kinds,
+    check_unknown,
+    saved_in_file,
+    targets_for_peft,
+    targets_from_peft,
+    tensor_name,
+)
 from .targets import (
     by_pattern,
     candidates,
@@ -169,7 +177,7 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
         check_rank(rank, hub, layer)
         model.set_submodule(name, LoRALinear(layer, rank, alpha, config.dropout, config.rslora, SITE + i))
     train_saved(model, saved)
-    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, config.layers, chosen))
+    model.adapter = replace(config, saved=saved, targets=targets_for_peft(model, targets, config.layers, chosen))
 
 
 def check_patterns(config: LoRAConfig) -> None:
@@ -301,8 +309,8 @@ def config_of(found: dict, heads: tuple[str, ...]) -> LoRAConfig:
         rank=int(found.get("r", 8)),
         alpha=alpha,
         dropout=float(found.get("lora_dropout", 0)),
-        targets=names_in_file(found.get("target_modules")),
-        exclude=names_in_file(found.get("exclude_modules")),
+        targets=targets_from_peft(found.get("target_modules")),
+        exclude=targets_from_peft(found.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         rank_pattern={k: int(v) for k, v in (found.get("rank_pattern") or {}).items()},
         alpha_pattern={k: float(v) for k, v in (found.get("alpha_pattern") or {}).items()},

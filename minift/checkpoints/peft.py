@@ -188,9 +188,7 @@ def settings(model: nn.Module) -> dict:
     """adapter_config.json: every field that PEFT needs to compute the same."""
     config = model.adapter
     file = method_file(saved_as(config.variant))
-    transposed = bool(model.family.TRANSPOSED) and not has_packed_layers(
-        model
-    )  # PEFT's word for Conv1D; changes nothing
+    is_conv1d = bool(model.family.TRANSPOSED) and not has_packed_layers(model)  # as PEFT says; it changes nothing
     common = {
         "peft_type": file.PEFT_TYPE,
         "task_type": task_named(model.task).PEFT_TYPE if model.task else "FEATURE_EXTRACTION",
@@ -198,7 +196,7 @@ def settings(model: nn.Module) -> dict:
         "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
         "exclude_modules": (config.exclude if isinstance(config.exclude, str) else list(config.exclude)) or None,
         "modules_to_save": list(config.saved) or None,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": is_conv1d,
         "inference_mode": True,
     }
     return common | file.settings(model)

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor, nn
 
+from ..adapters.lora import LoRALinear
 from ..layers import Embedding
 from . import optimizers, schedules
 from .distributed import whole
@@ -22,11 +23,12 @@ def make_optimizer(
     """
     rule = optimizers.rule_named(name)
     embeddings = {id(p) for m in model.modules() if isinstance(m, Embedding) for p in m.parameters()}
+    fast = {id(m.B) for m in model.modules() if isinstance(m, LoRALinear)}
     groups: dict[tuple[float, float, bool], list] = {}
     for key, p in model.named_parameters():
         if p.requires_grad:
             decayed = p.ndim > 1
-            ratio = lora_plus if key.endswith(".B") else 1.0
+            ratio = lora_plus if id(p) in fast else 1.0
             hidden = p.ndim == 2 and id(p) not in embeddings and not key.startswith("head.")
             kind = (weight_decay if decayed else 0.0, ratio, hidden and rule.MATRICES)
             groups.setdefault(kind, []).append(p)

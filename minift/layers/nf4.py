@@ -1,7 +1,7 @@
 """A frozen base in four bits: linear layers whose weights are NF4 codes in plain buffers.
 
     quantize(model)             a loaded model's layers, in place
-    hub.load(..., base="nf4")   the same while it loads: each weight is packed as it arrives
+    load(..., base="nf4")       the same while it loads: each weight is packed as it arrives
 
 Heads, the pooler and embeddings stay as they are unless named. The files are those of bitsandbytes (parts, receive): a
 tensor `weight` with six more beside it (transformers loads them with bitsandbytes installed).

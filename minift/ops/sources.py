@@ -55,7 +55,7 @@ def read_sources(path: Path) -> dict[str, str]:
 
 
 def functions(texts: dict[str, str]) -> dict[str, Arguments | None]:
-    """The functions that a source (as `read` gives it) offers, each with its arguments; None: it takes none."""
+    """The functions that a source (as `read_sources` gives it) offers, each with its arguments; None: it takes none."""
     source, everything = next(iter(texts.values())), "\n".join(texts.values())
     offered = re.findall(r'^extern "C" (?:__global__ )?void (\w+)\((?:const )?(\w*)', source, re.MULTILINE)
     return {function: arguments(name, everything) if name else None for function, name in offered}

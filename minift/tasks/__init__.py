@@ -40,6 +40,8 @@ shares with another task from that one's file (`from . import classify`). The fi
 import importlib
 from types import ModuleType
 
+from ..errors import InputError
+from ..models import Model
 from ..tables import TASKS
 
 
@@ -47,6 +49,13 @@ def task_named(name: str) -> ModuleType:
     """The file of a task."""
     assert name in TASKS, name
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def task_of(model: Model) -> ModuleType:
+    """The file of the task that a model has a head for. Raises InputError where it has none."""
+    if model.task is None:
+        raise InputError("the model has no head, so nothing can be asked of it; expected load(..., task=...)")
+    return task_named(model.task)
 
 
 def task_of_architecture(family: ModuleType, settings: dict) -> str | None:

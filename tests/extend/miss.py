@@ -26,9 +26,9 @@ from .files import (
     as_option,
     check_kinds,
     check_unknown,
-    named_in_file,
-    names_in_file,
     saved_in_file,
+    targets_for_peft,
+    targets_from_peft,
 )
 from .lora import SITE
 from .targets import candidates, check_pattern, default_saved, roles, select, train_saved
@@ -126,7 +126,7 @@ def wrap(model: nn.Module, config: MissConfig) -> None:
             raise InputError(f"rank is {config.rank} for {hub}; expected 1 to {layer.in_features}, its inputs")
         model.set_submodule(name, MissLinear(layer, config.rank, config.dropout, SITE + i))
     train_saved(model, saved)
-    model.adapter = replace(config, saved=saved, targets=named_in_file(model, targets, config.layers, chosen))
+    model.adapter = replace(config, saved=saved, targets=targets_for_peft(model, targets, config.layers, chosen))
 
 
 # in PEFT's files
@@ -164,8 +164,8 @@ def read(found: dict, heads: tuple[str, ...]) -> tuple[MissConfig, list[str]]:
     config = MissConfig(
         rank=found.get("r", 64),
         dropout=float(found.get("miss_dropout", 0)),
-        targets=names_in_file(found.get("target_modules")),
-        exclude=names_in_file(found.get("exclude_modules")),
+        targets=targets_from_peft(found.get("target_modules")),
+        exclude=targets_from_peft(found.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         saved=saved_in_file(found, heads),
         base=found.get("base_model_name_or_path") or "",

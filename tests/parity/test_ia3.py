@@ -248,7 +248,7 @@ def test_saved_activations(cls, tmp_path):
         saved = {}
 
         def note(t, saved=saved):
-            if not hasattr(t, "recipe") and t.is_floating_point():  # what has one is not kept (ops/again.py)
+            if not hasattr(t, "recipe") and t.is_floating_point():  # what has one is not kept (ops/rematerialise.py)
                 saved[t.untyped_storage().data_ptr()] = t
             return t
 
