@@ -19,6 +19,7 @@ from .config import (
     GenerateConfig,
     InspectConfig,
     MergeConfig,
+    NewConfig,
     PredictConfig,
     TrainConfig,
     add_options,
@@ -54,6 +55,14 @@ def train(config: TrainConfig) -> int:
     if done.metrics and speaks():
         print_table({f"valid {name}": value for name, value in done.metrics.items()})
     return 0
+
+
+def new(config: NewConfig) -> None:
+    """Makes a model folder, and says how to train it."""
+    from .checkpoints.new import make_folder
+
+    print(make_folder(config))
+    print(f"to train it: minift train --model {config.out} --init random --data ... --out ...", file=sys.stderr)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -246,6 +255,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "merge": (MergeConfig, merge),
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
+    "new": (NewConfig, new),
 }
 
 

@@ -71,6 +71,7 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
         base="nf4" if config.base == "nf4" and not is_packed_later else "",
         dropout=config.dropout,
         seed=config.seed,
+        init=config.init,
     )
     say(f"{config.model}: {model.report}")
     adapt(model, method, **adapter_options(config))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 # `--task`
 TASKS = {
     "classify": "one label for a text or a pair of texts",
+    "fill": "the tokens behind masks, from text alone",
     "complete": "the text after a prompt, the answers in a chat, or running text",
 }
 
