@@ -1,4 +1,4 @@
-"""Makes the models that ship with minift, from nothing but text: `python benchmarks/builtin.py bert-nano --imdb FOLDER`.
+"""Makes the models that ship with minift, from text alone: `python benchmarks/builtin.py bert-nano --imdb FOLDER`.
 
     FOLDER      unsup.txt.gz, 50,000 film reviews without labels, one a line (Maas et al. 2011); and train.jsonl.gz and
                 test.jsonl.gz, whose reviews are left out, so that they can still be learned from and tested on
@@ -9,7 +9,6 @@ The commands below are all there is to it: text written out, `minift new`, `mini
 """
 
 import argparse
-import datetime
 import gzip
 import json
 import re
@@ -17,9 +16,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
 
 HELD_OUT = 1000  # reviews, the last ones
 MODELS = Path(__file__).parents[1] / "minift" / "demo" / "models"

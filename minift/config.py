@@ -152,7 +152,7 @@ class Config:
 class TrainConfig(Config):
     """Fine-tune a model on a file of examples."""
 
-    model: str = option("", "folder, or hub id (required)")
+    model: str = option("", "folder, hub id, or builtin:NAME; none: a small one that ships with minift")
     task: str = option("classify", "what is learned", choices=tuple(TASKS))
     data: str = option("", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)")
     valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
@@ -251,8 +251,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"--method is {self.method!r} with --base {self.base}; it makes up for 4 bits, expected --base nf4"
             )
-        if self.init == "random" and (self.method != "full" or self.base not in ("auto", "fp32")):
-            raise ValueError("--init is 'random', so everything has to learn; expected --method full and --base auto")
+        if self.init == "random" and self.base == "nf4":
+            raise ValueError("--init is 'random' with --base nf4; weights in 4 bits do not learn")
         if not self.adapter_dropout < 1:
             raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.layers):
@@ -275,6 +275,13 @@ class TrainConfig(Config):
                 raise ValueError(f"{flag} is {value!r}; expected -1, or at least 0 and below 1")
         if self.eps != -1 and self.eps < 0:
             raise ValueError(f"--eps is {self.eps!r}; expected -1, or at least 0")
+
+
+@dataclass
+class DemoConfig(Config):
+    """Fine-tune the built-in models on built-in data, and show what they learned: no network, about a minute."""
+
+    out: str = option("minift-demo", "folder for data, runs and logs, new or empty")
 
 
 @dataclass

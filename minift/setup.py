@@ -75,6 +75,8 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
     )
     say(f"{config.model}: {model.report}")
     adapt(model, method, **adapter_options(config))
+    if model.adapter and config.init == "random":
+        raise InputError(f"--init is 'random' with --method {method}, which saves an adapter and not what it is around")
     if is_packed_later:
         quantize(model)
     return model, tokenizer

@@ -24,6 +24,14 @@ FAMILIES = {
 }
 
 
+# models that ship with minift, as `--model builtin:NAME`, each a folder in demo/models/; without --model, the first of
+# them that has a head for the task
+BUILTIN = {
+    "bert-nano": "a BERT that has read 49,000 film reviews",
+    "gpt2-nano": "a GPT-2 that has read the same",
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train: a file in adapters/, and what can be told of it without reading that."""
