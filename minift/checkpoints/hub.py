@@ -48,9 +48,8 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
 def builtin(name: str, who: str = "") -> Path:
     """The folder of a model that ships with minift. Raises InputError."""
     if name not in tables.BUILTIN:
-        raise InputError(
-            f"{who}{PREFIX}{name}: no such model; expected {' or '.join(PREFIX + n for n in tables.BUILTIN)}"
-        )
+        known = " or ".join(PREFIX + known for known in tables.BUILTIN)
+        raise InputError(f"{who}{PREFIX}{name}: no such model; expected {known}")
     return BUILTIN / name
 
 

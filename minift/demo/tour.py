@@ -62,11 +62,12 @@ def run(config: DemoConfig) -> None:
     start = time.perf_counter()
     classify(out)
     complete(out)
+    seconds = time.perf_counter() - start
     print(
-        f"\nAll of it took {time.perf_counter() - start:.0f} s, and is in {out}: data, runs, and what they printed (*.log)."
+        f"\nAll of it took {seconds:.0f} s. {out} has the data, a folder for each run, and what each run printed (*.log)."
     )
     print("Your own data next, a file with a text and a label in each line (.csv, .tsv or .jsonl):")
-    print("  minift train --data reviews.csv --valid 0.1 --out runs/first")
+    print("   minift train --data reviews.csv --valid 0.1 --out runs/first")
     print("and a larger model, from the Hugging Face hub or a folder: --model bert-base-uncased")
 
 
@@ -114,11 +115,8 @@ def complete(out: Path) -> None:
         print_text("   ", prompt.replace("\n", " "))
         print_text("     before: ", first)
         print_text("     after:  ", second)
-    print(
-        f'\n   Ask it yourself: minift generate --model {out / COMPLETE.name} --prompt "{PROMPTS[1]}"'.replace(
-            "\n", "\\n"
-        )
-    )
+    prompt = PROMPTS[1].replace("\n", "\\n")
+    print(f"\n   Ask it yourself: minift generate --model {out / COMPLETE.name} --prompt $'{prompt}'")
 
 
 @dataclass
