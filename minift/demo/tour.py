@@ -64,7 +64,7 @@ def run(config: DemoConfig) -> None:
     complete(out)
     seconds = time.perf_counter() - start
     print(
-        f"\nAll of it took {seconds:.0f} s. {out} has the data, a folder for each run, and what each run printed (*.log)."
+        f"\nAll of it took {seconds:.0f} s. {out} has the data, a folder for each run, and what that printed (*.log)."
     )
     print("Your own data next, a file with a text and a label in each line (.csv, .tsv or .jsonl):")
     print("   minift train --data reviews.csv --valid 0.1 --out runs/first")
