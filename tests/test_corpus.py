@@ -263,6 +263,7 @@ def test_killed_it_goes_on_from_there(name, where, at, done, folder, letters, ca
     assert make(path, letters)[0] == 0 and tokens_in(tmp_path / "undisturbed/minift/text") == found
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(folder, letters, cache, tmp_path):
     """One of them makes it, the other waits for that one."""
     path = put(tmp_path / "d.txt", TEXT)
@@ -282,9 +283,7 @@ def test_processes_of_one_run(folder, cache, tmp_path):
     shared = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571"]
     for name, launcher in (("one", []), ("two", shared)):
         line = [sys.executable, *launcher, *words.split(), str(tmp_path / name)]
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name / "cache"), "OMP_NUM_THREADS": "1"}
-        (tmp_path / name).mkdir()
-        environment["XDG_CACHE_HOME"] = str(tmp_path / f"{name}-cache")
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / f"{name}-cache"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(line, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr.count("tokens in") == 1, done.stderr
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
@@ -340,11 +339,11 @@ from minift.checkpoints.resume import fingerprint
 from minift.data.tokenizer import read_tokenizer
 from minift.tasks import complete
 blocks = complete.encode(complete.read(sys.argv[2]), None, read_tokenizer(sys.argv[1]), 128)
-assert fingerprint(blocks) and sum(len(s.targets) for s in blocks) > 1_000_000
+assert fingerprint(blocks) and sum(len(s.targets) for s in blocks) > 100_000
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
     peaks = []
-    for times in (40, 160):
+    for times in (15, 60):
         path = put(tmp_path / f"{times}.txt", TEXT * times)
         peaks.append(int(python(code, folder / "bert", path)))
-    assert peaks[1] - peaks[0] < 25_000_000, peaks
+    assert peaks[1] - peaks[0] < 20_000_000, peaks  # 4 million; 150 million where all are held

@@ -197,7 +197,7 @@ def tokenise(text: Text, tokenizer: Tokenizer) -> Iterator[int]:
 
 
 def lock_place(key: str, held: ExitStack) -> Path:
-    """The first of `places` that can be written, the lock of this key held there. Raises OSError where there is none."""
+    """The first of `places` that can be written, the lock of this key held there. Raises OSError: there is none."""
     refused = []
     for place in places():
         try:
