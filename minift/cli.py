@@ -9,16 +9,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from .config import (
     CheckConfig,
     Config,
+    DemoConfig,
     EvalConfig,
     GenerateConfig,
     InspectConfig,
     MergeConfig,
+    NewConfig,
     PredictConfig,
     TrainConfig,
     add_options,
@@ -30,6 +33,7 @@ from .errors import InputError, printable
 
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
+    from .checkpoints.hub import default_model
     from .engine.distributed import leave
     from .measure.track import say, speaks
     from .runs import Interrupted, check_out, read_training, set_aside
@@ -38,6 +42,9 @@ def train(config: TrainConfig) -> int:
     from .training import train_on
 
     check_out(config)
+    if not config.model:
+        config = replace(config, model=default_model(config.task))
+        say(f"no --model: {config.model}, which ships with minift and is small; --model takes a folder or a hub id")
     whole = read_training(config, config.data)
     labels = task_named(config.task).label_names(whole, config.labels)  # before some are set aside
     examples = set_aside(config, whole)
@@ -54,6 +61,21 @@ def train(config: TrainConfig) -> int:
     if done.metrics and speaks():
         print_table({f"valid {name}": value for name, value in done.metrics.items()})
     return 0
+
+
+def demo(config: DemoConfig) -> None:
+    """Shows the main job from end to end."""
+    from .demo.tour import run
+
+    run(config)
+
+
+def new(config: NewConfig) -> None:
+    """Makes a model folder, and says how to train it."""
+    from .checkpoints.new import make_folder
+
+    print(make_folder(config))
+    print(f"to train it: minift train --model {config.out} --init random --data ... --out ...", file=sys.stderr)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -246,6 +268,8 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "merge": (MergeConfig, merge),
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
+    "new": (NewConfig, new),
+    "demo": (DemoConfig, demo),
 }
 
 

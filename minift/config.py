@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InputError
-from .tables import METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
+from .tables import FAMILIES, METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
@@ -152,7 +152,7 @@ class Config:
 class TrainConfig(Config):
     """Fine-tune a model on a file of examples."""
 
-    model: str = option("", "folder, or hub id (required)")
+    model: str = option("", "folder, hub id, or builtin:NAME; none: a small one that ships with minift")
     task: str = option("classify", "what is learned", choices=tuple(TASKS))
     data: str = option("", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)")
     valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
@@ -162,6 +162,11 @@ class TrainConfig(Config):
     max_line: int = option(**MAX_LINE)
     labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
     limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
+    init: str = option(
+        "pretrained",
+        "weights at the start; random: drawn from --seed, --model needs a config.json and a tokenizer alone",
+        choices=("pretrained", "random"),
+    )
     method: str = option("full", f"what is trained: {', '.join(METHODS)}")
     rank: int = option(8, "of an adapter's two matrices", at_least=1)
     alpha: float = option(32.0, "an adapter's update is scaled by alpha / rank", at_least=0)
@@ -246,6 +251,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"--method is {self.method!r} with --base {self.base}; it makes up for 4 bits, expected --base nf4"
             )
+        if self.init == "random" and self.base == "nf4":
+            raise ValueError("--init is 'random' with --base nf4; weights in 4 bits do not learn")
         if not self.adapter_dropout < 1:
             raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.layers):
@@ -268,6 +275,31 @@ class TrainConfig(Config):
                 raise ValueError(f"{flag} is {value!r}; expected -1, or at least 0 and below 1")
         if self.eps != -1 and self.eps < 0:
             raise ValueError(f"--eps is {self.eps!r}; expected -1, or at least 0")
+
+
+@dataclass
+class DemoConfig(Config):
+    """Fine-tune the built-in models on built-in data, and show what they learned: no network, about a minute."""
+
+    out: str = option("minift-demo", "folder for data, runs and logs, new or empty")
+
+
+@dataclass
+class NewConfig(Config):
+    """Make a model folder from text: a tokenizer learned from it and a config.json, to be trained by --init random."""
+
+    family: str = option("bert", "kind of model", choices=tuple(FAMILIES))
+    data: str = option("", "text to learn the tokenizer from: .txt of running text, or .jsonl .csv .tsv (required)")
+    out: str = option("", "folder for the model (required)")
+    columns: str = option("", "column or key of the text, as text=review")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
+    vocab: int = option(8192, "tokens of the vocabulary, at most; 257 of gpt2 are bytes alone", at_least=1)
+    lowercase: bool = option(False, "of word pieces (bert, distilbert): read capitals as small letters")
+    width: int = option(256, "numbers that stand for a token in each layer", at_least=1)
+    layers: int = option(4, "transformer layers", at_least=1)
+    heads: int = option(4, "attention heads of a layer", at_least=1)
+    positions: int = option(512, "longest sequence in tokens", at_least=1)
 
 
 @dataclass

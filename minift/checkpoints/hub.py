@@ -10,20 +10,25 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+from .. import tables
 from ..config import parse_json
 from ..data.tokenizer import FILES as TOKENIZER_FILES
 from ..data.tokenizer import Tokenizer, read_tokenizer
 from ..errors import InputError, short_repr
 from ..models import family_named
 from ..tables import FAMILIES
+from ..tasks import task_named
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
 
+BUILTIN = Path(__file__).parents[1] / "demo" / "models"
+PREFIX = "builtin:"
 REACH = 1.8  # seconds in which the hub has to answer
 
 
 def resolve(source: str | Path, named_by: str = "") -> Path:
-    """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache.
+    """The folder with a model's files: `source` itself, the best or last model of a run folder, a built-in model's, or
+    the hub's cache.
 
     named_by: who says that the model is there, for the message where it is not.
     """
@@ -32,10 +37,30 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
         inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
         return next((folder / name for name in inner if has_model(folder / name)), folder)
     who = f"{named_by} names " if named_by else ""
+    if str(source).startswith(PREFIX):
+        return builtin(str(source).removeprefix(PREFIX), who)
     if is_path(source) or folder.exists():
         advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
         raise InputError(f"{who}{source}: no such folder{advice}")
     return download(str(source), who)
+
+
+def builtin(name: str, who: str = "") -> Path:
+    """The folder of a model that ships with minift. Raises InputError."""
+    if name not in tables.BUILTIN:
+        raise InputError(
+            f"{who}{PREFIX}{name}: no such model; expected {' or '.join(PREFIX + n for n in tables.BUILTIN)}"
+        )
+    return BUILTIN / name
+
+
+def default_model(task: str) -> str:
+    """The address of the built-in model that can learn a task. Raises InputError where none can."""
+    for name in tables.BUILTIN:
+        family = family_named(read_settings(BUILTIN / name)["model_type"])
+        if task_named(task).architecture(family):
+            return PREFIX + name
+    raise InputError(f"--model is missing; no built-in model has a head for {task}")
 
 
 def is_path(source: str | Path) -> bool:

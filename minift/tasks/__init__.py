@@ -18,6 +18,7 @@ shares with another task from that one's file (`from . import classify`). The fi
         as integers, --graph works: it adds rows of class -1, which the loss has to leave out
     encode(examples, model, tokenizer, max_length, labelled) -> the two together, in a list; of pieces of running text
         corpus.blocks, which looks like one and reads what is asked for
+    at_step(sequences, seed, step) -> the same as this step asks about them; only where it is not always the same
     probe(number, ids, model) -> a Sequence of these tokens, asked as the task asks, without a right answer
 
     architecture(family) -> what transformers calls the family with the head of this task; None where it has none
@@ -35,7 +36,7 @@ shares with another task from that one's file (`from . import classify`). The fi
         COUNTED       what the second is called when divided by T: "accuracy" if it counts targets predicted right
     Metrics(model)    .add(batch), .sums (float64, added up over processes), .result() -> {"loss": ..., COUNTED: ...,
         and others by name}; .best = (name, max or min): which of them says that a model is better
-    predictions(model, batch) -> a JSON object for each sequence; None where a task is told by `generate`
+    predictions(model, batch, tokenizer) -> a JSON object for each sequence; None where a task is told by `generate`
     summary(model, sequences) -> sentences said before a training, beside the counts that are said of every task
 """
 
@@ -68,6 +69,8 @@ def task_of_architecture(family: ModuleType, settings: dict) -> str | None:
 
 def task_of_peft(task_type: object, settings: dict | None = None) -> str | None:
     """The name of the task that an adapter is for, by PEFT's task_type and the config.json of the adapted model."""
+    if task_type is None:  # as PEFT writes it for what it has no name for
+        return None
     return claimed([name for name in TASKS if task_named(name).PEFT_TYPE == task_type], settings or {})
 
 

@@ -225,7 +225,7 @@ class Metrics:
         }
 
 
-def predictions(model: Model, batch: Batch) -> list[dict]:
+def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     """One object a sequence: the label and the probability of each."""
     rows = model.logits(batch).float().softmax(-1).tolist()  # (M, V)
     return [

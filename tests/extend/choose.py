@@ -203,7 +203,7 @@ class Metrics:
         return {"loss": total / count, "accuracy": right / count, "examples": int(count)}
 
 
-def predictions(model: Model, batch: Batch) -> list[dict]:
+def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     """The number of the likeliest ending, and the probability of each."""
     scores, _ = scores_of(model, batch)
     found = []
