@@ -55,7 +55,7 @@ def usage(line: str) -> str:
     ("--method qlora", "did you mean lora with --base nf4?"),
     ("--method last-0", "head, bias, norm, last-K"),
     ("--precision float16", "did you mean fp16?"),
-    ("--epochs 2.5", "argument --epochs: invalid int value: '2.5'"),
+    ("--epochs 2.5", "argument --epochs: found '2.5'; expected a whole number"),
     ("--warmup inf", "--warmup is inf; expected a finite number"),
     ("--lr nan", "--lr is nan; expected a finite number"),
     (f"--seed {2**64}", f"--seed is {2**64}; expected at most {2**63 - 1}"),
@@ -66,8 +66,10 @@ def test_options_that_are_none(given, words):
 
 
 def test_commands_that_are_none():
-    assert "'trian'" in usage("trian")
-    assert "COMMAND" in usage("")
+    for given, words in {"trian": "mean train?", "finetune": "mean train?", "evaluate": "mean eval?"}.items():
+        assert f"'{given}' is no COMMAND" in (said := usage(given)) and words in said
+    assert "did you mean" not in usage("xyzzy") and "expected one of train, eval" in usage("xyzzy")
+    assert "no COMMAND was given" in usage("")
 
 
 def test_help_shows_every_default():

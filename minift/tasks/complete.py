@@ -192,6 +192,11 @@ def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tu
     return linear_cross_entropy(model(batch, noise), model.last.weight, model.last.bias, batch.targets, smoothing)
 
 
+def next_command(model: str, example: Passage) -> str:
+    """The completion of another prompt."""
+    return f'minift generate --model {model} --prompt "..."'
+
+
 class Metrics:
     """Loss per target token, perplexity and token accuracy of a stream of batches."""
 

@@ -183,6 +183,11 @@ def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tu
     return total, (scores.argmax(1) == right).sum()
 
 
+def next_command(model: str, example: Choice) -> str:
+    """The right endings of other examples."""
+    return f"minift predict --task choose --model {model} --data FILE.jsonl"
+
+
 class Metrics:
     """Loss per example and accuracy."""
 
