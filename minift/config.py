@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ KERNELS = ("auto", "native", "reference")
 LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 
 PATHS = {"model", "base_model", "data", "valid", "out"}  # options that may name files
+FEW = 1000  # names in a folder that are looked at for what was meant
 LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
 
 # what other tools call an option, or a value of one, and what it is called here
@@ -89,6 +90,27 @@ def meant(found: str, known: Iterable[str]) -> str:
         return f"; did you mean {other}?"
     near = difflib.get_close_matches(found.lower(), list(known), 1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def meant_path(given: str | Path, accepted: Callable[[Path], bool]) -> str:
+    """The path that is there and accepted, and whose names are like those of `given`, which is not; "" for none."""
+    parts = Path(given).parts
+    place = Path()
+    for i, part in enumerate(parts):
+        if (place / part).exists():
+            place = place / part
+            continue
+        try:
+            names = os.listdir(place)
+        except OSError:
+            return ""
+        if i == len(parts) - 1:
+            names = [name for name in names[:FEW] if accepted(place / name)]
+        near = difflib.get_close_matches(part, names[:FEW], 1, cutoff=0.6)  # two letters of three
+        if not near:
+            return ""
+        place = place / near[0]
+    return str(place) if accepted(place) else ""
 
 
 def refused(flag: str, value: str, accepted: Sequence[str]) -> str:

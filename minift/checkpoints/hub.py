@@ -1,5 +1,7 @@
 """Where the files of a model are: a folder, a run folder, or the hub's cache; and its config.json."""
 
+import difflib
+import shlex
 import ssl
 import threading
 import urllib.error
@@ -10,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-from ..config import parse_json
+from ..config import meant_path, parse_json
 from ..data.tokenizer import FILES as TOKENIZER_FILES
 from ..data.tokenizer import Tokenizer, read_tokenizer
 from ..errors import InputError, short_repr
@@ -19,6 +21,8 @@ from ..tables import FAMILIES
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
 
+INNER = ("best", "last", "0_Transformer")  # where a model is inside a folder: of a run; of sentence-transformers
+BUILT_IN = "builtin:bert-nano or builtin:gpt2-nano, which need no network"
 REACH = 1.8  # seconds in which the hub has to answer
 
 
@@ -29,13 +33,28 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
-        return next((folder / name for name in inner if has_model(folder / name)), folder)
+        found = next((folder / name for name in INNER if has_model(folder / name)), folder)
+        if found == folder and (folder / "metrics.jsonl").is_file() and (folder / "checkpoints").exists():
+            go_on = f"minift train --resume --out {shlex.quote(str(source))}"
+            raise InputError(f"{source}: a run that is not finished, without a model yet; to go on: {go_on}")
+        return found
     who = f"{named_by} names " if named_by else ""
     if is_path(source) or folder.exists():
-        advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
+        advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else meant_folder(source)
         raise InputError(f"{who}{source}: no such folder{advice}")
     return download(str(source), who)
+
+
+def meant_folder(source: str | Path) -> str:
+    """ " (did you mean the folder X?)" where a folder with a model has nearly this name, or ""."""
+
+    def has_one(folder: Path) -> bool:
+        return has_model(folder) or any(has_model(folder / name) for name in INNER)
+
+    near = meant_path(source, has_one)
+    if not near:
+        return ""
+    return f" (did you mean the folder {near if is_path(near) else f'./{near}'}?)"
 
 
 def is_path(source: str | Path) -> bool:
@@ -92,6 +111,7 @@ def adapter_file(folder: Path) -> Path | None:
 def download(repo: str, who: str = "") -> Path:
     """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
     offline = constants.HF_HUB_OFFLINE or not is_in_reach()
+    near = meant_folder(repo)
 
     def fetch(name: str) -> Path | None:
         try:
@@ -102,7 +122,8 @@ def download(repo: str, who: str = "") -> Path:
         except EntryNotFoundError:  # also where the hub went out of reach just now
             return None
         except (HfHubHTTPError, HFValidationError) as e:
-            raise InputError(f"{who}{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
+            said = str(e).strip().splitlines()[-1]
+            raise InputError(f"{who}{repo}: no such folder{near}, and the hub says: {said}") from e
 
     config = fetch(peft_format.CONFIG)
     if config is not None:
@@ -110,12 +131,15 @@ def download(repo: str, who: str = "") -> Path:
         fetch(peft_format.SETTINGS)
     config = fetch("config.json") or config
     if config is None and offline:
+        why = f"the hub ({constants.ENDPOINT}) is out of reach"
+        if constants.HF_HUB_OFFLINE:
+            why = "the hub is not asked (HF_HUB_OFFLINE is set)"
         raise InputError(
-            f"{who}{repo}: no such folder, the hub ({constants.ENDPOINT}) is out of reach, and its cache "
-            f"({constants.HF_HUB_CACHE}) has no such model; expected a folder with a model's files, or a network"
+            f"{who}{repo}: no such folder{near}, and {why}; expected a folder with a model's files, a model in the "
+            f"hub's cache ({constants.HF_HUB_CACHE}, which has {in_cache(repo)}), or {BUILT_IN}"
         )
     if config is None:
-        raise InputError(f"{who}{repo}: no such folder, and no config.json of it on the hub")
+        raise InputError(f"{who}{repo}: no such folder{near}, and no config.json of it on the hub")
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         fetch(name)
     weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
@@ -123,6 +147,18 @@ def download(repo: str, who: str = "") -> Path:
         for shard in set(read_index(weights).values()):
             fetch(shard)
     return config.parent
+
+
+def in_cache(repo: str) -> str:
+    """The models in the hub's cache, in words; `repo` is not whole among them."""
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    names = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
+    names = [name for name in names if name != repo]
+    if not names:
+        return "none"
+    near = difflib.get_close_matches(repo, names, 5, cutoff=0.5)  # the nearest first
+    shown = [*near, *(name for name in names if name not in near)]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} others" if len(shown) > 5 else "")
 
 
 def is_in_reach() -> bool:

@@ -24,7 +24,7 @@ def summarize(
     """
     with open(folder.parent / "metrics.jsonl", encoding="utf-8") as file:
         history = [json.loads(line) for line in file]
-    time = f"{steps:,} steps in {seconds:.1f} s"
+    time = f"{steps:,} step{'s' if steps > 1 else ''} in {seconds:.1f} s"
     if history:
         speed = statistics.median(step["train/tokens_per_second"] for step in history)
         time += f", {speed:,.0f} tokens/s in the median step"
@@ -58,7 +58,7 @@ def quality(model: Model, best: dict, n_valid: int, history: list[dict]) -> str:
         steps = [step["train/global_step"] for step in history if step.get("eval/loss") == best["loss"]]
         return f"{text}, the best, after step {steps[0]:,}" if steps else text
     losses = [step["train/loss"] for step in history] or [math.nan]
-    few = max(1, min(10, len(losses) // 2))
+    few = max(1, min(10, len(losses) // 2))  # a mean of some, for the loss of a single step is noise
     first, last = statistics.mean(losses[:few]), statistics.mean(losses[-few:])
     return f"training loss {first:.3f}, {last:.3f} at the end; none held out (see --valid)"
 
