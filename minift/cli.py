@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from inspect import cleandoc
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +21,12 @@ from typing import NoReturn
 from .config import (
     CheckConfig,
     Config,
+    DemoConfig,
     EvalConfig,
     GenerateConfig,
     InspectConfig,
     MergeConfig,
+    NewConfig,
     PredictConfig,
     TrainConfig,
     add_options,
@@ -35,6 +38,7 @@ from .errors import InputError, printable, table_lines
 
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
+    from .checkpoints.hub import default_model
     from .engine.distributed import leave
     from .measure.summary import summarize
     from .measure.track import say, speaks
@@ -44,6 +48,9 @@ def train(config: TrainConfig) -> int:
     from .training import train_on
 
     check_out(config)
+    if not config.model:
+        config = replace(config, model=default_model(config.task))
+        say(f"no --model: {config.model}, which ships with minift and is small; --model takes a folder or a hub id")
     task = task_named(config.task)
     whole = read_training(config, config.data)
     labels = task.label_names(whole, config.labels)  # before some are set aside
@@ -59,7 +66,7 @@ def train(config: TrainConfig) -> int:
         leave()
     if speaks():
         print_metrics({f"valid {name}": value for name, value in done.metrics.items()}, done.details, task)
-        model_name = shlex.quote(config.out)
+        folder = shlex.quote(config.out)
         lines = summarize(
             model,
             config.method,
@@ -68,10 +75,25 @@ def train(config: TrainConfig) -> int:
             done.model,
             done.metrics,
             len(examples[1]),
-            task.next_command(model_name, examples[0][0]),
+            task.next_command(folder, examples[0][0], tokenizer),
         )
         say("\n".join(["", *lines]))
     return 0
+
+
+def demo(config: DemoConfig) -> None:
+    """Shows the main job from end to end."""
+    from .demo.tour import run
+
+    run(config)
+
+
+def new(config: NewConfig) -> None:
+    """Makes a model folder, and says how to train it."""
+    from .checkpoints.new import make_folder
+
+    print(make_folder(config))
+    print(f"to train it: minift train --model {config.out} --init random --data ... --out ...", file=sys.stderr)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -267,6 +289,8 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "merge": (MergeConfig, merge),
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
+    "new": (NewConfig, new),
+    "demo": (DemoConfig, demo),
 }
 
 
@@ -282,7 +306,7 @@ OTHER_COMMANDS = {
     "complete": "generate",
 }  # what other tools call a command, and what it is called here
 
-FIRST = "minift train --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv --valid 0.1 --out runs/first"
+FIRST = "minift demo\nminift train --data reviews.csv --valid 0.1 --out runs/first"
 
 
 class Help(argparse.HelpFormatter):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .tables import METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
+from .tables import FAMILIES, METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
@@ -184,11 +184,16 @@ class Config:
 class TrainConfig(Config):
     """Fine-tune a model on a file of examples.
 
-    minift train --model bert-base-uncased --data reviews.csv --valid 0.1 --out runs/a
+    minift train --data reviews.csv --valid 0.1 --out runs/a
     minift train --model gpt2 --task complete --data facts.jsonl --method lora --out runs/b
     """
 
-    model: str = option("", "folder, or hub id (required)")
+    model: str = option("", "folder, hub id, or builtin:NAME; none: a small one that ships with minift")
+    init: str = option(
+        "pretrained",
+        "weights at the start; random: drawn from --seed, --model needs a config.json and a tokenizer alone",
+        choices=("pretrained", "random"),
+    )
     task: str = choice("classify", "what is learned", TASKS)
     data: str = option(
         "", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)", heading="data"
@@ -285,6 +290,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"--method is {self.method!r} with --base {self.base}; it makes up for 4 bits, expected --base nf4"
             )
+        if self.init == "random" and self.base == "nf4":
+            raise ValueError("--init is 'random' with --base nf4; weights in 4 bits do not learn")
         if not self.adapter_dropout < 1:
             raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.layers):
@@ -307,6 +314,43 @@ class TrainConfig(Config):
                 raise ValueError(f"{flag} is {value!r}; expected -1, or at least 0 and below 1")
         if self.eps != -1 and self.eps < 0:
             raise ValueError(f"--eps is {self.eps!r}; expected -1, or at least 0")
+
+
+@dataclass
+class DemoConfig(Config):
+    """Fine-tune built-in models on built-in data.
+
+    What they learned is shown. It takes no network and about a minute.
+
+    minift demo
+    """
+
+    out: str = option("minift-demo", "folder for data, runs and logs, new or empty", heading="run")
+
+
+@dataclass
+class NewConfig(Config):
+    """Make a model folder from text.
+
+    A tokenizer learned from the text and a config.json, to be trained by `minift train --init random`.
+
+    minift new --data corpus.txt --out my-bert
+    """
+
+    data: str = option(
+        "", "text to learn the tokenizer from: .txt of running text, or .jsonl .csv .tsv (required)", heading="data"
+    )
+    columns: str = option("", "column or key of the text, as text=review")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
+    out: str = option("", "folder for the model (required)", heading="model")
+    family: str = option("bert", "kind of model", choices=tuple(FAMILIES))
+    vocab: int = option(8192, "tokens of the vocabulary, at most; 257 of gpt2 are bytes alone", at_least=1)
+    lowercase: bool = option(False, "of word pieces (bert, distilbert): read capitals as small letters")
+    width: int = option(256, "numbers that stand for a token in each layer", at_least=1)
+    layers: int = option(4, "transformer layers", at_least=1)
+    heads: int = option(4, "attention heads of a layer", at_least=1)
+    positions: int = option(512, "longest sequence in tokens", at_least=1)
 
 
 @dataclass

@@ -84,7 +84,7 @@ def predictions(model: Model, tokenizer: Tokenizer, examples: Iterable, max_leng
     progress = Progress(len(labels), "example")
     for batch in batches(sequences, tokens):
         with torch.inference_mode():
-            found = task.predictions(model, batch.to(model.device))
+            found = task.predictions(model, batch.to(model.device), tokenizer)
         yield from found
         progress.add(len(found))
     progress.close()

@@ -71,7 +71,7 @@ def completions(
     model: Model, tokenizer: Tokenizer, prompts: Iterable[Passage], max_tokens: int, sampling: Sampling
 ) -> Iterator[dict]:
     """What `generate` gives, one by one."""
-    if not model.scores_vocabulary or not hasattr(model.body, "new_cache"):
+    if not model.generates:
         raise InputError(f"the model has a head for {model.task or 'nothing'}; expected one that generates text")
     stops = ends_of_text(model, tokenizer)
     count = judge(prompts, model, tokenizer)

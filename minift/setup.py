@@ -71,9 +71,12 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
         base="nf4" if config.base == "nf4" and not is_packed_later else "",
         dropout=config.dropout,
         seed=config.seed,
+        init=config.init,
     )
     say(f"{config.model}: {model.report}")
     adapt(model, method, **adapter_options(config))
+    if model.adapter and config.init == "random":
+        raise InputError(f"--init is 'random' with --method {method}, which saves an adapter and not what it is around")
     if is_packed_later:
         quantize(model)
     return model, tokenizer

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 # `--task`
 TASKS = {
     "classify": "one label for a text or a pair of texts",
+    "fill": "the tokens behind masks, from text alone",
     "complete": "the text after a prompt, the answers in a chat, or running text",
 }
 
@@ -20,6 +21,14 @@ FAMILIES = {
     "gpt2": "GPT-2",
     "roberta": "RoBERTa",
     "distilbert": "DistilBERT",
+}
+
+
+# models that ship with minift, as `--model builtin:NAME`, each a folder in demo/models/; without --model, the first of
+# them that has a head for the task
+BUILTIN = {
+    "bert-nano": "a BERT that has read 49,000 film reviews",
+    "gpt2-nano": "a GPT-2 that has read the same",
 }
 
 

@@ -127,6 +127,8 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     Raises FloatingPointError where the loss is not finite; no weight has changed then.
     """
     start = time.perf_counter()
+    if hasattr(job.task, "at_step"):  # what is asked of an example differs from step to step
+        sequences = job.task.at_step(sequences, job.config.seed, step)
     n_targets = max(1, sum(len(s.targets) for s in sequences))  # of the whole step, before any backward
     n_tokens = sum(map(len, sequences))
     micros = job.world.micro_batches(sequences, job.config.tokens)

@@ -71,10 +71,11 @@ def test_the_headings_of_train(monkeypatch):
 
 
 def test_the_overview(monkeypatch):
-    """Each command in one line, and the first command to try, which is understood."""
+    """Each command in one line, and the first commands to try, which are understood."""
     lines = lines_of("", 60, monkeypatch)
     for name, (cls, _) in COMMANDS.items():
         assert any(line.split() == [name, *cls.__doc__.splitlines()[0].split()] for line in lines), name
-    assert examples(lines) == [FIRST]
-    _, args = parse(shlex.split(FIRST)[1:])
-    assert from_args(COMMANDS["train"][0], args)
+    assert examples(lines) == FIRST.splitlines()
+    for line in examples(lines):
+        _, args = parse(shlex.split(line)[1:])
+        assert from_args(COMMANDS[args.command][0], args)

@@ -90,6 +90,14 @@ def test_a_language_model(tmp_path):
     assert set(follow(found)) == {"prompt", "completion"}
 
 
+def test_a_masked_language_model(folder):
+    """The command has the tokenizer's own mask in it."""
+    write(folder / "texts.txt", *["the film was good and the plot was great"] * 40)
+    found = last_lines(works(TRAIN.replace("train.tsv", "texts.txt") + " --task fill --out {f}/fill", f=folder))
+    row = works(found["next"].removeprefix("minift ").replace("...", "film")).rows[0]
+    assert len(row["masks"]) == 1 and "[MASK]" not in row["text"]
+
+
 def test_many_labels_are_counted(folder):
     rows = [{"text": f"film {i}", "label": f"class {i % 15}"} for i in range(30)]
     data = write(folder / "many.jsonl", *rows)

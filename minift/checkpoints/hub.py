@@ -12,22 +12,26 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-from ..config import meant_path, parse_json
+from .. import tables
+from ..config import meant, meant_path, parse_json
 from ..data.tokenizer import FILES as TOKENIZER_FILES
 from ..data.tokenizer import Tokenizer, read_tokenizer
 from ..errors import InputError, short_repr
 from ..models import family_named
 from ..tables import FAMILIES
+from ..tasks import task_named
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
 
 INNER = ("best", "last", "0_Transformer")  # where a model is inside a folder: of a run; of sentence-transformers
-BUILT_IN = "builtin:bert-nano or builtin:gpt2-nano, which need no network"
+BUILTIN = Path(__file__).parents[1] / "demo" / "models"
+PREFIX = "builtin:"
 REACH = 1.8  # seconds in which the hub has to answer
 
 
 def resolve(source: str | Path, named_by: str = "") -> Path:
-    """The folder with a model's files: `source` itself, the best or last model of a run folder, or the hub's cache.
+    """The folder with a model's files: `source` itself, the best or last model of a run folder, a built-in model's, or
+    the hub's cache.
 
     named_by: who says that the model is there, for the message where it is not.
     """
@@ -39,6 +43,8 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
             raise InputError(f"{source}: a run that is not finished, without a model yet; to go on: {go_on}")
         return found
     who = f"{named_by} names " if named_by else ""
+    if str(source).startswith(PREFIX):
+        return builtin(str(source).removeprefix(PREFIX), who)
     if is_path(source) or folder.exists():
         advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else meant_folder(source)
         raise InputError(f"{who}{source}: no such folder{advice}")
@@ -55,6 +61,27 @@ def meant_folder(source: str | Path) -> str:
     if not near:
         return ""
     return f" (did you mean the folder {near if is_path(near) else f'./{near}'}?)"
+
+
+def builtin(name: str, who: str = "") -> Path:
+    """The folder of a model that ships with minift. Raises InputError."""
+    if name not in tables.BUILTIN:
+        raise InputError(f"{who}{PREFIX}{name}: no such model; expected {builtin_names()}{meant(name, tables.BUILTIN)}")
+    return BUILTIN / name
+
+
+def builtin_names() -> str:
+    """The addresses of the models that ship with minift, in words."""
+    return " or ".join(PREFIX + name for name in tables.BUILTIN)
+
+
+def default_model(task: str) -> str:
+    """The address of the built-in model that can learn a task. Raises InputError where none can."""
+    for name in tables.BUILTIN:
+        family = family_named(read_settings(BUILTIN / name)["model_type"])
+        if task_named(task).architecture(family):
+            return PREFIX + name
+    raise InputError(f"--model is missing; no built-in model has a head for {task}")
 
 
 def is_path(source: str | Path) -> bool:
@@ -136,7 +163,7 @@ def download(repo: str, who: str = "") -> Path:
             why = "the hub is not asked (HF_HUB_OFFLINE is set)"
         raise InputError(
             f"{who}{repo}: no such folder{near}, and {why}; expected a folder with a model's files, a model in the "
-            f"hub's cache ({constants.HF_HUB_CACHE}, which has {in_cache(repo)}), or {BUILT_IN}"
+            f"hub's cache ({constants.HF_HUB_CACHE}, which has {in_cache(repo)}), or {builtin_names()}"
         )
     if config is None:
         raise InputError(f"{who}{repo}: no such folder{near}, and no config.json of it on the hub")

@@ -29,7 +29,7 @@ from ..tasks import task_named, task_of_peft
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
 from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
-from .weights import fill, hub_names, known_name, pickled_in, safetensors_in, tensors
+from .weights import draw_all, fill, hub_names, known_name, pickled_in, safetensors_in, tensors
 
 LAYERS = 1024  # most layers of a model; a config.json that asks for billions is answered at once
 LABELS = 10**5  # most classes that have no names
@@ -47,6 +47,7 @@ def load(
     ordered: bool = True,
     dropout: float = -1,
     seed: int = 42,
+    init: str = "pretrained",
     device: str | torch.device = "cpu",
 ) -> tuple[Model, Tokenizer | None]:
     """The model in `source` (a folder, a run folder, an adapter folder or a hub id), and its tokenizer or None.
@@ -60,6 +61,7 @@ def load(
     base_model: of an adapter, the folder or hub id of the model to adapt; "" takes the one that the adapter names.
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
+    init: "random" draws every weight, and reads none from the folder; it has a config.json and, for text, a tokenizer.
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
     given = resolve(source)
@@ -78,11 +80,16 @@ def load(
     fresh_classes = classes.fresh and not adapter
     model = build(settings, folder, task, classes.first_rows(adapter is not None), dropout)
     model.max_length = own.get("max_length", 0)
+    if init == "random":
+        check_random(settings, adapter is not None, given)
     pack_layers(model, folder, base or own.get("base", ""))
     if fresh_classes:
         model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it in four bits
     with memory.returned_memory():
-        model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
+        if init == "random":
+            model.report = draw_all(model, seed)
+        else:
+            model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
         model.source = address(source)
     model.report.notes += notes
     if model.task and isinstance(model.last, NF4Linear):
@@ -97,6 +104,13 @@ def load(
         if model.report.relabelled and not fresh_head:
             raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
     return model.to(device), load_tokenizer(model, given, folder)
+
+
+def check_random(settings: dict, is_adapter: bool, given: Path) -> None:
+    """Raises InputError where a folder is for more than the shape of a model whose weights are drawn."""
+    if is_adapter or settings.get("quantization_config"):
+        what = "an adapter" if is_adapter else "a model in 4 bits"
+        raise InputError(f"{given}: is {what}, which --init random has no use for; expected a model's config.json")
 
 
 def find_classes(settings: dict, path: Path, task: str | None, labels: list[str] | None, ordered: bool) -> Classes:
@@ -179,7 +193,7 @@ def declare_end(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
     for found in (declared, model.settings.get("eos_token_id"), tokenizer.end):
         ids = found if isinstance(found, list) else [found]
         ids = [i for i in ids if type(i) is int and tokenizer.token(i) is not None]
-        if ids and model.scores_vocabulary:
+        if ids and model.generates:
             model.settings = model.settings | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
             return
 

@@ -98,6 +98,13 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     return report
 
 
+def draw_all(model: Model, seed: int) -> Report:
+    """Draws every weight of a model, and says so."""
+    draw(model, seed)
+    model.tie()
+    return Report(notes=["every weight is drawn at random"])
+
+
 def take_tensors(
     model: Model, folder: Path, layers: dict[str, nn.Module], fresh_classes: bool, report: Report
 ) -> tuple[dict[str, dict[str, Tensor]], str, list[str]]:

@@ -51,7 +51,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     vocab_size: the largest id + 1, added tokens and those of the template included. types: the same of the token types
-    of a text alone. before: the special tokens in front of a text. end: the id of what ends a text, or None.
+    of a text alone. before, behind: the special tokens around a text. special: the ids of all special tokens.
+    end, mask: the id of what ends a text, and of what stands for a hidden word, or None.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Tokenizer:
         files: dict[str, bytes],
         ends: tuple[str | None, ...] = ENDS,
         side: str = "right",
+        mask: str | None = None,
     ):
         backend.no_truncation()  # of the file's own: MiniLM's cuts at 128 and pads to 128
         backend.no_padding()
@@ -69,6 +71,9 @@ class Tokenizer:
         probe = backend.encode("a")
         parts = [*probe.sequence_ids, 0]
         self.before = probe.ids[: parts.index(0)]
+        self.behind = probe.ids[len(self.before) + probe.sequence_ids.count(0) :]
+        self.special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.mask = backend.token_to_id(mask) if mask else None
         self.types = max(probe.type_ids, default=0) + 1
         self.vocab_size = max(*backend.get_vocab().values(), *probe.ids, -1, -1) + 1
         end_ids = [backend.token_to_id(token) for token in ends if token]
@@ -399,6 +404,16 @@ def _choose_rules(settings: dict, config: Path, names: tuple[str, ...], own: Rul
     return rules
 
 
+def tokenizer_of(backend: tokenizers.Tokenizer, settings: dict, rules: Rules) -> Tokenizer:
+    """A tokenizer, with its files, of a vocabulary that was just learned. settings: its tokenizer_config.json."""
+    rules.follow(backend, settings)
+    files = {
+        "tokenizer.json": backend.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+    }
+    return _make_tokenizer(files, WHOLE, settings, rules)
+
+
 def _make_tokenizer(files: dict[str, bytes], names: tuple[str, ...], settings: dict, rules: Rules | None) -> Tokenizer:
     if names == WHOLE:
         backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
@@ -416,7 +431,8 @@ def _make_tokenizer(files: dict[str, bytes], names: tuple[str, ...], settings: d
     side = settings.get("truncation_side") or (backend.truncation or {}).get("direction", "right")
     if side not in ("left", "right"):
         raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
-    return Tokenizer(backend, files, (special.get("eos_token"), *ENDS, special.get("sep_token")), side)
+    ends = (special.get("eos_token"), *ENDS, special.get("sep_token"))
+    return Tokenizer(backend, files, ends, side, special.get("mask_token"))
 
 
 def _add_tokens(

@@ -24,6 +24,7 @@ ops/ have, and is given a Batch (data/batch.py); bert.py shows them all. The fil
                    sites at each use (an adapter in it drops the same each time). Parts of other families may be used
                    again, where Config has the fields that they read
     HEADS          what can be put on the body: "sequence" scores the labels of a sequence, "vocabulary" every token
+                   that may come next, "masked" every token that may stand behind a mask
     ARCHITECTURE   what transformers calls the body without a head
     ASKED          "first" or "last": the token of a sequence that a "sequence" head is asked about
     RENAME         pairs (part of our name, part of the hub's), replaced from top to bottom in "body.layers.0...weight"
@@ -39,6 +40,7 @@ ops/ have, and is given a Batch (data/batch.py); bert.py shows them all. The fil
                    no tokenizer_class; any other kind of tokenizer is read from a tokenizer.json alone
     SHARDED        modules whose weights are gathered together where they are split over processes
     init_scale(config, name) -> standard deviation of a freshly drawn weight
+    sized(vocab, width, layers, heads, positions) -> what stands in config.json of a new model of this size
 
 A head is an nn.Module, Head(config, n_labels). What a checkpoint lacks of it is drawn at random in the order of its
 layers, so they are in transformers' order. It has
@@ -48,7 +50,7 @@ layers, so they are in transformers' order. It has
     architecture       what transformers calls the body with this head
     rename             pairs as in RENAME, for the head's own names
     learns             whether an adapter run trains it, in full, beside the adapters
-    tied               (its parameter, the body's parameter) if the two may be one; only a "vocabulary" head has it
+    tied               (its parameter, the body's parameter) if the two may be one; only a head over all tokens has it
 """
 
 import importlib
@@ -130,6 +132,11 @@ class Model(nn.Module):
     def scores_vocabulary(self) -> bool:
         """Whether the head scores every token of the vocabulary."""
         return hasattr(self.head, "tied")
+
+    @property
+    def generates(self) -> bool:
+        """Whether it can go on with a text, token after token."""
+        return self.scores_vocabulary and hasattr(self.body, "new_cache")
 
     @property
     def tied(self) -> bool:

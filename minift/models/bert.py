@@ -43,6 +43,7 @@ class Config:
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
     add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         """Raises ValueError for a kind of BERT that this file does not compute."""
@@ -197,7 +198,32 @@ class ClassifyHead(nn.Module):
         return dropout(torch.tanh(self.pooler(h.float(), noise)), self.p, noise, self.site)
 
 
-HEADS = {"sequence": ClassifyHead}
+class FillHead(nn.Module):
+    """The word at each row: a layer, its activation, a norm; then the word embedding itself, and a bias of its own."""
+
+    architecture = "BertForMaskedLM"
+    rename = (
+        ("head.dense.", "cls.predictions.transform.dense."),
+        ("head.norm.", "cls.predictions.transform.LayerNorm."),
+        ("head.out.bias.", "cls.predictions.bias."),
+        ("head.out.", "cls.predictions.decoder."),
+    )
+    learns = False
+    tied = ("head.out.weight", "body.embeddings.word.weight")
+
+    def __init__(self, config: Config, n_labels: int = 0):
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.out = Linear(config.hidden_size, config.vocab_size)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def features(self, h: Tensor, noise: Noise = SILENT) -> Tensor:
+        """What the last linear layer sees. h (M, C) -> (M, C)."""
+        return self.norm(self.act(self.dense(h, noise)))
+
+
+HEADS = {"sequence": ClassifyHead, "masked": FillHead}
 SHARDED = (Layer,)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "BertModel"  # of a body without a head
 ASKED = "first"  # the token of a sequence that classification asks about
@@ -227,6 +253,18 @@ TRANSPOSED = ()
 ROLES = {"query": "query", "key": "key", "value": "value", "down": "output.dense"}
 IGNORED = r"(.*\.)?position_ids"  # buffers of old files, computed here
 OTHER_HEADS = r"(bert\.)?pooler\..*|cls\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
+
+
+def sized(vocab: int, width: int, layers: int, heads: int, positions: int) -> dict:
+    """config.json of a model of this size: rows of the embedding, C, L, H, tokens of the longest sequence."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": positions,
+    }
 
 
 def init_scale(config: Config, name: str) -> float:

@@ -40,6 +40,7 @@ class Config:
     seq_classif_dropout: float = 0.2
     max_position_embeddings: int = 512
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         """Raises ValueError for a kind of DistilBERT that this file does not compute."""
@@ -137,7 +138,28 @@ class ClassifyHead(nn.Module):
         return dropout(torch.relu(self.dense(h.float(), noise)), self.p, noise, self.site)
 
 
-HEADS = {"sequence": ClassifyHead}
+class FillHead(bert.FillHead):
+    """BERT's, under other names."""
+
+    architecture = "DistilBertForMaskedLM"
+    rename = (
+        ("head.dense.", "vocab_transform."),
+        ("head.norm.", "vocab_layer_norm."),
+        ("head.out.", "vocab_projector."),
+    )
+
+    def __init__(self, config: Config, n_labels: int = 0):
+        shape = bert.Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            num_attention_heads=config.n_heads,
+            hidden_act=config.activation,
+            layer_norm_eps=EPS,
+        )
+        super().__init__(shape)
+
+
+HEADS = {"sequence": ClassifyHead, "masked": FillHead}
 SHARDED = (Layer,)  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "DistilBertModel"  # of a body without a head
 ASKED = "first"  # the token of a sequence that classification asks about
@@ -171,3 +193,15 @@ ROLES = {"query": "q_lin", "key": "k_lin", "value": "v_lin", "down": "ffn.lin2"}
 IGNORED = bert.IGNORED  # buffers of old files, computed here
 OTHER_HEADS = r"vocab_(transform|layer_norm|projector)\..*|(pre_)?classifier\..*|qa_outputs\..*"  # of other tasks
 init_scale = bert.init_scale
+
+
+def sized(vocab: int, width: int, layers: int, heads: int, positions: int) -> dict:
+    """config.json of a model of this size, as bert.sized."""
+    return {
+        "vocab_size": vocab,
+        "dim": width,
+        "n_layers": layers,
+        "n_heads": heads,
+        "hidden_dim": 4 * width,
+        "max_position_embeddings": positions,
+    }

@@ -253,6 +253,11 @@ IGNORED = r"(.*\.)?attn\.(bias|masked_bias)"  # causal masks kept as buffers
 OTHER_HEADS = r"lm_head\..*|score\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
 
 
+def sized(vocab: int, width: int, layers: int, heads: int, positions: int) -> dict:
+    """config.json of a model of this size: rows of the embedding, C, layers, H, tokens of the longest sequence."""
+    return {"vocab_size": vocab, "n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": positions}
+
+
 def init_scale(config: Config, name: str) -> float:
     """Standard deviation of a freshly drawn weight; of projections into the residual, shrinking with depth (2.3)."""
     return config.initializer_range / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1)

@@ -15,6 +15,7 @@ from ..data import tokenizer
 from ..data.batch import Batch
 from ..layers import Linear
 from ..ops.dropout import SILENT, Noise, dropout
+from ..ops.gelu import ACTIVATIONS
 from . import bert, check_config
 
 
@@ -39,6 +40,7 @@ class Config:
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
     add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         """Raises ValueError for a kind of RoBERTa that this file does not compute."""
@@ -122,7 +124,23 @@ class ClassifyHead(nn.Module):
         return dropout(torch.tanh(self.dense(x, noise)), self.p, noise, self.site + 1)
 
 
-HEADS = {"sequence": ClassifyHead}
+class FillHead(bert.FillHead):
+    """BERT's under other names, always with GELU."""
+
+    architecture = "RobertaForMaskedLM"
+    rename = (
+        ("head.dense.", "lm_head.dense."),
+        ("head.norm.", "lm_head.layer_norm."),
+        ("head.out.bias.", "lm_head.bias."),
+        ("head.out.", "lm_head.decoder."),
+    )
+
+    def __init__(self, config: Config, n_labels: int = 0):
+        super().__init__(config, n_labels)
+        self.act = ACTIVATIONS["gelu"]
+
+
+HEADS = {"sequence": ClassifyHead, "masked": FillHead}
 SHARDED = bert.SHARDED  # what is gathered as one where the weights are split over processes
 ARCHITECTURE = "RobertaModel"  # of a body without a head
 ASKED = "first"  # the token of a sequence that classification asks about
@@ -137,3 +155,9 @@ ROLES = bert.ROLES
 IGNORED = bert.IGNORED  # buffers of old files, computed here
 OTHER_HEADS = r"(roberta\.)?pooler\..*|lm_head\..*|classifier\..*|qa_outputs\..*"  # in the file, but not for this task
 init_scale = bert.init_scale
+
+
+def sized(vocab: int, width: int, layers: int, heads: int, positions: int) -> dict:
+    """config.json of a model of this size, as bert.sized; positions begin after the padding token's."""
+    padding = Config.pad_token_id
+    return bert.sized(vocab, width, layers, heads, positions + padding + 1) | {"type_vocab_size": 1}

@@ -16,6 +16,7 @@ shares with another task from that one's file (`from . import classify`). The fi
         asked about, and targets, an array of any dtype with T entries along its first axis. Only with one class a row,
         as integers, --graph works: it adds rows of class -1, which the loss has to leave out
     encode(examples, model, tokenizer, max_length, labelled) -> the two together, in a list
+    at_step(sequences, seed, step) -> the same as this step asks about them; only where it is not always the same
     probe(number, ids, model) -> a Sequence of these tokens, asked as the task asks, without a right answer
 
     architecture(family) -> what transformers calls the family with the head of this task; None where it has none
@@ -35,9 +36,9 @@ shares with another task from that one's file (`from . import classify`). The fi
         and others by name}; .best = (name, max or min): which of them says that a model is better
         and, where the task has more to tell than numbers, .details() -> a dictionary for JSON, from the same sums
     describe(details, width) -> what these say, in lines of at most `width` columns; only where Metrics has details()
-    predictions(model, batch) -> a JSON object for each sequence; None where a task is told by `generate`
-    next_command(model, example) -> the command line that asks a trained model; model: its folder, as a shell reads it;
-        example: the first of the training examples
+    predictions(model, batch, tokenizer) -> a JSON object for each sequence; None where a task is told by `generate`
+    next_command(folder, example, tokenizer) -> the command line that asks the model in a folder, which is written as a
+        shell reads it; example: the first of the training examples
     summary(model, sequences) -> sentences said before a training, beside the counts that are said of every task
 """
 
@@ -75,6 +76,8 @@ def task_of_architecture(family: ModuleType, settings: dict) -> str | None:
 
 def task_of_peft(task_type: object, settings: dict | None = None) -> str | None:
     """The name of the task that an adapter is for, by PEFT's task_type and the config.json of the adapted model."""
+    if task_type is None:  # as PEFT writes it for what it has no name for
+        return None
     return claimed([name for name in TASKS if task_named(name).PEFT_TYPE == task_type], settings or {})
 
 

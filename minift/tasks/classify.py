@@ -235,13 +235,13 @@ class Metrics:
         return confusion.by_label(self.counts(), self.model.labels)
 
 
-def next_command(model: str, example: Example) -> str:
+def next_command(folder: str, example: Example, tokenizer: Tokenizer) -> str:
     """The label of another text, or of another pair."""
-    command = f'minift predict --model {model} --text "..."'
+    command = f'minift predict --model {folder} --text "..."'
     return command if example.pair is None else command + ' --pair "..."'
 
 
-def predictions(model: Model, batch: Batch) -> list[dict]:
+def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     """One object a sequence: the label and the probability of each."""
     rows = model.logits(batch).float().softmax(-1).tolist()  # (M, V)
     return [

@@ -192,9 +192,9 @@ def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tu
     return linear_cross_entropy(model(batch, noise), model.last.weight, model.last.bias, batch.targets, smoothing)
 
 
-def next_command(model: str, example: Passage) -> str:
+def next_command(folder: str, example: Passage, tokenizer: Tokenizer) -> str:
     """The completion of another prompt."""
-    return f'minift generate --model {model} --prompt "..."'
+    return f'minift generate --model {folder} --prompt "..."'
 
 
 class Metrics:

@@ -183,9 +183,9 @@ def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tu
     return total, (scores.argmax(1) == right).sum()
 
 
-def next_command(model: str, example: Choice) -> str:
+def next_command(folder: str, example: Choice, tokenizer: Tokenizer) -> str:
     """The right endings of other examples."""
-    return f"minift predict --task choose --model {model} --data FILE.jsonl"
+    return f"minift predict --task choose --model {folder} --data FILE.jsonl"
 
 
 class Metrics:
@@ -208,7 +208,7 @@ class Metrics:
         return {"loss": total / count, "accuracy": right / count, "examples": int(count)}
 
 
-def predictions(model: Model, batch: Batch) -> list[dict]:
+def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     """The number of the likeliest ending, and the probability of each."""
     scores, _ = scores_of(model, batch)
     found = []

@@ -1,0 +1,105 @@
+"""Makes the models that ship with minift, from text alone: `python benchmarks/builtin.py bert-nano --imdb FOLDER`.
+
+    FOLDER      unsup.txt.gz, 50,000 film reviews without labels, one a line (Maas et al. 2011); and train.jsonl.gz and
+                test.jsonl.gz, whose reviews are left out, so that they can still be learned from and tested on
+    --work      where text, tokenizer and run go; a run that was stopped there goes on
+    --publish   writes minift/demo/models/NAME from the run in --work, and trains nothing
+
+The commands below are all there is to it: text written out, `minift new`, `minift train`, weights in 16 bits.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+HELD_OUT = 1000  # reviews, the last ones
+MODELS = Path(__file__).parents[1] / "minift" / "demo" / "models"
+
+# what each is made by; "text" is what the reviews are written out to
+RECIPES = {
+    "bert-nano": {
+        "text": "jsonl",
+        "new": "--family bert --lowercase --vocab 8192 --width 192 --layers 4 --heads 3 --positions 512",
+        "train": "--task fill --max-length 512 --batch 64 --steps 3000",
+    },
+    "gpt2-nano": {
+        "text": "txt",
+        "new": "--family gpt2 --vocab 4096 --width 192 --layers 4 --heads 3 --positions 256",
+        "train": "--task complete --max-length 256 --batch 64 --steps 2000",
+    },
+}
+TRAIN = (
+    "--init random --optimizer muon --lr 8e-3 --beta2 0.95 --weight-decay 0.1 --dropout 0 --warmup 100 "
+    "--schedule cosine --precision auto --tokens 4096 --eval-every 200 --save-every 200"
+)
+
+
+def reviews(folder: Path) -> list[str]:
+    """The unlabelled reviews, each once, without those that are among the labelled ones too."""
+    labelled = set()
+    for name in ("train.jsonl.gz", "test.jsonl.gz"):
+        with gzip.open(folder / name, "rt", encoding="utf-8") as file:
+            labelled |= {json.loads(line)["text"].strip() for line in file}
+    with gzip.open(folder / "unsup.txt.gz", "rt", encoding="utf-8") as file:
+        found = dict.fromkeys(line.strip() for line in file)
+    return [text for text in found if text and text not in labelled]
+
+
+def write_text(texts: list[str], kind: str, path: Path) -> None:
+    """Running text with an end after each review, or a JSON object a line. <br /> was a line end on the web page."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for text in texts:
+            text = re.sub(r"\s*(<br />\s*)+", "\n", text).strip()
+            if kind == "txt":
+                file.write(text + "\n<|endoftext|>")
+            else:
+                file.write(json.dumps({"text": text.replace("\n", " ")}, ensure_ascii=False) + "\n")
+
+
+def make(name: str, imdb: Path, work: Path) -> None:
+    """Everything up to the trained run in `work`/run."""
+    recipe = RECIPES[name]
+    kind = recipe["text"]
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / f"valid.{kind}").exists():
+        texts = reviews(imdb)
+        write_text(texts[:-HELD_OUT], kind, work / f"train.{kind}")
+        write_text(texts[-HELD_OUT:], kind, work / f"valid.{kind}")
+    if not (work / "new").exists():
+        minift(f"new --data train.{kind} --out new {recipe['new']}", work)
+    if (work / "run" / "checkpoints").exists():
+        minift("train --resume --out run", work)
+    else:
+        minift(train_command(name), work)
+
+
+def train_command(name: str) -> str:
+    """What trains it, in its working folder."""
+    recipe = RECIPES[name]
+    kind = recipe["text"]
+    return f"train --model new --data train.{kind} --valid valid.{kind} --out run {recipe['train']} {TRAIN}"
+
+
+def minift(arguments: str, folder: Path) -> None:
+    """Runs a command of minift in a folder."""
+    print(f"minift {arguments}", flush=True)
+    subprocess.run([sys.executable, "-m", "minift", *shlex.split(arguments)], cwd=folder, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=RECIPES)
+    parser.add_argument("--imdb", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=0, help="that torch computes with; 0: all")
+    options = parser.parse_args()
+    make(options.model, options.imdb, options.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The token behind a mask: BERT learns a language from text alone (https://arxiv.org/abs/1810.04805, section 3.1).
+
+A token is asked about with probability 0.15. What the model then reads in its place is [MASK] in 80 of 100 cases,
+another token in 10, and the token itself in 10. All of it is drawn anew in each step by the hash that dropout uses, a
+function of (seed, step, example, position): it does not depend on how a step is split or packed, nor on a resume.
+What is held out is asked about the same tokens each time, whatever the seed of the run.
+
+Running text is cut into blocks, each with [CLS] and [SEP] around it; other texts are cut where they are too long, and
+nothing of them is lost. In `predict` the masks are those in the text.
+
+N tokens, M rows, V vocabulary. What each name below is for: tasks/__init__.py.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch, Sequence, token_keys
+from ..data.examples import Example
+from ..data.passages import Passage
+from ..data.texts import read_texts, stream_texts, text_of, texts_from
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
+from ..models import Model
+from ..ops.dropout import MASK as WORD
+from ..ops.dropout import Noise
+from . import complete
+from .classify import loss as loss
+
+NAMED_CLASSES = False
+PEFT_TYPE = None  # PEFT has no type for it
+PEFT_HEADS = ()
+COUNTED = "accuracy"
+CHECKS = None
+
+ASKED = 0.15  # of a text's tokens
+HIDDEN = 0.8  # of those asked about: shown as [MASK]
+CHANGED = 0.1  # shown as any token of the vocabulary
+SITES = 1 << 20  # numbers of the draws' places in the hash, above those of any model's dropout
+HELD_OUT = (0, WORD)  # (seed, step) of the draw that held-out texts have; no run comes to that step
+
+CHUNK = 1000  # texts tokenised at once
+BEST = 5  # tokens that `predict` tells of each mask
+
+read = read_texts
+stream = stream_texts
+settings = complete.settings
+check_settings = complete.check_settings
+label_names = complete.label_names
+summary = complete.summary
+Metrics = complete.Metrics
+
+
+def from_rows(rows: list, labelled: bool = True) -> list[Example]:
+    """The texts in a list: "a text", or {"text": ...}."""
+    return texts_from(rows)
+
+
+# the head, and what checkpoints say of it
+
+
+def architecture(family: ModuleType) -> str | None:
+    """What transformers calls a family with this head."""
+    head = family.HEADS.get("masked")
+    return head.architecture if head else None
+
+
+def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
+    """The family's head for the token behind a mask."""
+    return family.HEADS["masked"](config, n_labels)
+
+
+# texts -> sequences
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a draw has to know of the tokenizer and the model."""
+
+    mask: int  # the id of [MASK]
+    special: tuple[int, ...]  # ids that are never asked about
+    vocabulary: int  # V
+
+
+@dataclass(slots=True, kw_only=True)
+class Text(Sequence):
+    """A sequence as a draw of masks shows it, with the tokens that it has in truth."""
+
+    whole: np.ndarray  # (n,) int32
+    rules: Rules
+
+
+def rules_of(model: Model, tokenizer: Tokenizer) -> Rules:
+    """Raises InputError where the tokenizer has no token that hides another."""
+    if tokenizer.mask is None:
+        raise InputError("the tokenizer has no mask_token, which stands for a hidden word; expected [MASK] or its like")
+    return Rules(tokenizer.mask, tuple(sorted(tokenizer.special)), model.config.vocabulary)
+
+
+def judge(texts: Iterable, model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[bool]:
+    """Whether masks are drawn, for each text; else they are to be in it. Raises InputError where one has none."""
+    mask = tokenizer.token(rules_of(model, tokenizer).mask)
+    found = []
+    for text in texts:
+        if not labelled and mask not in text_of(text):
+            raise InputError(f"{text.where}: found no {mask} in the text; expected one or more, which are filled in")
+        found.append(labelled)
+    return found
+
+
+def encode(
+    texts: list[Example | Passage], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
+) -> list[Sequence]:
+    """Tokens with some of them hidden, as held-out texts are asked; at_step draws others. Raises InputError."""
+    return list(encoded(texts, judge(texts, model, tokenizer, labelled), model, tokenizer, max_length))
+
+
+def encoded(
+    texts: Iterable, labels: Iterable[bool], model: Model, tokenizer: Tokenizer, max_length: int
+) -> Iterator[Sequence]:
+    """The same one at a time, CHUNK texts read ahead."""
+    rules = rules_of(model, tokenizer)
+    ends = len(tokenizer.before) + len(tokenizer.behind)
+    room = max_length - ends
+    if room < 1:
+        raise InputError(
+            f"--max-length is {max_length}; expected at least {ends + 1}, a token between the special ones"
+        )
+    texts = iter(texts)
+    labels = iter(labels)
+    left: list[int] = []  # of running text, what does not fill a block yet
+    number = 0
+    while part := list(islice(texts, CHUNK)):
+        is_drawn = all(list(islice(labels, len(part))))
+        tokens = [found.ids for found in tokenizer.encode([text_of(text) for text in part], special=False)]
+        if is_drawn:
+            blocks, left = cut_blocks(part, tokens, left, room)
+            sequences = draw([framed(number + i, block, tokenizer, rules) for i, block in enumerate(blocks)], *HELD_OUT)
+        else:
+            sequences = [as_written(number + i, ids, room, tokenizer, rules) for i, ids in enumerate(tokens)]
+        yield from sequences
+        number += len(sequences)
+    if left:
+        yield from draw([framed(number, left, tokenizer, rules)], *HELD_OUT)
+
+
+def cut_blocks(
+    texts: list[Example | Passage], tokens: list[list[int]], left: list[int], room: int
+) -> tuple[list[list[int]], list[int]]:
+    """(blocks of at most `room` tokens, what is left of running text, which goes on in the next passage)."""
+    blocks = []
+    for text, ids in zip(texts, tokens, strict=True):
+        ids = left + ids
+        end = len(ids)
+        if isinstance(text, Passage):
+            end -= end % room
+        blocks += [ids[start : min(start + room, end)] for start in range(0, end, room)]
+        left = ids[end:]
+    return blocks, left
+
+
+def framed(number: int, ids: list[int], tokenizer: Tokenizer, rules: Rules) -> Text:
+    """These tokens with the special ones around them, nothing of them hidden yet."""
+    whole = np.array([*tokenizer.before, *ids, *tokenizer.behind], np.int32)
+    none = np.zeros(0, np.int64)
+    return Text(number, whole, None, none.astype(np.int32), none, whole=whole, rules=rules)
+
+
+def as_written(number: int, ids: list[int], room: int, tokenizer: Tokenizer, rules: Rules) -> Text:
+    """The same, asked about the masks that are in the text itself."""
+    text = framed(number, ids[:room], tokenizer, rules)
+    rows = np.flatnonzero(text.ids == rules.mask)
+    return replace(text, rows=rows.astype(np.int32), targets=np.zeros(len(rows), np.int64), cut=len(ids) > room)
+
+
+def at_step(texts: list[Text], seed: int, step: int) -> list[Text]:
+    """The same texts as this step of a run asks about them."""
+    return draw(texts, seed, step)
+
+
+def draw(texts: list[Text], seed: int, step: int) -> list[Text]:
+    """The texts with tokens hidden as (seed, step), their numbers and the tokens' places say, whatever was hidden."""
+    if not texts:
+        return []
+    sizes = np.array([len(text) for text in texts])
+    begins = sizes.cumsum() - sizes
+    numbers = np.repeat(np.array([text.number for text in texts]), sizes)
+    indices = np.arange(sizes.sum()) - np.repeat(begins, sizes)
+    noise = Noise(seed, step, token_keys(torch.from_numpy(numbers), torch.from_numpy(indices)))
+    which, how, what = (uniform(noise.rows(SITES + i)) for i in range(3))  # (N,) each
+
+    rules = texts[0].rules
+    whole = np.concatenate([text.whole for text in texts])
+    asked = (which < ASKED) & ~np.isin(whole, rules.special)
+    hidden = asked & (how < HIDDEN)
+    changed = asked & ~hidden & (how < HIDDEN + CHANGED)
+    shown = np.where(hidden, rules.mask, whole).astype(np.int32)
+    shown[changed] = what[changed] * rules.vocabulary
+    drawn = []
+    for text, begin in zip(texts, begins, strict=True):
+        place = slice(begin, begin + len(text))
+        rows = np.flatnonzero(asked[place])
+        targets = text.whole[rows].astype(np.int64)
+        drawn.append(replace(text, ids=shown[place], rows=rows.astype(np.int32), targets=targets))
+    return drawn
+
+
+def uniform(words: Tensor) -> np.ndarray:
+    """Hashed int32 words as numbers from 0 to below 1, float64."""
+    return words.numpy().view(np.uint32) / 2.0**32
+
+
+def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
+    """These tokens (n,) int32, each asked for itself."""
+    return Sequence(number, ids, None, np.arange(len(ids), dtype=np.int32), ids.astype(np.int64))
+
+
+# what is told
+
+
+def next_command(folder: str, example: Example | Passage, tokenizer: Tokenizer) -> str:
+    """What stands behind the mask of another text."""
+    return f'minift predict --task fill --model {folder} --text "... {tokenizer.token(tokenizer.mask)} ..."'
+
+
+def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
+    """One object a sequence: the text with its masks filled, and the likeliest tokens of each with probabilities."""
+    best = model.logits(batch).float().softmax(-1).topk(BEST)  # (M, 5)
+    filled = batch.ids.clone()
+    filled[batch.rows] = best.indices[:, 0]
+    masks = []
+    for ids, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        names = [tokenizer.decode([i]).strip() for i in ids]
+        masks.append(dict(zip(names, scores, strict=True)))
+    found = []
+    for start, end in zip(batch.offsets.tolist(), batch.offsets[1:].tolist(), strict=False):
+        mine = [mask for row, mask in zip(batch.rows.tolist(), masks, strict=True) if start <= row < end]
+        found.append({"text": tokenizer.decode(filled[start:end].tolist()), "masks": mine})
+    return found
