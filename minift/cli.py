@@ -315,14 +315,18 @@ class Help(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, width=min(shutil.get_terminal_size().columns, 100) - 2)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """The help of an option; no name with a hyphen in it is broken."""
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """The description, a paragraph at a time. argparse calls it so, and names no other way."""
+        """The description, a paragraph at a time. Both names are argparse's: it knows no other way."""
         paragraphs = []
         for paragraph in cleandoc(text).split("\n\n"):
             if paragraph.startswith("minift ") or paragraph.startswith("  "):
                 shown = [f"  {line.removeprefix('  ')}" for line in paragraph.split("\n")]
             else:
-                shown = textwrap.wrap(paragraph, width)
+                shown = self._split_lines(paragraph.replace("\n", " "), width)
             paragraphs.append("\n".join(shown))
         return "\n\n".join(paragraphs)
 

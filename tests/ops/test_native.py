@@ -220,10 +220,10 @@ def test_one_reason_for_all_kernels_is_told_once(monkeypatch, capsys):
 
 def test_where_nothing_can_be_kept_it_is_said_and_kernels_still_work(monkeypatch, tmp_path):
     """As where the home folder cannot be written."""
-    (tmp_path / "home").write_text("")  # a file: no folder can be made in it
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "place").write_text("")  # a file: no folder can be made in it
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "place"))
     monkeypatch.setattr(native, "ThreadPoolExecutor", lambda n: SimpleNamespace(submit=lambda *_: None))
-    assert f"for this process alone: {tmp_path}/home/minift/kernels cannot be used" in native.use("auto")
+    assert f"for this process alone: {tmp_path}/place/minift/kernels cannot be used" in native.use("auto")
     assert adds(native.load_kernel("add"))
 
 
