@@ -3,6 +3,7 @@
     with replaced(path) as file: ...        one file, whole or not at all
     write_folder(folder, write)             several files in a folder, beside whatever else is there
     check_output_file(path, ...)            refuses before any work what must not be written over
+    cache_folder(kind)                      what can be made again: kernels, the tokens of a text
 
 Whatever is written is written aside first, under a name that nobody else has, flushed to the disk, and renamed. A
 folder that minift wrote holds minift.json, which lists its files with their SHA-256. Only these are ever replaced or
@@ -10,6 +11,7 @@ removed, and only while they are what minift wrote.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -188,7 +190,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         with naming(folder):
             aside.mkdir()
             write(aside)
-            _seal(aside)
+            seal(aside)
             if is_new:
                 os.rename(aside, target)
             else:
@@ -200,7 +202,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     flush(target.parent)
 
 
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """Brings a folder's files to the disk, and writes minift.json: their names and their SHA-256."""
     paths = sorted(folder.iterdir())
     with ThreadPoolExecutor() as pool:  # to hash a file takes as long as the disk does: side by side
@@ -352,3 +354,62 @@ def remove_leftovers(folder: Path) -> None:
         for path in folder.iterdir():
             if re.fullmatch(TEMPORARY, path.name):
                 remove_leftover(path)
+
+
+# the cache: what can be made again
+
+
+def cache_folder(kind: str) -> Path:
+    """Where files of a kind are kept between processes."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    cache_home = Path(base) if base else Path(os.path.expanduser("~"), ".cache")
+    return cache_home / "minift" / kind
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder of the cache. Raises OSError where it cannot be, or where others can write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not private(folder):
+        raise PermissionError(errno.EPERM, "others can write to it", str(folder))
+
+
+def private(path: Path) -> bool:
+    """Whether a file or folder is this user's and nobody else can write to it: what is loaded from there runs.
+
+    Only files and folders can be: reading a pipe would wait for ever.
+    """
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file alone: waits while another process holds it, and is free again however that one ends."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # for writing: else NFS gives no such lock
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(handle, path):  # whoever held it has removed it; a new one may be there
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,14 +14,15 @@ from . import files
 from .adapters import changes_base, method_file, saved_as
 from .checkpoints import resume, saving
 from .config import TrainConfig, is_number
+from .data import corpus
 from .data.batch import Sequence
 from .data.examples import sample, split
 from .data.tokenizer import Tokenizer
-from .engine.distributed import local
+from .engine.distributed import World, local
 from .errors import InputError
 from .evaluation import measure
 from .layers.nf4 import has_packed_layers
-from .measure.track import check_loggers, say
+from .measure.track import Progress, check_loggers, say
 from .models import Model, check_length
 from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings
 from .tasks import details_of, task_named, task_of
@@ -83,6 +85,7 @@ def prepare_run(
     engine = choose_engine(config)
     max_length = check_length(model, config.max_length)
     examples, valid = examples or read_examples(config)
+    tokenise_texts(tokenizer, engine.world, examples, valid)
     sequences = task.encode(examples, model, tokenizer, max_length)
     held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
     if engine.world.first:
@@ -95,23 +98,70 @@ def prepare_run(
     return make_job(model, config, engine), sequences, held_out
 
 
+def tokenise_texts(tokenizer: Tokenizer, world: World, *parts: list) -> None:
+    """Sees to the file of tokens of each running text that some lists of examples are from. Raises InputError, OSError.
+
+    What is done stays where this is interrupted, and the next run goes on from there.
+    """
+    for text in corpus.texts_of(*parts):
+        work = corpus.tokenise(text, tokenizer)
+        done = None
+
+        # the first process begins; the others then find the file locked, and wait there without a limit of time
+        if world.first:
+            done = next(work, None)
+        world.wait()
+        if not world.first:
+            done = next(work, None)
+
+        start = time.monotonic()
+        if done is not None:
+            watch(text, work, done)
+        tokens = corpus.find(text, tokenizer)
+        if done is None:
+            how = "from before"
+        else:
+            how = f"made in {time.monotonic() - start:.0f} s"
+        say(f"{text.name}: {len(tokens):,} tokens in {tokens.folder}, {how}")
+        cache = files.cache_folder("text")
+        if tokens.folder.parent != cache:
+            say(f"they are not in {cache}, which could not be written; XDG_CACHE_HOME may name another cache folder")
+
+
+def watch(text: corpus.Text, work: Iterator[int], done: int) -> None:
+    """Shows how the tokenising of a text goes on, `done` pieces of which are from an earlier run."""
+    if done:
+        say(f"{text.name}: going on after piece {done:,} of {text.count:,}, where an earlier run stopped")
+    progress = Progress(text.count, "piece", done)
+    try:
+        for now in work:
+            progress.add(now - progress.done)
+    except (KeyboardInterrupt, OSError) as e:
+        e.add_note(f"{text.name}: {progress.done:,} of {text.count:,} pieces are tokenised; the next run goes on there")
+        raise
+    finally:
+        progress.close()
+
+
 def announce(model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], at_once: int) -> None:
     """Says what is about to happen."""
     max_length = check_length(model, config.max_length)
-    tokens = [len(s) for s in sequences]
-    mean = sum(tokens) / len(tokens)
+    tokens = empty = cut = 0
+    for sequence in sequences:  # once: those of a running text are made as they are asked for
+        tokens += len(sequence)
+        empty += not len(sequence.targets)
+        cut += sequence.cut
+    mean = tokens / len(sequences)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     first, *others = task_of(model).summary(model, sequences) or [""]
     say(f"{trainable:,} of {model.size():,} parameters are trained" + (f"; {first}" if first else ""))
     for line in others:
         say(line)
-    empty = sum(not len(s.targets) for s in sequences)
     if empty:
         say(f"nothing is left to learn of {empty:,} examples, cut to {max_length} tokens")
     limit = f", at most {at_once:,} at once" if at_once else ""
-    cut = sum(s.cut for s in sequences)
     say(
-        f"{len(tokens):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
+        f"{len(sequences):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step{limit}; {cut:,} cut to {max_length} tokens"
     )
 

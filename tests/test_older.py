@@ -27,6 +27,7 @@ RUNS = {
     "pissa": "--model bert --data train.tsv --method pissa",
     "head": "--model bert --data train.tsv --method head",
     "gpt2 by lora": "--model gpt2 --task complete --data facts.jsonl --method lora",
+    "gpt2 on text": "--model gpt2 --task complete --data text.txt --valid 0.5",
 }
 
 
@@ -42,6 +43,7 @@ def older(tmp_path_factory):
     small_bert(folder / "bert")
     small_gpt2(folder / "gpt2")
     reviews(folder / "train.tsv", 32)
+    write(folder / "text.txt", *(f"line {n}" + " and more" * 9 for n in range(500)))  # three pieces
     write(folder / "facts.jsonl", *({"prompt": f"a {n}", "completion": f" b {n % 3}"} for n in range(24)))
     return folder
 
@@ -65,7 +67,8 @@ def test_it_is_read_and_resumed_to_the_bit(name, older, tmp_path):
     whole = {path.name: path.read_bytes() for path in (tmp_path / "run/last").glob("*.safetensors")}
     curve = losses(tmp_path / "run")
 
-    task = "--task complete --data facts.jsonl" if "complete" in line else "--data train.tsv"
+    words = line.split()
+    task = f"--data {words[words.index('--data') + 1]}" + " --task complete" * ("complete" in words)
     told = [minift(tmp_path, tree, f"eval --model run {task} --json") for tree in (older / "tree", ROOT)]
     assert json.loads(told[0].splitlines()[-1]) == json.loads(told[1].splitlines()[-1])
 

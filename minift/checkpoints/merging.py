@@ -116,8 +116,11 @@ def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Ba
             raise InputError(f"{config.model}: no tokenizer to read --data with")
         # a completion is needed, since that is what is asked about; of a task with predictions, what is right is not
         need = task.predictions is None
-        examples = task.read(config.data, config.columns, need, config.header, config.max_line)
-        return pack(task.encode(examples[:SAMPLE], model, tokenizer, check_length(model, 0), labelled=False))
+        chosen = []
+        for example in task.stream(config.data, config.columns, need, config.header, config.max_line):
+            if len(chosen) < SAMPLE:  # the rest is only judged
+                chosen.append(example)
+        return pack(task.encode(chosen, model, tokenizer, check_length(model, 0), labelled=False))
     ids = torch.randint(model.config.vocabulary, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
     return pack([task.probe(i, x.int().numpy(), model) for i, x in enumerate(ids)])
 

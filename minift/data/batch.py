@@ -5,6 +5,7 @@ N tokens, S sequences, M rows.
 """
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -93,6 +94,7 @@ def token_keys(numbers: Tensor, indices: Tensor) -> Tensor:
     return mix_tensor(number ^ index)
 
 
+@lru_cache(maxsize=1)  # every step of an epoch asks for it
 def order(n: int, seed: int, epoch: int) -> Tensor:
     """The order of n examples in an epoch, (n,): the one that transformers' Trainer draws."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))

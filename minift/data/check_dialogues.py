@@ -11,8 +11,8 @@ from pathlib import Path
 from ..errors import short_repr
 from .check import PLAIN_TEXT, Checks, Findings, Item, Lengths, Seen
 from .examples import text_fault
-from .lines import json_objects, kind_of_file
-from .passages import ROLES, chat_parts, other_form, pieces, require_passages, weight_fault, weight_of
+from .lines import json_objects
+from .passages import ROLES, chat_parts, is_running_text, other_form, pieces, require_passages, weight_fault, weight_of
 from .tokenizer import Tokenizer
 
 FORMS = {"chat": ("messages",), "prompt/completion": ("prompt", "completion")}
@@ -157,7 +157,7 @@ def _warn_of_roles(line: int, messages: list[dict], findings: Findings) -> None:
 def read(path: Path, columns: str, header: str, findings: Findings, most: int) -> Iterator[Item]:
     """Passages as read_passages() reads them; `columns` and `header` have no meaning here."""
     require_passages(path)
-    if kind_of_file(path) == ".txt":
+    if is_running_text(path):
         return _plain_text(path, findings, most)
     return _pairs_or_chats(path, findings, most)
 

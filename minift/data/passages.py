@@ -40,7 +40,7 @@ def stream_passages(
         option = "--columns" if columns else "--header"
         raise InputError(f"{option} has no meaning here; the keys are prompt and completion, or messages")
     require_passages(path)
-    plain = kind_of_file(path) == ".txt"
+    plain = is_running_text(path)
     if plain and not need_label:
         raise InputError(f"{printable(str(path))}: is running text; expected prompts, in a .jsonl")
 
@@ -48,6 +48,11 @@ def stream_passages(
         return _plain(path, faults, max_line) if plain else _dialogues(path, need_label, faults, max_line)
 
     return Stream(path, read_once, "found nothing to read; expected at least one example")
+
+
+def is_running_text(path: Path) -> bool:
+    """Whether a file is one text, by its name."""
+    return kind_of_file(path) == ".txt"
 
 
 def require_passages(path: Path) -> None:

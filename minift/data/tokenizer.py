@@ -10,6 +10,7 @@ combination of their pieces (3.7 GB for two texts of 2,000 tokens cut to 16); an
 tokenizer, which one call would leave to the next.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -121,6 +122,11 @@ class Tokenizer:
     def token(self, id: int) -> str | None:
         """The token of an id, or None if there is no such id."""
         return self.backend.id_to_token(id) if 0 <= id < self.vocab_size else None
+
+    def digest(self) -> str:
+        """A hash of all that decides which tokens a text has: rules, vocabulary, added tokens, the library."""
+        rules = f"{tokenizers.__version__} {self.backend.to_str()}"
+        return hashlib.sha256(rules.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint's own tokenizer files, and a tokenizer.json if it had none."""

@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,7 +23,9 @@ from pathlib import Path
 
 import torch
 
+from .. import files
 from ..errors import printable
+from ..files import private
 from . import sources
 from .sources import Arguments, Unavailable, packed
 
@@ -183,9 +184,7 @@ def torch_parallel_for() -> int | None:
 
 def cache_folder() -> Path:
     """Where libraries are kept between processes."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    cache_home = Path(base) if base else Path(os.path.expanduser("~"), ".cache")
-    return cache_home / "minift" / "kernels"
+    return files.cache_folder("kernels")
 
 
 def keeps() -> bool:
@@ -216,9 +215,7 @@ def keep(made: Path, stem: str) -> Path | None:
     path = folder / f"{stem}-{digest(content)}{made.suffix}"
     aside = folder / f"{stem}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not private(folder):
-            return None
+        files.make_private(folder)
         with open(aside, "wb") as f:
             os.fchmod(f.fileno(), 0o700)
             f.write(content)
@@ -226,24 +223,10 @@ def keep(made: Path, stem: str) -> Path | None:
             os.fsync(f.fileno())
         os.replace(aside, path)
         return path
-    except OSError:  # read-only or full: this process does without
+    except OSError:  # read-only, full or not this user's alone: this process does without
         with suppress(OSError):
             aside.unlink()
         return None
-
-
-def private(path: Path) -> bool:
-    """Whether a file or folder is this user's and nobody else can write to it: what is loaded from there runs.
-
-    Only files and folders can be: reading a pipe would wait for ever.
-    """
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        return False
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def digest(content: bytes) -> str:

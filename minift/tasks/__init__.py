@@ -6,7 +6,8 @@ shares with another task from that one's file (`from . import classify`). The fi
     read(path, columns, need_label, header, max_line) -> its examples in a list; stream(...) -> the same, read anew each
         time they are asked for; need_label False: what is right may be absent. They raise InputError: file, line, what
         was found, what was expected. data/examples.py has what both are made of: labelled_rows -> (where, {"text",
-        "pair", "label"}) of any kind of file; make_example, for which a label is a string or a whole number; Stream
+        "pair", "label"}) of any kind of file; make_example, for which a label is a string or a whole number; Stream.
+        Of running text, `read` gives the pieces that data/corpus.py makes of the stream
     from_rows(rows, labelled) -> the same from a list in Python; labelled: whether what is right has to be there
     CHECKS            what `minift check` looks at (data/check.py); None: nothing
     label_names(examples, given) -> the classes of a training set, `given` being --labels; None: the task has none
@@ -15,7 +16,8 @@ shares with another task from that one's file (`from . import classify`). The fi
     encoded(examples, labels, model, tokenizer, max_length) -> an iterator of data.batch.Sequence: tokens, the rows
         asked about, and targets, an array of any dtype with T entries along its first axis. Only with one class a row,
         as integers, --graph works: it adds rows of class -1, which the loss has to leave out
-    encode(examples, model, tokenizer, max_length, labelled) -> the two together, in a list
+    encode(examples, model, tokenizer, max_length, labelled) -> the two together, in a list; of pieces of running text
+        corpus.blocks, which looks like one and reads what is asked for
     at_step(sequences, seed, step) -> the same as this step asks about them; only where it is not always the same
     probe(number, ids, model) -> a Sequence of these tokens, asked as the task asks, without a right answer
 

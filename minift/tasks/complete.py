@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import LONGEST
+from ..data import corpus
 from ..data.batch import Batch, Sequence
 from ..data.check_dialogues import CHECKS as CHECKS
-from ..data.passages import Passage, passages_from, read_passages, stream_passages
+from ..data.corpus import Blocks, Piece
+from ..data.passages import Passage, is_running_text, passages_from, read_passages, stream_passages
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..models import Model
@@ -33,9 +36,17 @@ COUNTED = "accuracy"
 
 CHUNK = 1000  # passages tokenised at once
 
-read = read_passages
 stream = stream_passages
 predictions = None  # `minift generate` completes
+
+
+def read(
+    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
+) -> list[Passage] | list[Piece]:
+    """All examples of a file; of running text the numbers of its pieces, whose words stay there."""
+    if is_running_text(Path(path)):
+        return corpus.read_pieces(stream(path, columns, need_label, header, max_line))
+    return read_passages(path, columns, need_label, header, max_line)
 
 
 def from_rows(rows: list, labelled: bool = True) -> list[Passage]:
@@ -79,9 +90,19 @@ def judge(passages: Iterable[Passage], model: Model, tokenizer: Tokenizer, label
 
 
 def encode(
-    passages: list[Passage], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
-) -> list[Sequence]:
+    passages: list[Passage] | list[Piece],
+    model: Model,
+    tokenizer: Tokenizer,
+    max_length: int,
+    labelled: bool = True,
+) -> list[Sequence] | Blocks:
     """Tokens, and the rows and targets of the parts to be learned. Raises InputError where nothing is to be learned."""
+    if corpus.is_running(passages):
+        end_of_text(model, tokenizer)  # eval and generate cannot do without
+        found = corpus.blocks(passages, tokenizer, max_length + 1, 1, block, tokenizer.before)
+        if not found:
+            raise InputError(f"{passages[0].text.name}: nothing to learn from; expected two tokens or more")
+        return found
     return list(encoded(passages, (), model, tokenizer, max_length))
 
 
@@ -143,10 +164,14 @@ def blocks(number: int, stream: list[int], length: int) -> list[Sequence]:
     tokens = np.array(stream, np.int32)
     found = []
     for start in range(0, len(tokens) - 1, length):
-        targets = tokens[start + 1 : start + 1 + length].astype(np.int64)
-        ids = tokens[start : start + len(targets)]
-        found.append(Sequence(number + len(found), ids, None, np.arange(len(ids), dtype=np.int32), targets))
+        found.append(block(number + len(found), tokens[start : start + length + 1]))
     return found
+
+
+def block(number: int, tokens: np.ndarray) -> Sequence:
+    """Tokens (n + 1,) int32 of running text: n that are each asked for the next."""
+    rows = np.arange(len(tokens) - 1, dtype=np.int32)
+    return Sequence(number, tokens[:-1], None, rows, tokens[1:].astype(np.int64))
 
 
 def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
