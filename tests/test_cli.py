@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("", ["COMMAND"]),
     ("tarin", ["tarin"]),
-    ("train --data x.tsv --out y", ["--model is missing"]),
+    ("train --model m --out y", ["--data is missing"]),
     ("train --model m --data x.tsv --out y --batch 0", ["--batch is 0", "at least 1"]),
     ("train --model m --data x.tsv --out y --batch many", ["many"]),
     ("train --model m --data x.tsv --out y --lr nan", ["--lr is nan"]),

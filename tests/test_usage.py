@@ -51,7 +51,7 @@ def usage(line: str) -> str:
     ("--batch_size 3", "did you mean --batch?"),
     ("--xyzzy", "--xyzzy is no option\n"),
     ("--tok 3", "--tok is no option"),  # an abbreviation would change its meaning with the next option
-    ("--task classification", "expected one of classify, complete; did you mean classify?"),
+    ("--task classification", "; did you mean classify?"),
     ("--method qlora", "did you mean lora with --base nf4?"),
     ("--method last-0", "head, bias, norm, last-K"),
     ("--precision float16", "did you mean fp16?"),
