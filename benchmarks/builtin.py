@@ -17,26 +17,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 HELD_OUT = 1000  # reviews, the last ones
 MODELS = Path(__file__).parents[1] / "minift" / "demo" / "models"
 
-# what each is made by; "text" is what the reviews are written out to
+# what each is made by: "text" is what the reviews are written out to, "train" its trainings, each from where the one
+# before ended. From long texts a BERT learns nothing but how frequent words are for a long time (LOG.md, 2026-11-26).
+# From ten tokens at a time it soon learns to look at the neighbours; it finds them in longer texts too, where positions
+# began as sines.
 RECIPES = {
     "bert-nano": {
         "text": "jsonl",
         "new": "--family bert --lowercase --vocab 8192 --width 192 --layers 4 --heads 3 --positions 512",
-        "train": "--task fill --max-length 512 --batch 64 --steps 3000",
+        "start": "--model start --task fill",
+        "train": [
+            "--max-length 10 --batch 400 --steps 800 --limit 5000 --seed 1",
+            "--max-length 24 --batch 170 --steps 800 --limit 8000 --seed 2",
+            "--max-length 64 --batch 128 --steps 1000 --limit 20000 --seed 3",
+            "--max-length 160 --batch 64 --steps 1400 --seed 4",
+            "--max-length 512 --batch 32 --steps 4000 --seed 5 --schedule cosine",
+        ],
+        "always": "--lr 4e-3 --beta2 0.98 --warmup 20 --schedule constant",
     },
     "gpt2-nano": {
         "text": "txt",
         "new": "--family gpt2 --vocab 4096 --width 192 --layers 4 --heads 3 --positions 256",
-        "train": "--task complete --max-length 256 --batch 64 --steps 2000",
+        "start": "--model new --init random --task complete",
+        "train": ["--max-length 256 --batch 64 --steps 2000"],
+        "always": "--lr 8e-3 --beta2 0.95 --warmup 100 --schedule cosine",
     },
 }
-TRAIN = (
-    "--init random --optimizer muon --lr 8e-3 --beta2 0.95 --weight-decay 0.1 --dropout 0 --warmup 100 "
-    "--schedule cosine --precision auto --tokens 4096 --eval-every 200 --save-every 200"
+ALWAYS = (
+    "--optimizer muon --weight-decay 0.1 --dropout 0 --precision auto --tokens 4096 --eval-every 200 --save-every 200"
 )
+STD = 0.05  # of the weights that BERT starts from, and the height of its sines
 
 
 def reviews(folder: Path) -> list[str]:
@@ -62,7 +77,7 @@ def write_text(texts: list[str], kind: str, path: Path) -> None:
 
 
 def make(name: str, imdb: Path, work: Path) -> None:
-    """Everything up to the trained run in `work`/run."""
+    """Everything up to the trained model, in `work`/run-N/last of its last training."""
     recipe = RECIPES[name]
     kind = recipe["text"]
     work.mkdir(parents=True, exist_ok=True)
@@ -72,17 +87,44 @@ def make(name: str, imdb: Path, work: Path) -> None:
         write_text(texts[-HELD_OUT:], kind, work / f"valid.{kind}")
     if not (work / "new").exists():
         minift(f"new --data train.{kind} --out new {recipe['new']}", work)
-    if (work / "run" / "checkpoints").exists():
-        minift("train --resume --out run", work)
-    else:
-        minift(train_command(name), work)
+    if name == "bert-nano" and not (work / "start").exists():
+        write_start(work / "new", work / "start")
+    for number, command in enumerate(train_commands(name), 1):
+        if (work / f"run-{number}" / "last").exists():
+            continue
+        if (work / f"run-{number}" / "checkpoints").exists():
+            command = f"train --resume --out run-{number}"
+        minift(command, work)
 
 
-def train_command(name: str) -> str:
+def train_commands(name: str) -> list[str]:
     """What trains it, in its working folder."""
     recipe = RECIPES[name]
     kind = recipe["text"]
-    return f"train --model new --data train.{kind} --valid valid.{kind} --out run {recipe['train']} {TRAIN}"
+    commands = []
+    start = recipe["start"]
+    for number, options in enumerate(recipe["train"], 1):
+        data = f"--data train.{kind} --valid valid.{kind} --out run-{number}"
+        commands.append(f"train {start} {data} {ALWAYS} {recipe['always']} {options}")
+        start = f"--model run-{number}/last --task {start.rpartition(' ')[2]}"
+    return commands
+
+
+def write_start(new: Path, out: Path) -> None:
+    """The weights that BERT starts from: drawn, and positions as sines (Vaswani et al., https://arxiv.org/abs/1706.03762)."""
+    from minift import load, save
+
+    model, tokenizer = load(new, task="fill", init="random")
+    positions = model.body.embeddings.position.weight
+    count, width = positions.shape
+    angles = torch.arange(count)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(STD / model.config.initializer_range)
+        positions[:, 0::2] = STD * angles.sin()
+        positions[:, 1::2] = STD * angles.cos()
+    save(model, tokenizer, out)
 
 
 def minift(arguments: str, folder: Path) -> None:

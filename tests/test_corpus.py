@@ -119,7 +119,11 @@ def test_blocks_are_those_of_a_list(tokenizers, tmp_path_factory, name, lines, p
 def test_blocks_without_an_overlap(length, letters, cache, tmp_path):
     """Every token is in one block, as a task wants it that puts tokens of its own around each."""
     pieces = complete.read(put(tmp_path / "d.txt", TEXT))
-    found = corpus.blocks(pieces, letters, length, 0, lambda number, tokens: (number, tokens.tolist()))
+
+    def make(numbers: list, blocks: list) -> list:
+        return [(number, tokens.tolist()) for number, tokens in zip(numbers, blocks, strict=True)]
+
+    found = corpus.blocks(pieces, letters, length, 0, make)
     assert [i for _, ids in found for i in ids] == letters.encode([TEXT])[0].ids
     assert [number for number, _ in found] == list(range(len(found)))
     assert all(len(ids) == length for _, ids in found[:-1])

@@ -42,6 +42,7 @@ CHARACTERS = 1 << 20  # of text tokenised at once, and lost where the process is
 TOKENS, ENDS, STATE = "tokens.bin", "ends.bin", "state.json"
 FILES = {TOKENS, ENDS, STATE, files.MANIFEST}
 AROUND = 1 << 16  # bytes of a mapped file that Linux maps with the one that is read
+TOGETHER = 100  # blocks that are made at once, where all are asked for
 MAPPED = 1 << 25  # bytes of it that count as this process's memory, at most
 
 
@@ -317,7 +318,9 @@ class Blocks(abc.Sequence):
     tokens: Joined
     length: int  # tokens of a block
     overlap: int  # how many of them are the next one's first
-    make: Callable[[int, np.ndarray], Sequence]  # (number of the block, its tokens, (n,) int32) -> what is learned
+    make: Callable[
+        [list[int], list[np.ndarray]], list[Sequence]
+    ]  # (numbers of blocks, their tokens) -> what is learned
     numbers: range
 
     def __len__(self) -> int:
@@ -325,12 +328,22 @@ class Blocks(abc.Sequence):
 
     def __getitem__(self, i: int | slice) -> Any:
         """A Sequence, or Blocks of those in the slice."""
-        numbers = self.numbers[i]
         if isinstance(i, slice):
-            return replace(self, numbers=numbers)
-        begin = numbers * (self.length - self.overlap)
+            return replace(self, numbers=self.numbers[i])
+        number = self.numbers[i]
+        return self.make([number], [self.read(number)])[0]
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All of them, TOGETHER at a time: some tasks make many faster than one."""
+        for start in range(0, len(self), TOGETHER):
+            numbers = self.numbers[start : start + TOGETHER]
+            yield from self.make(list(numbers), [self.read(number) for number in numbers])
+
+    def read(self, number: int) -> np.ndarray:
+        """The tokens of a block, (n,) int32."""
+        begin = number * (self.length - self.overlap)
         end = min(begin + self.length, len(self.tokens))
-        return self.make(numbers, self.tokens.read(begin, end))
+        return self.tokens.read(begin, end)
 
 
 def blocks(
@@ -338,12 +351,12 @@ def blocks(
     tokenizer: Tokenizer,
     length: int,
     overlap: int,
-    make: Callable[[int, np.ndarray], Sequence],
+    make: Callable[[list[int], list[np.ndarray]], list[Sequence]],
     before: list[int] = (),
 ) -> Blocks:
     """Pieces of one text in blocks of `length` tokens, the last one shorter; makes the file of tokens if there is none.
 
-    overlap: how many tokens two neighbours share; a block has more than these. make: what the task makes of a block.
+    overlap: how many tokens two neighbours share; a block has more than these. make: what the task makes of blocks.
     before: tokens that stand once, in front of all. Raises what `tokenise` raises.
     """
     text = pieces[0].text

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import LONGEST
+from . import corpus
+from .corpus import Piece
 from .examples import Example, Stream, examples_from, stream_examples
-from .lines import kind_of_file
-from .passages import Passage, stream_passages
+from .passages import Passage, is_running_text, stream_passages
 
 
 def stream_texts(
@@ -17,16 +18,19 @@ def stream_texts(
     Labels may be absent, and pairs are not read. need_label: of no meaning, since a text is its own answer.
     Raises InputError: file, line, what was found, what was expected.
     """
-    if kind_of_file(Path(path)) == ".txt":
+    if is_running_text(Path(path)):
         return stream_passages(path, columns, True, header, max_line)
     return stream_examples(path, columns, False, header, max_line)
 
 
 def read_texts(
     path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
-) -> list[Example | Passage]:
-    """stream_texts(), all at once."""
-    return list(stream_texts(path, columns, need_label, header, max_line))
+) -> list[Example] | list[Piece]:
+    """stream_texts(), all at once; of running text the numbers of its pieces, whose words stay in the file."""
+    stream = stream_texts(path, columns, need_label, header, max_line)
+    if is_running_text(Path(path)):
+        return corpus.read_pieces(stream)
+    return list(stream)
 
 
 def texts_from(rows: list) -> list[Example]:

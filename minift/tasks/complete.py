@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import LONGEST
 from ..data import corpus
@@ -26,8 +26,8 @@ from ..data.passages import Passage, is_running_text, passages_from, read_passag
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..models import Model
-from ..ops.dropout import SILENT, Noise
-from ..ops.loss import linear_cross_entropy
+from ..ops.dropout import SILENT
+from .classify import loss as loss
 
 NAMED_CLASSES = False
 PEFT_TYPE = "CAUSAL_LM"
@@ -99,7 +99,7 @@ def encode(
     """Tokens, and the rows and targets of the parts to be learned. Raises InputError where nothing is to be learned."""
     if corpus.is_running(passages):
         end_of_text(model, tokenizer)  # eval and generate cannot do without
-        found = corpus.blocks(passages, tokenizer, max_length + 1, 1, block, tokenizer.before)
+        found = corpus.blocks(passages, tokenizer, max_length + 1, 1, make_blocks, tokenizer.before)
         if not found:
             raise InputError(f"{passages[0].text.name}: nothing to learn from; expected two tokens or more")
         return found
@@ -162,16 +162,17 @@ def masked(number: int, ids: list[int], learned: list[bool], max_length: int) ->
 def blocks(number: int, stream: list[int], length: int) -> list[Sequence]:
     """Plain text as blocks of `length` tokens; each token but the first is a target once."""
     tokens = np.array(stream, np.int32)
-    found = []
-    for start in range(0, len(tokens) - 1, length):
-        found.append(block(number + len(found), tokens[start : start + length + 1]))
-    return found
+    found = [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
+    return make_blocks(list(range(number, number + len(found))), found)
 
 
-def block(number: int, tokens: np.ndarray) -> Sequence:
-    """Tokens (n + 1,) int32 of running text: n that are each asked for the next."""
-    rows = np.arange(len(tokens) - 1, dtype=np.int32)
-    return Sequence(number, tokens[:-1], None, rows, tokens[1:].astype(np.int64))
+def make_blocks(numbers: list[int], blocks: list[np.ndarray]) -> list[Sequence]:
+    """Running text, each block (n + 1,) int32: n tokens that are each asked for the next."""
+    made = []
+    for number, tokens in zip(numbers, blocks, strict=True):
+        rows = np.arange(len(tokens) - 1, dtype=np.int32)
+        made.append(Sequence(number, tokens[:-1], None, rows, tokens[1:].astype(np.int64)))
+    return made
 
 
 def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
@@ -210,11 +211,6 @@ def ends_of_text(model: Model | None, tokenizer: Tokenizer) -> list[int]:
             "eos_token in tokenizer_config.json, that is in the vocabulary"
         )
     return found
-
-
-def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(cross-entropy summed over the batch's targets, number of target tokens predicted right)."""
-    return linear_cross_entropy(model(batch, noise), model.last.weight, model.last.bias, batch.targets, smoothing)
 
 
 def next_command(folder: str, example: Passage, tokenizer: Tokenizer) -> str:

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data import corpus
 from ..data.batch import Batch, Sequence, token_keys
+from ..data.corpus import Blocks, Piece
 from ..data.examples import Example
 from ..data.passages import Passage
 from ..data.texts import read_texts, stream_texts, text_of, texts_from
@@ -114,10 +116,32 @@ def judge(texts: Iterable, model: Model, tokenizer: Tokenizer, labelled: bool = 
 
 
 def encode(
-    texts: list[Example | Passage], model: Model, tokenizer: Tokenizer, max_length: int, labelled: bool = True
-) -> list[Sequence]:
+    texts: list[Example | Passage] | list[Piece],
+    model: Model,
+    tokenizer: Tokenizer,
+    max_length: int,
+    labelled: bool = True,
+) -> list[Sequence] | Blocks:
     """Tokens with some of them hidden, as held-out texts are asked; at_step draws others. Raises InputError."""
-    return list(encoded(texts, judge(texts, model, tokenizer, labelled), model, tokenizer, max_length))
+    if not corpus.is_running(texts):
+        return list(encoded(texts, judge(texts, model, tokenizer, labelled), model, tokenizer, max_length))
+    rules = rules_of(model, tokenizer)
+
+    def make(numbers: list[int], blocks: list[np.ndarray]) -> list[Text]:
+        framed_blocks = [framed(number, ids, tokenizer, rules) for number, ids in zip(numbers, blocks, strict=True)]
+        return draw(framed_blocks, *HELD_OUT)
+
+    return corpus.blocks(texts, tokenizer, room_of(tokenizer, max_length), 0, make)
+
+
+def room_of(tokenizer: Tokenizer, max_length: int) -> int:
+    """How many tokens of a text stand between the special ones. Raises InputError where there is no room at all."""
+    ends = len(tokenizer.before) + len(tokenizer.behind)
+    if max_length <= ends:
+        raise InputError(
+            f"--max-length is {max_length}; expected at least {ends + 1}, a token between the special ones"
+        )
+    return max_length - ends
 
 
 def encoded(
@@ -125,12 +149,7 @@ def encoded(
 ) -> Iterator[Sequence]:
     """The same one at a time, CHUNK texts read ahead."""
     rules = rules_of(model, tokenizer)
-    ends = len(tokenizer.before) + len(tokenizer.behind)
-    room = max_length - ends
-    if room < 1:
-        raise InputError(
-            f"--max-length is {max_length}; expected at least {ends + 1}, a token between the special ones"
-        )
+    room = room_of(tokenizer, max_length)
     texts = iter(texts)
     labels = iter(labels)
     left: list[int] = []  # of running text, what does not fill a block yet
@@ -164,7 +183,7 @@ def cut_blocks(
     return blocks, left
 
 
-def framed(number: int, ids: list[int], tokenizer: Tokenizer, rules: Rules) -> Text:
+def framed(number: int, ids: list[int] | np.ndarray, tokenizer: Tokenizer, rules: Rules) -> Text:
     """These tokens with the special ones around them, nothing of them hidden yet."""
     whole = np.array([*tokenizer.before, *ids, *tokenizer.behind], np.int32)
     none = np.zeros(0, np.int64)
