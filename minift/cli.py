@@ -7,10 +7,15 @@ Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a ch
 import argparse
 import json
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from inspect import cleandoc
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from .config import (
@@ -28,13 +33,14 @@ from .config import (
     from_args,
     meant,
 )
-from .errors import InputError, printable
+from .errors import InputError, printable, table_lines
 
 
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
     from .checkpoints.hub import default_model
     from .engine.distributed import leave
+    from .measure.summary import summarize
     from .measure.track import say, speaks
     from .runs import Interrupted, check_out, read_training, set_aside
     from .setup import load_model
@@ -45,21 +51,33 @@ def train(config: TrainConfig) -> int:
     if not config.model:
         config = replace(config, model=default_model(config.task))
         say(f"no --model: {config.model}, which ships with minift and is small; --model takes a folder or a hub id")
+    task = task_named(config.task)
     whole = read_training(config, config.data)
-    labels = task_named(config.task).label_names(whole, config.labels)  # before some are set aside
+    labels = task.label_names(whole, config.labels)  # before some are set aside
     examples = set_aside(config, whole)
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:
         done = train_on(model, tokenizer, config, examples)
     except Interrupted as e:
-        say(f"{e}\nto go on: minift train --resume --out {config.out}")
+        say(f"{e}\nto go on: minift train --resume --out {shlex.quote(config.out)}")
         return 128 + e.number
     finally:
         leave()
-    say(f"{done.steps} steps in {done.seconds:.1f} s; the model is in {done.model}")
-    if done.metrics and speaks():
-        print_table({f"valid {name}": value for name, value in done.metrics.items()})
+    if speaks():
+        print_metrics({f"valid {name}": value for name, value in done.metrics.items()}, done.details, task)
+        folder = shlex.quote(config.out)
+        lines = summarize(
+            model,
+            config.method,
+            done.steps,
+            done.seconds,
+            done.model,
+            done.metrics,
+            len(examples[1]),
+            task.next_command(folder, examples[0][0], tokenizer),
+        )
+        say("\n".join(["", *lines]))
     return 0
 
 
@@ -81,9 +99,13 @@ def new(config: NewConfig) -> None:
 def evaluate(config: EvalConfig) -> None:
     """Prints the metrics."""
     from .evaluation import evaluate as run
+    from .tasks import task_of
 
-    metrics = run(*trained(config, config.task), config)
-    print_table(metrics)
+    model, tokenizer = trained(config, config.task)
+    metrics = run(model, tokenizer, config)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    details = {name: value for name, value in metrics.items() if name not in numbers}
+    print_metrics(numbers, details, task_of(model))
     if config.json:
         print(json.dumps(metrics))
 
@@ -210,10 +232,7 @@ def print_learned(model, run: Path) -> None:
 
 def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str) -> None:
     """An aligned table; sides: < or > for each column."""
-    rows = [tuple(printable(cell) for cell in row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)).rstrip())
+    print("\n".join(table_lines(head, rows, sides)))
 
 
 def row_of(name: str, p) -> tuple[str, ...]:
@@ -253,11 +272,13 @@ def need(tokenizer, source: str):
     return tokenizer
 
 
-def print_table(values: dict) -> None:
-    """One name and value a line, the values aligned."""
-    width = max(map(len, values))
-    for name, value in values.items():
+def print_metrics(numbers: dict, details: dict, task: ModuleType) -> None:
+    """One name and number a line, the numbers aligned; then what else the task has to tell."""
+    width = max(map(len, numbers), default=0)
+    for name, value in numbers.items():
         print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value:,}")
+    if details:
+        print("\n".join(["", *task.describe(details, shutil.get_terminal_size().columns)]), flush=True)
 
 
 COMMANDS: dict[str, tuple[type[Config], Callable]] = {
@@ -273,23 +294,87 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
 }
 
 
+OTHER_COMMANDS = {
+    "finetune": "train",
+    "fine-tune": "train",
+    "fit": "train",
+    "evaluate": "eval",
+    "test": "eval",
+    "infer": "predict",
+    "inference": "predict",
+    "classify": "predict",
+    "complete": "generate",
+}  # what other tools call a command, and what it is called here
+
+FIRST = "minift demo\nminift train --data reviews.csv --valid 0.1 --out runs/first"
+
+
+class Help(argparse.HelpFormatter):
+    """Help in the terminal's width, up to a hundred columns; commands to be copied are not broken."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns, 100) - 2)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """The help of an option; no name with a hyphen in it is broken."""
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """The description, a paragraph at a time. Both names are argparse's: it knows no other way."""
+        paragraphs = []
+        for paragraph in cleandoc(text).split("\n\n"):
+            if paragraph.startswith("minift ") or paragraph.startswith("  "):
+                shown = [f"  {line.removeprefix('  ')}" for line in paragraph.split("\n")]
+            else:
+                shown = self._split_lines(paragraph.replace("\n", " "), width)
+            paragraphs.append("\n".join(shown))
+        return "\n\n".join(paragraphs)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with what was probably meant."""
 
+    def __init__(self, **options):
+        # no abbreviations: what --tok means must not change when an option is added
+        super().__init__(usage=argparse.SUPPRESS, formatter_class=Help, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit code 2."""
-        print(f"{self.prog}: error: {message}\n(`{self.prog} --help` lists the options)", file=sys.stderr)
+        print(f"{self.prog}: error: {message}\n(`{self.prog} --help` says what there is)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def overview() -> str:
+    """What `minift --help` says: each command with the first line of its own help."""
+    lines = []
+    for name, (cls, _) in COMMANDS.items():
+        first, _, _ = str(cls.__doc__).partition("\n")
+        lines.append(f"  {name:<8}  {first}")
+    paragraphs = [
+        "A minimal fine-tuning engine in plain PyTorch. To begin with:",
+        FIRST,
+        "\n".join(lines),
+        "`minift COMMAND --help` has examples and every option.",
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """(the parser of the command, its options). Leaves the process by SystemExit(2) where they are not understood."""
-    parser = Parser(prog="minift", description="A minimal fine-tuning engine in plain PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    parser = Parser(prog="minift", description=overview())
+    commands = parser.add_subparsers(
+        prog="minift", dest="command", required=True, metavar="COMMAND", parser_class=Parser, help=argparse.SUPPRESS
+    )
     for name, (cls, _) in COMMANDS.items():
-        # no abbreviations: what --tok means must not change when an option is added
-        command = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__, allow_abbrev=False)
+        command = commands.add_parser(name, description=cls.__doc__, add_help=False)
         add_options(command, cls)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    expected = f"expected one of {', '.join(COMMANDS)}"
+    if not arguments:
+        parser.error(f"no COMMAND was given; {expected}")
+    name = arguments[0]
+    if not name.startswith("-") and name not in COMMANDS:
+        parser.error(f"{name!r} is no COMMAND; {expected}{meant(OTHER_COMMANDS.get(name, name), COMMANDS)}")
     args, unknown = parser.parse_known_args(arguments)
     command = commands.choices[args.command]
     if unknown:

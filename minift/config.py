@@ -1,6 +1,8 @@
 """One flat dataclass per command; its help stands beside each option, and the command line is derived from it.
 
 A field `max_length: int = option(0, "...")` is the option `--max-length N` and the key "max_length" in a JSON file.
+A command's help begins with the docstring of its class, of which `minift --help` shows the first line; its examples
+are a paragraph of lines that begin with `minift`.
 """
 
 import argparse
@@ -10,9 +12,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .tables import FAMILIES, METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
@@ -22,6 +25,7 @@ KERNELS = ("auto", "native", "reference")
 LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 
 PATHS = {"model", "base_model", "data", "valid", "out"}  # options that may name files
+FEW = 1000  # names in a folder that are looked at for what was meant
 LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
 
 # what other tools call an option, or a value of one, and what it is called here
@@ -88,6 +92,27 @@ def meant(found: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def meant_path(given: str | Path, accepted: Callable[[Path], bool]) -> str:
+    """The path that is there and accepted, and whose names are like those of `given`, which is not; "" for none."""
+    parts = Path(given).parts
+    place = Path()
+    for i, part in enumerate(parts):
+        if (place / part).exists():
+            place = place / part
+            continue
+        try:
+            names = os.listdir(place)
+        except OSError:
+            return ""
+        if i == len(parts) - 1:
+            names = [name for name in names[:FEW] if accepted(place / name)]
+        near = difflib.get_close_matches(part, names[:FEW], 1, cutoff=0.6)  # two letters of three
+        if not near:
+            return ""
+        place = place / near[0]
+    return str(place) if accepted(place) else ""
+
+
 def refused(flag: str, value: str, accepted: Sequence[str]) -> str:
     """What is said of a value that an option does not take."""
     return f"{flag} is {value!r}; expected one of {', '.join(accepted)}{meant(value, accepted)}"
@@ -102,9 +127,13 @@ def is_number(text: str) -> bool:
     return True
 
 
-def option(default, help: str, choices: tuple = (), at_least=None):
-    """A dataclass field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+def option(default, help: str, choices: tuple = (), at_least=None, heading: str = ""):
+    """A dataclass field that is also a command-line option.
+
+    heading: where `--help` begins a new group of options with this one.
+    """
+    metadata = {"help": help, "choices": choices, "at_least": at_least, "heading": heading}
+    return field(default=default, metadata=metadata)
 
 
 def choice(default: str, help: str, table: dict[str, str]):
@@ -119,6 +148,9 @@ HEADER = {
     "choices": ("auto", "yes", "no"),
 }
 MAX_LINE = {"default": LONGEST, "help": "longest line of a data file in bytes; 0: no limit", "at_least": 0}
+
+
+METHOD_HELP = "; ".join(f"{name}: {method.help}" for name, method in METHODS.items())
 
 
 @dataclass
@@ -150,24 +182,32 @@ class Config:
 
 @dataclass
 class TrainConfig(Config):
-    """Fine-tune a model on a file of examples."""
+    """Fine-tune a model on a file of examples.
+
+    minift train --data reviews.csv --valid 0.1 --out runs/a
+    minift train --model gpt2 --task complete --data facts.jsonl --method lora --out runs/b
+    """
 
     model: str = option("", "folder, hub id, or builtin:NAME; none: a small one that ships with minift")
-    task: str = option("classify", "what is learned", choices=tuple(TASKS))
-    data: str = option("", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)")
-    valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
-    out: str = option("", "run folder, new or empty (required)")
-    columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
-    header: str = option(**HEADER)
-    max_line: int = option(**MAX_LINE)
-    labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
-    limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
     init: str = option(
         "pretrained",
         "weights at the start; random: drawn from --seed, --model needs a config.json and a tokenizer alone",
         choices=("pretrained", "random"),
     )
-    method: str = option("full", f"what is trained: {', '.join(METHODS)}")
+    task: str = choice("classify", "what is learned", TASKS)
+    data: str = option(
+        "", "training file: .jsonl .csv .tsv (each also .gz), or a folder per class (required)", heading="data"
+    )
+    valid: str = option("", "validation file, or the fraction of the training examples to hold out, as 0.1")
+    columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
+    header: str = option(**HEADER)
+    max_line: int = option(**MAX_LINE)
+    labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
+    limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
+    max_length: int = option(
+        0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
+    )
+    method: str = option("full", METHOD_HELP, heading="what is trained")
     rank: int = option(8, "of an adapter's two matrices", at_least=1)
     alpha: float = option(32.0, "an adapter's update is scaled by alpha / rank", at_least=0)
     adapter_dropout: float = option(0.1, "rate of dropout on an adapter's input", at_least=0)
@@ -185,17 +225,9 @@ class TrainConfig(Config):
     base: str = option(
         "auto", "how frozen weights are kept; auto: as activations", choices=("auto", "fp32", "bf16", "nf4")
     )
-    epochs: int = option(3, "passes over the data", at_least=1)
+    epochs: int = option(3, "passes over the data", at_least=1, heading="steps")
     steps: int = option(0, "stop after N optimizer steps; 0: after the epochs", at_least=0)
     batch: int = option(8, "sequences an optimizer step", at_least=1)
-    tokens: int = option(
-        0,
-        "most tokens in memory at once; a step is split to fit; 0: no limit; for adapters on a CPU 512 or more",
-        at_least=0,
-    )
-    max_length: int = option(
-        0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
-    )
     optimizer: str = choice("adamw", "how gradients update weights", OPTIMIZERS)
     beta1: float = option(-1.0, "decay rate of the gradients' running mean, 0 to 1; -1: the optimizer's own")
     beta2: float = option(-1.0, "a second decay rate, where the optimizer has one; -1: the optimizer's own")
@@ -213,18 +245,25 @@ class TrainConfig(Config):
     dropout: float = option(
         -1.0, "one rate for every dropout of the model; -1: the rates of its config.json", at_least=-1
     )
+    label_smoothing: float = option(0.0, "share of each target's weight that is spread over all classes", at_least=0)
     seed: int = option(42, "fixes order, dropout and fresh weights", at_least=0)
+    tokens: int = option(
+        0,
+        "most tokens in memory at once; a step is split to fit; 0: no limit; for adapters on a CPU 512 or more",
+        at_least=0,
+        heading="speed and memory",
+    )
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
     kernels: str = option("auto", "fused operators; auto: compiled where a C++ compiler is found", choices=KERNELS)
     graph: bool = option(False, "CUDA, bf16: record steps as graphs and replay them, for what is slow to launch")
     recompute: bool = option(False, "save only the input of each layer, and compute it again in backward")
-    label_smoothing: float = option(0.0, "share of each target's weight that is spread over all classes", at_least=0)
+    shard: bool = option(False, "with torchrun: split weights, gradients and moments over the processes")
+    out: str = option("", "run folder, new or empty (required)", heading="run")
     eval_every: str = option("epoch", "validate after each epoch, or every N steps")
     save_every: str = option("epoch", "write a checkpoint after each epoch, or every N steps")
     keep: int = option(2, "checkpoints kept, the newest", at_least=1)
     patience: int = option(0, "stop after N validations without a better one; 0: never", at_least=0)
-    shard: bool = option(False, "with torchrun: split weights, gradients and moments over the processes")
     log: str = option("", "also log to tensorboard, wandb, or both: tensorboard,wandb")
     resume: bool = option(False, "go on with the run in --out after its latest checkpoint")
 
@@ -279,21 +318,33 @@ class TrainConfig(Config):
 
 @dataclass
 class DemoConfig(Config):
-    """Fine-tune the built-in models on built-in data, and show what they learned: no network, about a minute."""
+    """Fine-tune built-in models on built-in data.
 
-    out: str = option("minift-demo", "folder for data, runs and logs, new or empty")
+    What they learned is shown. It takes no network and about a minute.
+
+    minift demo
+    """
+
+    out: str = option("minift-demo", "folder for data, runs and logs, new or empty", heading="run")
 
 
 @dataclass
 class NewConfig(Config):
-    """Make a model folder from text: a tokenizer learned from it and a config.json, to be trained by --init random."""
+    """Make a model folder from text.
 
-    family: str = option("bert", "kind of model", choices=tuple(FAMILIES))
-    data: str = option("", "text to learn the tokenizer from: .txt of running text, or .jsonl .csv .tsv (required)")
-    out: str = option("", "folder for the model (required)")
+    A tokenizer learned from the text and a config.json, to be trained by `minift train --init random`.
+
+    minift new --data corpus.txt --out my-bert
+    """
+
+    data: str = option(
+        "", "text to learn the tokenizer from: .txt of running text, or .jsonl .csv .tsv (required)", heading="data"
+    )
     columns: str = option("", "column or key of the text, as text=review")
     header: str = option(**HEADER)
     max_line: int = option(**MAX_LINE)
+    out: str = option("", "folder for the model (required)", heading="model")
+    family: str = option("bert", "kind of model", choices=tuple(FAMILIES))
     vocab: int = option(8192, "tokens of the vocabulary, at most; 257 of gpt2 are bytes alone", at_least=1)
     lowercase: bool = option(False, "of word pieces (bert, distilbert): read capitals as small letters")
     width: int = option(256, "numbers that stand for a token in each layer", at_least=1)
@@ -304,45 +355,54 @@ class NewConfig(Config):
 
 @dataclass
 class EvalConfig(Config):
-    """Measure a fine-tuned model on labelled examples."""
+    """Measure a fine-tuned model on labelled examples.
+
+    minift eval --model runs/a --data test.csv
+    """
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     task: str = option("classify", "what it was trained for", choices=tuple(TASKS))
-    data: str = option("", "labelled file or folder (required)")
+    data: str = option("", "labelled file or folder (required)", heading="data")
     columns: str = option("", "columns or keys to read, as text,label")
     header: str = option(**HEADER)
     max_line: int = option(**MAX_LINE)
     limit: int = option(0, "evaluate N examples drawn at random; 0: all", at_least=0)
-    tokens: int = option(4096, "tokens in memory at once", at_least=1)
+    seed: int = option(42, "fixes the draw of --limit", at_least=0)
     max_length: int = option(
         0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0
     )
-    seed: int = option(42, "fixes the draw of --limit", at_least=0)
+    tokens: int = option(4096, "tokens in memory at once", at_least=1, heading="speed and memory")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    json: bool = option(False, "one JSON object as the last line of standard output")
+    json: bool = option(False, "one JSON object as the last line of standard output", heading="results")
 
 
 @dataclass
 class PredictConfig(Config):
-    """Label new texts; one JSON object a line, in the order of the input."""
+    """Label new texts.
+
+    The results are JSON objects, one a line, in the order of the input.
+
+      minift predict --model runs/a --text "what a lovely evening"
+      minift predict --model runs/a --data new.csv --out labels.jsonl
+    """
 
     model: str = option("", "run folder, or model folder or hub id with a trained head (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
     task: str = option("classify", "what it was trained for", choices=tuple(TASKS))
-    data: str = option("", "file of texts (a label, if there, is not looked at)")
-    text: str = option("", "one text instead of a file")
+    text: str = option("", "one text instead of a file", heading="texts")
     pair: str = option("", "the second sentence of --text")
-    out: str = option("", "write here instead of standard output")
-    overwrite: bool = option(False, "replace the file in --out if it is there")
+    data: str = option("", "file of texts (a label, if there, is not looked at)")
     columns: str = option("", "columns or keys to read, as text or text=review")
     header: str = option(**HEADER)
     max_line: int = option(**MAX_LINE)
-    tokens: int = option(4096, "tokens in memory at once", at_least=1)
     max_length: int = option(
         0, "longest sequence in tokens; 0: as in training, else 512 or the model's limit", at_least=0
     )
+    tokens: int = option(4096, "tokens in memory at once", at_least=1, heading="speed and memory")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    out: str = option("", "write here instead of standard output", heading="results")
+    overwrite: bool = option(False, "replace the file in --out if it is there")
 
     def check(self) -> None:
         super().check()
@@ -352,21 +412,27 @@ class PredictConfig(Config):
 
 @dataclass
 class GenerateConfig(Config):
-    """Complete prompts; one JSON object {"prompt", "completion"} a line, in the order of the input."""
+    """Complete prompts.
+
+    The results are JSON objects {"prompt", "completion"}, one a line, in the order of the input.
+
+      minift generate --model runs/b --prompt "The capital of Peru is"
+      minift generate --model runs/b --data prompts.jsonl --out completions.jsonl
+    """
 
     model: str = option("", "run folder, or model folder or hub id of a language model (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
-    prompt: str = option("", "one prompt")
+    prompt: str = option("", "one prompt", heading="prompts")
     data: str = option("", "file of prompts: .jsonl with prompt or messages")
     max_line: int = option(**MAX_LINE)
-    out: str = option("", "write here instead of standard output")
-    overwrite: bool = option(False, "replace the file in --out if it is there")
-    max_tokens: int = option(64, "most tokens to generate for a prompt", at_least=1)
+    max_tokens: int = option(64, "most tokens to generate for a prompt", at_least=1, heading="what is generated")
     temperature: float = option(0.0, "divides the logits; 0: always the likeliest token", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the fewest tokens that have this share of the probability", at_least=0)
     seed: int = option(0, "fixes what is drawn", at_least=0)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), heading="speed and memory")
+    out: str = option("", "write here instead of standard output", heading="results")
+    overwrite: bool = option(False, "replace the file in --out if it is there")
 
     def check(self) -> None:
         super().check()
@@ -378,32 +444,43 @@ class GenerateConfig(Config):
 
 @dataclass
 class CheckConfig(Config):
-    """Judge a training file as a fine-tuning service would: every fault with its line, then counts and warnings."""
+    """Look for faults in a training file.
 
-    data: str = option("", "training file (required)")
+    The file is judged as a fine-tuning service would: every fault with its line, then counts and warnings.
+
+      minift check --data facts.jsonl --model gpt2
+      minift check --data reviews.csv --task classify
+    """
+
+    data: str = option("", "training file (required)", heading="data")
     task: str = option("complete", "what it is for", choices=tuple(TASKS))
     valid: str = option("", "validation file, for leakage between the two")
     columns: str = option("", "columns or keys to read, as text,label (classify)")
     header: str = option(**HEADER)
     max_line: int = option(**MAX_LINE)
-    model: str = option("", "folder or hub id whose tokenizer counts tokens")
+    model: str = option("", "folder or hub id whose tokenizer counts tokens", heading="tokens")
     max_length: int = option(0, "longest sequence in tokens, the rest would be cut; 0: no limit", at_least=0)
     epochs: int = option(3, "passes over the data, for the estimate of tokens trained", at_least=1)
 
 
 @dataclass
 class MergeConfig(Config):
-    """Make one model of a base and its adapter, and print what it costs: per layer and on the logits of a sample."""
+    """Make one model of a base and its adapter.
+
+    What it costs is printed, per layer and on the logits of a sample.
+
+      minift merge --model runs/b --out merged
+    """
 
     model: str = option("", "run folder or adapter folder (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
-    out: str = option("", "folder for the merged model (required)")
+    out: str = option("", "folder for the merged model (required)", heading="the merged model")
     into: str = option(
         "dequantized",
         "of a base in 4 bits: the weights before packing, what the bits say (keeps what was trained), or 4 bits again",
         choices=("original", "dequantized", "nf4"),
     )
-    data: str = option("", "file of examples to compare the logits on; none: random tokens")
+    data: str = option("", "file of examples to compare the logits on; none: random tokens", heading="examples")
     columns: str = option("", "its columns or keys, as text,label")
     header: str = option(**HEADER)
     max_line: int = option(**MAX_LINE)
@@ -411,7 +488,13 @@ class MergeConfig(Config):
 
 @dataclass
 class InspectConfig(Config):
-    """Show the module tree of a model: shapes, dtypes, bytes, trainable or not; of an adapter, what it learned."""
+    """Show what a model is made of and has learned.
+
+    Every tensor with its shape, dtype, bytes, and whether it is trained; of an adapter or a run, the rank and size of
+    what it learned.
+
+      minift inspect --model runs/b
+    """
 
     model: str = option("", "run folder, model folder or hub id (required)")
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
@@ -442,20 +525,43 @@ def depth(text: str) -> int:
 
 def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
     """One `--option` per field. Defaults are left out, so that only what was typed overrides `--config FILE`."""
+    group = parser.add_argument_group("model")
     for f in dataclasses.fields(cls):
+        if f.metadata["heading"]:
+            group = parser.add_argument_group(f.metadata["heading"])
         # the value's own check says more than argparse's: Config.check knows what is accepted
         if f.type is bool:
-            how = {"action": "store_true"}
+            how: dict[str, Any] = {"action": "store_true"}
         else:
-            how = {"type": f.type, "metavar": {str: "X", int: "N", float: "R"}[f.type]}
+            read = {str: str, int: whole_number, float: number}[f.type]
+            metavar = {str: "X", int: "N", float: "R"}[f.type]
+            how = {"type": read, "metavar": "PATH" if f.name in PATHS else metavar}
         help = f.metadata["help"]
         if f.metadata["choices"]:
             how["metavar"] = "{" + ",".join(f.metadata["choices"]) + "}"
         if f.default != "" and f.default is not False:
             help += f" (default {f.default})"
         help = help.replace("%", "%%")  # argparse's own sign
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help, **how)
-    parser.add_argument("--config", metavar="FILE", help="JSON file with any of these options; the command line wins")
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help, **how)
+    group = parser.add_argument_group("other")
+    group.add_argument("--config", metavar="FILE", help="JSON file with any of these options; the command line wins")
+    group.add_argument("-h", "--help", action="help", help="show this and end")
+
+
+def whole_number(text: str) -> int:
+    """The value of an option that counts. Raises argparse's error for any other text."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number") from None
+
+
+def number(text: str) -> float:
+    """The value of an option that is a number. Raises argparse's error for any other text."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number") from None
 
 
 def from_args(cls: type[Config], args: argparse.Namespace) -> Config:

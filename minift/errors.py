@@ -1,4 +1,4 @@
-"""What is said to a user: the error for bad input, and text from outside made safe to show."""
+"""What is said to a user: the error for bad input, text from outside made safe to show, and tables."""
 
 
 class InputError(ValueError):
@@ -18,3 +18,14 @@ def short_repr(value: object) -> str:
     """A value from a file as a message shows it: repr in at most 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def table_lines(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str) -> list[str]:
+    """The lines of an aligned table, its head first; sides: < or > for each column."""
+    rows = [tuple(printable(cell) for cell in row) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,6 +1,7 @@
 """Evaluation and prediction as a stream: memory does not grow with the number of examples."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,17 @@ from .data.tokenizer import Tokenizer
 from .errors import InputError
 from .measure.track import Progress
 from .models import Model, check_length
-from .tasks import task_of
+from .tasks import details_of, task_of
 
 TOKENS = 4096  # at once, where nothing else is asked for
 
 
 def evaluate(
     model: Model, tokenizer: Tokenizer, config: EvalConfig | list, *, tokens: int = TOKENS, max_length: int = 0
-) -> dict[str, float]:
+) -> dict:
     """The task's metrics over labelled examples. Raises InputError.
+
+    The numbers come first; what else the task has to tell, such as the figures of each label, stands behind them.
 
     config: what to measure, or a list of examples: {"text": ..., "label": ...} or as else the lines of a .jsonl are.
     tokens, max_length: the options of that name, for a list.
@@ -46,9 +49,9 @@ def evaluate(
         labels = [labels[i] for i in chosen]
     progress = Progress(len(chosen), "example")
     sequences = task.encoded(at(examples, chosen), labels, model, tokenizer, length)
-    result = measure(model, sequences, config.tokens, progress.add)
+    metrics = measure(model, sequences, config.tokens, progress.add)
     progress.close()
-    return result
+    return metrics.result() | details_of(metrics)
 
 
 def predict(
@@ -93,8 +96,8 @@ def measure(
     tokens: int = TOKENS,
     watch: Callable[[int], None] = lambda n: None,
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> dict[str, float]:
-    """The metrics of encoded examples; `watch` hears of each batch how many examples it had.
+) -> Any:
+    """The task's Metrics of encoded examples; `watch` hears of each batch how many examples it had.
 
     add_up: sums the counts over all processes, where each has measured its part.
     """
@@ -104,7 +107,7 @@ def measure(
             metrics.add(batch.to(model.device))
         watch(batch.n_examples)
     metrics.sums = add_up(metrics.sums)
-    return metrics.result()
+    return metrics
 
 
 def batches(sequences: Iterable[Sequence], tokens: int) -> Iterator[Batch]:

@@ -25,7 +25,7 @@ from .layers.nf4 import has_packed_layers
 from .measure.track import Progress, check_loggers, say
 from .models import Model, check_length
 from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings
-from .tasks import task_named, task_of
+from .tasks import details_of, task_named, task_of
 
 
 class Interrupted(Exception):
@@ -219,6 +219,7 @@ def begin_state(job: Job, sequences: list[Sequence], valid: list[Sequence], tota
     state = {
         "step": 0,
         "best": {},  # metrics of the best validation
+        "details": {},  # what else its task has to tell of it
         "stale": 0,  # validations since then
         "data": resume.fingerprint(sequences),
         "valid": resume.fingerprint(valid),
@@ -312,10 +313,11 @@ def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict)
     model, world = job.model, job.world
     name, better = job.task.Metrics.best
     if world.sharded:  # every forward pass is a conversation of all: all measure all
-        found = measure(model, valid)
+        metrics = measure(model, valid)
         world.settle(model)
     else:
-        found = measure(model, valid[world.rank :: world.size], add_up=world.add_up)
+        metrics = measure(model, valid[world.rank :: world.size], add_up=world.add_up)
+    found = metrics.result()
     if not math.isfinite(found["loss"]):
         raise FloatingPointError(
             f"the validation loss after step {state['step']} is {found['loss']}; "
@@ -327,6 +329,7 @@ def validate(job: Job, tokenizer: Tokenizer, valid: list[Sequence], state: dict)
         check_finite(job, state["step"])
         # an infinite perplexity, of a finite loss, has no place in a checkpoint's JSON
         state["best"] = {key: value for key, value in found.items() if math.isfinite(value)}
+        state["details"] = details_of(metrics)
         state["stale"] = 0
         saving.write_model(model, tokenizer, Path(job.config.out, "best"), world.first)
     say(f"step {state['step']} valid: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items() if type(v) is float))

@@ -47,6 +47,7 @@ class Run:
     seconds: float
     model: Path  # the folder to take away: best/ where there was a validation, else last/
     metrics: dict  # of the best validation, or empty
+    details: dict  # what else the task has to tell of it: of classify the figures of each label
 
 
 def train(
@@ -115,7 +116,8 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
         saving.write_model(job.model, tokenizer, out / "last", world.first)
         model = out / ("best" if state["best"] else "last")
         tracker.finish(model)
-    return Run(out, state["step"], time.perf_counter() - start, model, state["best"])
+    seconds = time.perf_counter() - start
+    return Run(out, state["step"], seconds, model, state["best"], state["details"])
 
 
 def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tuple[dict[str, float], int]:

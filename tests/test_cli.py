@@ -54,7 +54,11 @@ def test_eval(run):
     found = said.last
     assert found["examples"] == 101 and found["accuracy"] > 0.9
     assert abs(found["macro_f1"] - found["accuracy"]) < 0.02
-    assert said.out.splitlines()[1] == f"accuracy  {found['accuracy']:.4f}"
+    lines = said.out.splitlines()
+    assert lines[1] == f"accuracy  {found['accuracy']:.4f}"
+    recall = found["by_label"]["praise"]["recall"]
+    assert found["confusion"]["praise"]["praise"] == round(recall * 50) > 40
+    assert any(line.split()[0] == "praise" and f"{recall:.4f}" in line for line in lines if line)
 
 
 def test_predict_agrees_with_eval_and_with_transformers(run, tmp_path):
@@ -163,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("", ["COMMAND"]),
     ("tarin", ["tarin"]),
-    ("train --data x.tsv --out y", ["--model is missing"]),
+    ("train --model m --out y", ["--data is missing"]),
     ("train --model m --data x.tsv --out y --batch 0", ["--batch is 0", "at least 1"]),
     ("train --model m --data x.tsv --out y --batch many", ["many"]),
     ("train --model m --data x.tsv --out y --lr nan", ["--lr is nan"]),
@@ -213,7 +217,8 @@ def test_plain_lines_when_piped(run, tmp_path):
     assert done.returncode == 0, done.stderr
     last = re.search(r"^step 5/5  loss \d\.\d+  [\d,]+ tok/s  00:00 left$", done.stderr, re.M)
     assert last and "\r" not in done.stderr, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["valid"] * 4  # results alone
+    results = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert results == [*["valid"] * 4, "label", "blame", "praise", "true", "blame", "praise", "always"]
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ from folders import put, refused, write
 from helpers import fails, python, random_ids, reviews, sequence, small_bert
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
 import minift
 from minift.data import examples
 from minift.evaluation import batches, measure
-from minift.tasks import classify
+from minift.tasks import classify, confusion
 from minift.tasks.classify import Metrics
 
 
@@ -40,11 +40,64 @@ def test_metrics_are_scikit_learns(pairs, size):
     assert found["macro_f1"] == pytest.approx(f1_score(targets, predicted, average="macro"))
     assert found["loss"] == pytest.approx(log_loss(targets, z.softmax(-1), labels=range(4)), rel=1e-5, abs=1e-6)
 
+    details = metrics.details()
+    theirs = precision_recall_fscore_support(targets, predicted, labels=range(4), zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "support"), theirs, strict=True):
+        assert [details["by_label"][label][name] for label in "abcd"] == pytest.approx(list(values)), name
+    counts = [[details["confusion"][label].get(other, 0) for other in "abcd"] for label in "abcd"]
+    assert counts == confusion_matrix(targets, predicted, labels=range(4)).tolist()
+
+
+# ---- what is told of each label
+
+
+def told(counts: list[list[int]], labels: list[str], width: int = 80) -> list[str]:
+    """What is told of a table of counts; no line of it is wider than asked for."""
+    lines = confusion.describe(confusion.by_label(torch.tensor(counts).double(), labels), width)
+    assert max(map(len, lines)) <= width, lines
+    return lines
+
+
+def test_a_few_labels_are_told_as_a_table():
+    assert told([[34, 23], [30, 1051]], ["negative", "positive"]) == [
+        "label     precision  recall      f1  support",
+        "negative     0.5312  0.5965  0.5620       57",
+        "positive     0.9786  0.9722  0.9754    1,081",
+        "",
+        "true \\ predicted  negative  positive",
+        "negative                34        23",
+        "positive                30     1,051",
+        "",
+        "always answering positive: accuracy 0.9499",
+    ]
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 200])
+def test_long_names_do_not_wrap(width):
+    names = [f"{'very ' * 20}long name number {i}" for i in range(3)]
+    lines = told([[5, 1, 0], [9, 5, 0], [0, 0, 5]], names, width)
+    head = next(i for i, line in enumerate(lines) if line.split()[:4] == ["wrong", "of", "true", "label"])
+    assert lines[head + 1].split()[:2] == ["9", "14"] and lines[head + 2].split()[:2] == ["1", "6"]
+    assert not lines[head + 3]  # no other confusion
+
+
+def test_of_many_labels_the_worst_are_told():
+    counts = torch.eye(40) * 10
+    counts[3, 4], counts[7, 1] = 6, 2
+    lines = told(counts.tolist(), [f"intent_{i}" for i in range(40)])
+    assert lines[0].startswith("of 40 labels the 12 with the lowest F1") and lines[2].split()[0] == "intent_3"
+    assert "    6  16  intent_3    intent_4" in lines and "    2  12  intent_7    intent_1" in lines
+    assert len(lines) < 25
+
+
+def test_nothing_wrong_among_many():
+    assert "no label was taken for another" in told((torch.eye(13) * 2).tolist(), [f"x{i}" for i in range(13)])
+
 
 def test_the_size_of_batches_changes_nothing(untouched):
     model, _ = minift.load(untouched / "bert", task="classify")
     sequences = [sequence(i, x, rows=[0], targets=[i % 3]) for i, x in enumerate(random_ids([5, 40, 1, 17, 9, 30, 2]))]
-    results = [measure(model, sequences, tokens) for tokens in (1, 40, 50, 10_000)]
+    results = [measure(model, sequences, tokens).result() for tokens in (1, 40, 50, 10_000)]
     assert all(r == pytest.approx(results[0], rel=1e-5) for r in results)
     sizes = [b.ids.numel() for b in batches(sequences, 50)]
     assert sum(sizes) == 104 and max(sizes) <= 50
@@ -61,7 +114,7 @@ class Stream:
     def __iter__(self):
         return (sequence(i, [1 + i % 90] * 39, rows=[0], targets=[i % 3]) for i in range(int(sys.argv[2])))
 model, _ = minift.load(sys.argv[1], task="classify")
-assert measure(model, Stream())["examples"] == int(sys.argv[2])
+assert measure(model, Stream()).result()["examples"] == int(sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     tests = __file__.rsplit("/", 1)[0]
@@ -80,9 +133,12 @@ def test_limit_draws_the_same_examples_from_a_stream(tmp_path):
     model, tokenizer = words_of(tmp_path / "bert")
     path = reviews(tmp_path / "d.tsv", 50)
     chosen = examples.sample(examples.read_examples(path), 13, seed=3)
-    want = measure(model, classify.encode(chosen, model, tokenizer, 40))
+    metrics = measure(model, classify.encode(chosen, model, tokenizer, 40))
+    want = metrics.result()
     config = minift.EvalConfig(data=str(path), limit=13, seed=3)
-    assert minift.evaluate(model, tokenizer, config) == pytest.approx(want, rel=1e-6) and want["examples"] == 13
+    found = minift.evaluate(model, tokenizer, config)
+    assert {name: found.pop(name) for name in want} == pytest.approx(want, rel=1e-6) and want["examples"] == 13
+    assert found == metrics.details()
     config = minift.EvalConfig(data=str(path), limit=51)
     refused(partial(minift.evaluate, model, tokenizer), config, "--limit 51: the data has 50 examples")
 

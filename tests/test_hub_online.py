@@ -116,4 +116,4 @@ def test_the_hub_out_of_reach(tmp_path):
             assert float(seconds) < 2.5, done.stdout
             for words in ("someone/small-bert: no such folder", "out of reach", address, "expected a folder"):
                 assert words in message
-            assert message.count("\n") == 1
+            assert message.count("\n") == 1 and "builtin:" in message and f"{tmp_path}/hub, which has none" in message

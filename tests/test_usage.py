@@ -51,11 +51,11 @@ def usage(line: str) -> str:
     ("--batch_size 3", "did you mean --batch?"),
     ("--xyzzy", "--xyzzy is no option\n"),
     ("--tok 3", "--tok is no option"),  # an abbreviation would change its meaning with the next option
-    ("--task classification", "expected one of classify, complete; did you mean classify?"),
+    ("--task classification", "; did you mean classify?"),
     ("--method qlora", "did you mean lora with --base nf4?"),
     ("--method last-0", "head, bias, norm, last-K"),
     ("--precision float16", "did you mean fp16?"),
-    ("--epochs 2.5", "argument --epochs: invalid int value: '2.5'"),
+    ("--epochs 2.5", "argument --epochs: found '2.5'; expected a whole number"),
     ("--warmup inf", "--warmup is inf; expected a finite number"),
     ("--lr nan", "--lr is nan; expected a finite number"),
     (f"--seed {2**64}", f"--seed is {2**64}; expected at most {2**63 - 1}"),
@@ -66,8 +66,10 @@ def test_options_that_are_none(given, words):
 
 
 def test_commands_that_are_none():
-    assert "'trian'" in usage("trian")
-    assert "COMMAND" in usage("")
+    for given, words in {"trian": "mean train?", "finetune": "mean train?", "evaluate": "mean eval?"}.items():
+        assert f"'{given}' is no COMMAND" in (said := usage(given)) and words in said
+    assert "did you mean" not in usage("xyzzy") and "expected one of train, eval" in usage("xyzzy")
+    assert "no COMMAND was given" in usage("")
 
 
 def test_help_shows_every_default():
@@ -77,6 +79,68 @@ def test_help_shows_every_default():
             if field.default != "" and field.default is not False:
                 assert f"(default {field.default})" in shown, field.name
             assert "\\d" not in shown
+
+
+# ---- names that are nearly right
+
+
+def test_a_model_folder_that_is_nearly_there(folder, monkeypatch):
+    """Its own name or that of a folder around it; a run is known as such."""
+    monkeypatch.chdir(folder)
+    for given, near in {
+        "modle": "./model",
+        "rnu": "./run",
+        "./modl": "./model",
+        f"{folder}/modell": f"{folder}/model",
+        f"{folder.parent}/{folder.name[:-1]}x/model": f"{folder}/model",
+    }.items():
+        fails(f"predict --model {given} --text a", f"{given}: no such folder (did you mean the folder {near}?)")
+    said = fails("predict --model xyzzy --text a", "xyzzy: no such folder, and the hub is not asked").err
+    assert "did you mean" not in said and len(said.splitlines()) == 1 and "builtin:" in said
+
+
+def test_a_data_file_that_is_nearly_there(folder):
+    line = "eval --model {f}/run --data "
+    fails(line + "{f}/trian.tsv", "trian.tsv: no such file or folder; did you mean", f"{folder}/train.tsv?", f=folder)
+    assert "did you mean" not in fails(line + "{f}/xyzzy.tsv", "no such file or folder", f=folder).err
+
+
+def test_a_run_without_a_model_yet(folder, tmp_path):
+    """Its own config.json is no model's."""
+    out = tmp_path / "a b"
+    works(TRAIN, f=folder, out=out)
+    shutil.rmtree(out / "last")
+    said = fails("predict --model {out} --text a", "a run that is not finished", out=out).err
+    line = said.rpartition("to go on: minift ")[2]
+    works(line)
+    works("predict --model {out} --text a", out=out)
+
+
+def test_a_label_that_is_nearly_one(folder, tmp_path):
+    data = put(tmp_path / "d.tsv", "a film\tschon\na film\txyzzy\n")
+    said = fails("eval --model {f}/run --data {data}", "'schon'; expected one of", f=folder, data=data).err
+    assert "did you mean schön?" in said.splitlines()[0] and "did you mean" not in said.splitlines()[1]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("d.jsonl", '{"txt": "a film", "lable": "x", "n": 1}\n{"txt": "a plot", "lable": "y", "n": 2}\n'),
+    ("d.jsonl", '{"review": "a film", "sentiment": "x"}\n{"review": "a plot", "sentiment": "y"}\n'),
+    ("d.csv", "review_id,txt,lable\n1,a film,x\n2,a plot,y\n"),
+    ("d.csv", "text,lable\na film,x\na plot,y\na film,x\n"),
+])  # fmt: skip
+def test_columns_that_are_called_otherwise(folder, tmp_path, name, content):
+    """What is advised works."""
+    data = put(tmp_path / name, content)
+    line = TRAIN.replace("{f}/train.tsv", "{data}")
+    advised = fails(line, "--columns text=", f=folder, data=data, out=tmp_path / "out").err.splitlines()[0]
+    columns = advised.rpartition("--columns ")[2].rstrip("?")
+    works(line + " --columns {columns}", f=folder, data=data, out=tmp_path / "out", columns=columns)
+
+
+def test_columns_that_are_not_there_at_all(folder, tmp_path):
+    data = put(tmp_path / "d.jsonl", '{"a": "b", "c": "d"}\n')
+    said = fails("train --model m --data {data} --out o", "found ['a', 'c'], expected text, label", data=data).err
+    assert "did you mean" not in said
 
 
 # ---- what a machine lacks

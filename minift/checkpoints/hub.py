@@ -1,5 +1,7 @@
 """Where the files of a model are: a folder, a run folder, or the hub's cache; and its config.json."""
 
+import difflib
+import shlex
 import ssl
 import threading
 import urllib.error
@@ -11,7 +13,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from .. import tables
-from ..config import parse_json
+from ..config import meant, meant_path, parse_json
 from ..data.tokenizer import FILES as TOKENIZER_FILES
 from ..data.tokenizer import Tokenizer, read_tokenizer
 from ..errors import InputError, short_repr
@@ -21,6 +23,7 @@ from ..tasks import task_named
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
 
+INNER = ("best", "last", "0_Transformer")  # where a model is inside a folder: of a run; of sentence-transformers
 BUILTIN = Path(__file__).parents[1] / "demo" / "models"
 PREFIX = "builtin:"
 REACH = 1.8  # seconds in which the hub has to answer
@@ -34,23 +37,42 @@ def resolve(source: str | Path, named_by: str = "") -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        inner = ("best", "last", "0_Transformer")  # of a run; of sentence-transformers
-        return next((folder / name for name in inner if has_model(folder / name)), folder)
+        found = next((folder / name for name in INNER if has_model(folder / name)), folder)
+        if found == folder and (folder / "metrics.jsonl").is_file() and (folder / "checkpoints").exists():
+            go_on = f"minift train --resume --out {shlex.quote(str(source))}"
+            raise InputError(f"{source}: a run that is not finished, without a model yet; to go on: {go_on}")
+        return found
     who = f"{named_by} names " if named_by else ""
     if str(source).startswith(PREFIX):
         return builtin(str(source).removeprefix(PREFIX), who)
     if is_path(source) or folder.exists():
-        advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else ""
+        advice = "; if it moved, say where it is: --base-model FOLDER" if named_by else meant_folder(source)
         raise InputError(f"{who}{source}: no such folder{advice}")
     return download(str(source), who)
+
+
+def meant_folder(source: str | Path) -> str:
+    """ " (did you mean the folder X?)" where a folder with a model has nearly this name, or ""."""
+
+    def has_one(folder: Path) -> bool:
+        return has_model(folder) or any(has_model(folder / name) for name in INNER)
+
+    near = meant_path(source, has_one)
+    if not near:
+        return ""
+    return f" (did you mean the folder {near if is_path(near) else f'./{near}'}?)"
 
 
 def builtin(name: str, who: str = "") -> Path:
     """The folder of a model that ships with minift. Raises InputError."""
     if name not in tables.BUILTIN:
-        known = " or ".join(PREFIX + known for known in tables.BUILTIN)
-        raise InputError(f"{who}{PREFIX}{name}: no such model; expected {known}")
+        raise InputError(f"{who}{PREFIX}{name}: no such model; expected {builtin_names()}{meant(name, tables.BUILTIN)}")
     return BUILTIN / name
+
+
+def builtin_names() -> str:
+    """The addresses of the models that ship with minift, in words."""
+    return " or ".join(PREFIX + name for name in tables.BUILTIN)
 
 
 def default_model(task: str) -> str:
@@ -116,6 +138,7 @@ def adapter_file(folder: Path) -> Path | None:
 def download(repo: str, who: str = "") -> Path:
     """The hub's files of `repo` (an id such as bert-base-uncased or user/model), in huggingface-hub's cache."""
     offline = constants.HF_HUB_OFFLINE or not is_in_reach()
+    near = meant_folder(repo)
 
     def fetch(name: str) -> Path | None:
         try:
@@ -126,7 +149,8 @@ def download(repo: str, who: str = "") -> Path:
         except EntryNotFoundError:  # also where the hub went out of reach just now
             return None
         except (HfHubHTTPError, HFValidationError) as e:
-            raise InputError(f"{who}{repo}: no such folder, and the hub says: {str(e).strip().splitlines()[-1]}") from e
+            said = str(e).strip().splitlines()[-1]
+            raise InputError(f"{who}{repo}: no such folder{near}, and the hub says: {said}") from e
 
     config = fetch(peft_format.CONFIG)
     if config is not None:
@@ -134,12 +158,15 @@ def download(repo: str, who: str = "") -> Path:
         fetch(peft_format.SETTINGS)
     config = fetch("config.json") or config
     if config is None and offline:
+        why = f"the hub ({constants.ENDPOINT}) is out of reach"
+        if constants.HF_HUB_OFFLINE:
+            why = "the hub is not asked (HF_HUB_OFFLINE is set)"
         raise InputError(
-            f"{who}{repo}: no such folder, the hub ({constants.ENDPOINT}) is out of reach, and its cache "
-            f"({constants.HF_HUB_CACHE}) has no such model; expected a folder with a model's files, or a network"
+            f"{who}{repo}: no such folder{near}, and {why}; expected a folder with a model's files, a model in the "
+            f"hub's cache ({constants.HF_HUB_CACHE}, which has {in_cache(repo)}), or {builtin_names()}"
         )
     if config is None:
-        raise InputError(f"{who}{repo}: no such folder, and no config.json of it on the hub")
+        raise InputError(f"{who}{repo}: no such folder{near}, and no config.json of it on the hub")
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         fetch(name)
     weights = next((path for path in map(fetch, WEIGHT_FILES) if path), None)
@@ -147,6 +174,18 @@ def download(repo: str, who: str = "") -> Path:
         for shard in set(read_index(weights).values()):
             fetch(shard)
     return config.parent
+
+
+def in_cache(repo: str) -> str:
+    """The models in the hub's cache, in words; `repo` is not whole among them."""
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    names = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
+    names = [name for name in names if name != repo]
+    if not names:
+        return "none"
+    near = difflib.get_close_matches(repo, names, 5, cutoff=0.5)  # the nearest first
+    shown = [*near, *(name for name in names if name not in near)]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} others" if len(shown) > 5 else "")
 
 
 def is_in_reach() -> bool:

@@ -4,12 +4,14 @@ Where a first row could be a header or an example, nothing is guessed: the error
 """
 
 import csv
+import difflib
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn
 
-from ..errors import InputError, short_repr
+from ..errors import InputError, printable, short_repr
 from .lines import Faults
 
 FEW = 10  # rows that show whether labels come again
@@ -90,6 +92,26 @@ def _plain_name(cell: str) -> str:
     return re.sub(r"[\W_]+", "", cell).casefold()
 
 
+def meant_columns(wanted: Columns, found: Iterable[object]) -> str:
+    """The --columns that were probably meant, where a file has other names: "text=review,label=lable"; or ""."""
+    needed = tuple((role, name) for role, name in wanted.names.items() if role in wanted.needed)
+    return _nearest_columns(needed, tuple(name for name in found if isinstance(name, str))[:20])
+
+
+@lru_cache(100)  # a file may have a million lines with the same keys
+def _nearest_columns(needed: tuple[tuple[str, str], ...], found: tuple[str, ...]) -> str:
+    chosen = {}
+    for role, name in needed:
+        left = [cell for cell in found if cell not in chosen.values()]
+        usual = [cell for cell in left if _role_of(cell) == role]
+        near = difflib.get_close_matches(name, left, 1, cutoff=0.6)
+        at = [name] if name in left else usual or near
+        if not at or re.search('[,="]', at[0]):
+            return ""
+        chosen[role] = printable(at[0])
+    return ",".join(f"{role}={name}" for role, name in chosen.items())
+
+
 def _role_of(cell: str) -> str | None:
     """text, pair or label for a usual name of one, "" for a name of something else, None for what is no usual name."""
     return ROLE_OF.get(_plain_name(cell), None if cell.strip() else "")
@@ -122,7 +144,9 @@ def find_layout(where: str, row: list[str], wanted: Columns, faults: Faults) -> 
     if not wanted.bare:
         if wanted.header == "no":
             faults.stop(where, f"--header is no, but {wanted} are names, which stand in a header; expected numbers")
-        faults.stop(where, f"found the header {short_repr(row)}; expected one with {wanted}", "unknown header")
+        near = meant_columns(wanted, row)
+        advice = f"; did you mean --columns {near}?" if near else ""
+        faults.stop(where, f"found the header {short_repr(row)}; expected one with {wanted}{advice}", "unknown header")
     return _by_position(where, row, wanted, faults)
 
 
@@ -173,7 +197,7 @@ def _by_position(where: str, row: list[str], wanted: Columns, faults: Faults) ->
     cells = {role: i for i, role in enumerate(roles) if role != "_"}
     header = wanted.header == "yes" or _are_names(row, cells, wanted)
     if wanted.header == "auto" and not header and _is_doubtful(row, cells):
-        _stop_at_a_doubt(where, row, faults)
+        _stop_at_a_doubt(where, row, faults, meant_columns(wanted, row))
     return Layout(cells, len(roles), f"{len(roles)}: {', '.join(roles)} (or a header, see --columns)", header=header)
 
 
@@ -196,9 +220,10 @@ def _is_doubtful(row: list[str], cells: dict[str, int]) -> bool:
     return compound or counted or one_word and _role_of(label) == "label" or label == "label"
 
 
-def _stop_at_a_doubt(where: str, row: list[str], faults: Faults) -> NoReturn:
+def _stop_at_a_doubt(where: str, row: list[str], faults: Faults, near: str = "") -> NoReturn:
+    """near: the --columns that were probably meant, if it is a header."""
     message = f"found {short_repr(row)}, which may be a header or an example; expected to be told, by --header yes"
-    advice = "--header no, or the names of its columns, as in --columns text=sentence,label=class"
+    advice = f"--header no, or the names of its columns, as in --columns {near or 'text=sentence,label=class'}"
     faults.stop(where, f"{message}, {advice}", "header or example")
 
 
@@ -218,7 +243,9 @@ class Doubt:
     Known only at the end of the file; usually the second or third row settles it.
     """
 
-    def __init__(self, where: str, row: list[str], layout: Layout):
+    def __init__(self, where: str, row: list[str], layout: Layout, near: str = ""):
+        """near: the --columns that were probably meant, if it was one."""
+        self.near = near
         self.where = where
         self.row = row
         self.text, self.label = (row[layout.cells[role]].strip() for role in ("text", "label"))
@@ -242,7 +269,7 @@ class Doubt:
         """Ends the reading if the first row must be taken for a header."""
         repeated = self.named or self.count >= FEW and 2 * len(self.others) <= self.count
         if self.count and (self.numbers or self.word and repeated):
-            _stop_at_a_doubt(self.where, self.row, faults)
+            _stop_at_a_doubt(self.where, self.row, faults, self.near)
 
 
 def is_excels_line(where: str, row: list[str], faults: Faults) -> bool:

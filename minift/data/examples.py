@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
-from .columns import Columns, Doubt, find_layout, is_excels_line, parse_columns
+from .columns import Columns, Doubt, find_layout, is_excels_line, meant_columns, parse_columns
 from .lines import Faults, csv_rows, json_objects, kind_of_file, read_lines, require_file, tsv_rows, without_line_end
 
 
@@ -61,6 +61,8 @@ def _fields(where: str, row: dict, wanted: Columns, faults: Faults) -> dict | No
     """{role: value} of an object, or None with its fault noted."""
     if missing := wanted.missing(row):
         message = f"no field {', '.join(missing)}; found {short_repr(list(row))}, expected {wanted}"
+        if near := meant_columns(wanted, row):
+            message += f"; did you mean --columns {near}?"
         faults.add(where, message, "missing key")
         return None
     return {role: row[key] for role, key in wanted.names.items() if key in row}
@@ -82,7 +84,7 @@ def _table(path: Path, wanted: Columns, faults: Faults, most: int) -> Iterator:
                     faults.warn(f"taken for a header: {short_repr(row)}", number)
                 continue
             if wanted.header == "auto" and len(row) > max(layout.cells.values()) and "label" in layout.cells:
-                doubt = Doubt(where, row, layout)
+                doubt = Doubt(where, row, layout, meant_columns(wanted, row))
         elif doubt and layout.cells["label"] < len(row) and not doubt.look(row[layout.cells["label"]]):
             doubt = None
         if row == header:  # of files that were joined with their headers; else it would be an example

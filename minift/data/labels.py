@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+from ..config import meant
 from ..errors import InputError, printable, short_repr
 from .columns import is_number_name, split_list
 from .examples import Example
@@ -79,7 +80,8 @@ def label_ids(examples: Iterable[Example], names: list[str]) -> list[int]:
     for example in examples:
         number = index.get(str(example.label))
         if number is None:
-            faults.add(example.where, f"unknown label {short_repr(example.label)}; expected one of {expected}")
+            near = printable(meant(str(example.label), names))
+            faults.add(example.where, f"unknown label {short_repr(example.label)}; expected one of {expected}{near}")
         else:
             ids.append(number)
     faults.check()

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import BinaryIO, NoReturn
 
+from ..config import meant_path
 from ..errors import InputError, printable, short_repr
 
 MOST = 5  # faults told at once
@@ -293,7 +294,9 @@ def require_file(path: Path, kinds: Iterable[str], expected: str, folder: bool =
     """
     shown = printable(str(path))
     if not path.exists():
-        raise InputError(f"{shown}: no such file or folder")
+        near = meant_path(path, Path.exists)
+        advice = f"; did you mean {printable(near)}?" if near else ""
+        raise InputError(f"{shown}: no such file or folder{advice}")
     if path.is_dir() and folder:
         return
     if not path.is_file():

@@ -17,7 +17,7 @@ from ..checkpoints.hub import PREFIX
 from ..checkpoints.loading import load
 from ..config import DemoConfig, EvalConfig
 from ..data.tokenizer import Tokenizer
-from ..errors import InputError, printable
+from ..errors import InputError, printable, table_lines
 from ..evaluation import evaluate, predict
 from ..files import check_new_folder, real
 from ..generation import generate
@@ -155,11 +155,9 @@ def row_of(job: Job, weights: int, result: str, cost: Cost) -> tuple[str, ...]:
 
 def print_rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """An aligned table."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     print()
-    for first, *rest in (head, *rows):
-        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
-        print("   " + "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    for line in table_lines(head, rows, "<" + ">" * (len(head) - 1)):
+        print("   " + line)
 
 
 def lines_in(path: Path) -> int:

@@ -187,6 +187,16 @@ def cache_folder() -> Path:
     return files.cache_folder("kernels")
 
 
+def keeps() -> bool:
+    """Whether there is, or could be made, a cache folder that can be written and trusted."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return private(folder) and os.access(folder, os.W_OK)
+
+
 def kept(stem: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
     """(path, content) of what `keep` put there under this stem, if it is whole and nobody else can write to it."""
     folder = cache_folder()

@@ -26,6 +26,7 @@ Library = compile.Library | cuda.Library
 
 mode = "auto"  # `use` sets it
 loaded: dict[tuple[str, torch.device], Library | None] = {}  # None: it could not be made, and that was said
+told: set[str] = set()  # reasons for a reference to run: the same for every kernel where there is no compiler
 making: dict[str, Future] = {}  # by operator: being compiled for the CPU in the background
 
 
@@ -44,10 +45,16 @@ def use(wanted: str, device: torch.device = CPU) -> str:
         if device.type == "cuda":
             what = cuda.describe_device(device)
         else:
-            what = f"native on the CPU, compiled at first use ({compile.compiler()[1]})"
+            when = (
+                "at first use"
+                if compile.keeps()
+                else f"for this process alone: {compile.cache_folder()} cannot be used"
+            )
+            what = f"native on the CPU, compiled {when} ({compile.compiler()[1]})"
     except Unavailable as e:
         if mode == "native":
             raise refusal(e) from None
+        told.add(str(e))
         return f"PyTorch reference ({e})"
 
     # attention takes the compiler as long as all others together: it begins at once, beside them
@@ -116,7 +123,8 @@ def load_kernel(
         if mode == "native":
             raise refusal(e) from None
         library = None
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and str(e) not in told:
+            told.add(str(e))
             where = " on CUDA" if device.type == "cuda" else ""
             print(f"{name} {instead}{where}: {e}", file=sys.stderr)
     loaded[name, device] = library

@@ -36,7 +36,11 @@ shares with another task from that one's file (`from . import classify`). The fi
         COUNTED       what the second is called when divided by T: "accuracy" if it counts targets predicted right
     Metrics(model)    .add(batch), .sums (float64, added up over processes), .result() -> {"loss": ..., COUNTED: ...,
         and others by name}; .best = (name, max or min): which of them says that a model is better
+        and, where the task has more to tell than numbers, .details() -> a dictionary for JSON, from the same sums
+    describe(details, width) -> what these say, in lines of at most `width` columns; only where Metrics has details()
     predictions(model, batch, tokenizer) -> a JSON object for each sequence; None where a task is told by `generate`
+    next_command(folder, example, tokenizer) -> the command line that asks the model in a folder, which is written as a
+        shell reads it; example: the first of the training examples
     summary(model, sequences) -> sentences said before a training, beside the counts that are said of every task
 """
 
@@ -59,6 +63,11 @@ def task_of(model: Model) -> ModuleType:
     if model.task is None:
         raise InputError("the model has no head, so nothing can be asked of it; expected load(..., task=...)")
     return task_named(model.task)
+
+
+def details_of(metrics) -> dict:
+    """What a task's Metrics have to tell beside numbers; empty where they do not say."""
+    return metrics.details() if hasattr(metrics, "details") else {}
 
 
 def task_of_architecture(family: ModuleType, settings: dict) -> str | None:

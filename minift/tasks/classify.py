@@ -22,11 +22,13 @@ from ..errors import InputError, printable
 from ..models import Model
 from ..ops.dropout import Noise
 from ..ops.loss import linear_cross_entropy
+from . import confusion
 
 NAMED_CLASSES = True
 PEFT_TYPE = "SEQ_CLS"
 PEFT_HEADS = ("classifier", "score")
 COUNTED = "accuracy"
+describe = confusion.describe
 
 CHUNK = 1000  # texts tokenised at once
 
@@ -211,9 +213,13 @@ class Metrics:
         self.sums[:-1] += torch.bincount(pairs, minlength=len(self.sums) - 1)
         self.sums[-1] += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
+    def counts(self) -> Tensor:
+        """How often each label (row) was taken for each (column), (V, V)."""
+        return self.sums[:-1].view(len(self.model.labels), -1)
+
     def result(self) -> dict[str, float]:
         """Macro-F1 is the plain mean of F1 over the labels that occur as target or prediction (as scikit-learn's)."""
-        counts = self.sums[:-1].view(len(self.model.labels), -1)
+        counts = self.counts()
         right, total = counts.diag(), int(counts.sum())
         either = counts.sum(0) + counts.sum(1)  # targets + predictions of each label
         f1 = (2 * right / either)[either > 0]
@@ -223,6 +229,16 @@ class Metrics:
             "macro_f1": f1.mean().item(),
             "examples": total,
         }
+
+    def details(self) -> dict:
+        """Precision, recall, F1 and support of each label, and which was taken for which."""
+        return confusion.by_label(self.counts(), self.model.labels)
+
+
+def next_command(folder: str, example: Example, tokenizer: Tokenizer) -> str:
+    """The label of another text, or of another pair."""
+    command = f'minift predict --model {folder} --text "..."'
+    return command if example.pair is None else command + ' --pair "..."'
 
 
 def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:

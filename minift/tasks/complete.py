@@ -213,6 +213,11 @@ def ends_of_text(model: Model | None, tokenizer: Tokenizer) -> list[int]:
     return found
 
 
+def next_command(folder: str, example: Passage, tokenizer: Tokenizer) -> str:
+    """The completion of another prompt."""
+    return f'minift generate --model {folder} --prompt "..."'
+
+
 class Metrics:
     """Loss per target token, perplexity and token accuracy of a stream of batches."""
 

@@ -242,6 +242,11 @@ def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
 # what is told
 
 
+def next_command(folder: str, example: Example | Passage, tokenizer: Tokenizer) -> str:
+    """What stands behind the mask of another text."""
+    return f'minift predict --task fill --model {folder} --text "... {tokenizer.token(tokenizer.mask)} ..."'
+
+
 def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     """One object a sequence: the text with its masks filled, and the likeliest tokens of each with probabilities."""
     best = model.logits(batch).float().softmax(-1).topk(BEST)  # (M, 5)

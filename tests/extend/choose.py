@@ -183,6 +183,11 @@ def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tu
     return total, (scores.argmax(1) == right).sum()
 
 
+def next_command(folder: str, example: Choice, tokenizer: Tokenizer) -> str:
+    """The right endings of other examples."""
+    return f"minift predict --task choose --model {folder} --data FILE.jsonl"
+
+
 class Metrics:
     """Loss per example and accuracy."""
 

@@ -132,6 +132,7 @@ def pretended(monkeypatch, tmp_path):
     made = Driver()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "loaded", {})
+    monkeypatch.setattr(native, "told", set())
     monkeypatch.setattr(native, "mode", "auto")
     monkeypatch.setattr(cuda, "driver", lambda: made)
     monkeypatch.setattr(cuda, "nvrtc", lambda: (None, "13.0"))
