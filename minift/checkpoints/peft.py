@@ -193,9 +193,9 @@ def settings(model: nn.Module) -> dict:
         "peft_type": file.PEFT_TYPE,
         "task_type": task_named(model.task).PEFT_TYPE if model.task else "FEATURE_EXTRACTION",
         "base_model_name_or_path": config.base or None,
-        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
-        "exclude_modules": (config.exclude if isinstance(config.exclude, str) else list(config.exclude)) or None,
-        "modules_to_save": list(config.saved) or None,
+        "target_modules": config.targets,
+        "exclude_modules": config.exclude or None,
+        "modules_to_save": config.saved or None,
         "fan_in_fan_out": is_conv1d,
         "inference_mode": True,
     }
