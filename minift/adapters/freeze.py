@@ -17,7 +17,7 @@ from . import Options
 
 
 def add(model: nn.Module, options: Options) -> None:
-    """Makes the head and what options.method names the only trained parameters; a tied head, an embedding, is frozen."""
+    """Makes the head and what options.method names all that learns; a tied head is the embedding: frozen."""
     policy = options.method
     if policy == "full":
         return

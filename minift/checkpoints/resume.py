@@ -220,12 +220,10 @@ def check_base(folder: Path, now: dict, then: dict) -> None:
     for name, value in now["config"].items():
         before = then["config"].get(name, value)
         if before != value:
-            raise InputError(
-                f"{folder}: the base model's config.json says {name} {value!r}; the run began with {before!r}"
-            )
+            said = f"the base model's config.json says {name} {value!r}"
+            raise InputError(f"{folder}: {said}; the run began with {before!r}")
     if now["labels"] != then["labels"]:
-        raise InputError(
-            f"{folder}: the labels are {', '.join(now['labels'])}; the run began with {', '.join(then['labels'])}"
-        )
+        labels, before = ", ".join(now["labels"]), ", ".join(then["labels"])
+        raise InputError(f"{folder}: the labels are {labels}; the run began with {before}")
     if now["frozen"] != then["frozen"]:
         raise InputError(f"{folder}: the base model's weights are not those that the run began with")
