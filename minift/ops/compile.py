@@ -80,7 +80,7 @@ def build(name: str) -> Library:
     with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
         made = Path(scratch, f"{stem}.so")
         compile_(name, flags, made)
-        path = keep(made, stem) or made  # a library stays loaded when its file is deleted
+        path = keep(made.read_bytes(), stem, ".so") or made  # a library stays loaded when its file is deleted
         try:
             return Library(path, texts)
         except OSError as e:
@@ -200,10 +200,10 @@ def kept(stem: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
                 yield path, content
 
 
-def keep(made: Path, stem: str) -> Path | None:
-    """A copy in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
-    folder, content = cache_folder(), made.read_bytes()
-    path = folder / f"{stem}-{digest(content)}{made.suffix}"
+def keep(content: bytes, stem: str, suffix: str) -> Path | None:
+    """A file in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
+    folder = cache_folder()
+    path = folder / f"{stem}-{digest(content)}{suffix}"
     aside = folder / f"{stem}.{os.getpid()}.tmp"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ https://docs.nvidia.com/cuda/nvrtc, https://docs.nvidia.com/cuda/cuda-driver-api
 
 import ctypes
 import re
-import tempfile
 from ctypes import byref, c_void_p
 from functools import cache, partial
 from pathlib import Path
@@ -123,10 +122,7 @@ def cubin(name: str, texts: dict[str, str], arch: str) -> bytes:
     for _, content in kept(stem, ".cubin"):
         return content
     content = compile_(name, texts, arch)
-    with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
-        made = Path(scratch, f"{stem}.cubin")
-        made.write_bytes(content)
-        keep(made, stem)
+    keep(content, stem, ".cubin")
     return content
 
 

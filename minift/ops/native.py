@@ -83,19 +83,13 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
             return None
     if dtype not in (ON_CPU if on_cpu else ON_CUDA):
         return None
-    device = CPU if on_cpu else common_device(tensors)
-    if device is None:
-        return None
+    device = CPU
+    if not on_cpu:
+        device = first.device
+        if device.type != "cuda" or any(t is not None and t.device != device for t in tensors):
+            return None
     key = name, device
     return loaded[key] if key in loaded else load_kernel(name, device)
-
-
-def common_device(tensors: tuple[Tensor | None, ...]) -> torch.device | None:
-    """The CUDA device on which all of these lie; None where there is none."""
-    device = tensors[0].device
-    if device.type == "cuda" and all(t is None or t.device == device for t in tensors):
-        return device
-    return None
 
 
 def load_kernel(

@@ -422,7 +422,7 @@ def test_an_unknown_target_is_nan(place):
 
 def low_rank(some: Noise, W: torch.Tensor, B: torch.Tensor):
     """A layer with dropout before A: a function of x and A."""
-    return lambda x, A: lora_linear(x, None, A, B, lambda dtype: W.to(dtype), 2.0, 0.2, some, 1)
+    return lambda x, A: lora_linear(x, None, A, B, lambda dtype: W.to(dtype), 2.0, some.drop(0.2, 1, x.shape[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
