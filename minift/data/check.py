@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ..config import LONGEST
+from ..config import CheckConfig
 from ..errors import printable, short_repr
 from .labels import look_alikes
 from .tokenizer import Tokenizer
@@ -301,34 +301,24 @@ class Checks:
 
 
 def check_file(
-    path: str | Path,
-    checks: Checks,
-    *,
-    valid: str | Path = "",
-    columns: str = "",
-    header: str = "auto",
-    max_line: int = LONGEST,
-    tokenizer: Tokenizer | None = None,
-    max_length: int = 0,
-    epochs: int = 3,
-    say: Callable[[str], None] = print,
+    path: str | Path, checks: Checks, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print, **options
 ) -> Report:
     """Judge a training file. Every fault is told through `say` as it is met; the report counts them.
 
-    checks: what the file should hold, as the task says it.
-    valid: a validation file, judged too, and searched for what is also in the training file.
-    columns, header, max_line: the options of that name; the first two are for labelled texts.
-    tokenizer: with one, tokens are counted; max_length: what is longer will be cut, 0: nothing is.
+    checks: what the file should hold, as the task says it. tokenizer: with one, tokens are counted.
+    options: others of `minift check`; valid: a validation file, judged too, and searched for what is also in the
+    training file; columns, header: for labelled texts; max_length: what is longer will be cut, 0: nothing is.
     Raises InputError for a file that isn't there or is of an unknown kind.
     """
+    config = CheckConfig(**options)
 
     def read(path: Path, findings: Findings) -> Iterator[Item]:
         with suppress(Stopped):
-            yield from checks.read(path, columns, header, findings, max_line)
+            yield from checks.read(path, config.columns, config.header, findings, config.max_line)
 
     path = Path(path)
     findings = Findings(say)
-    report = Report(path.name, findings.faults, Lengths(max_length) if tokenizer else None, epochs)
+    report = Report(path.name, findings.faults, Lengths(config.max_length) if tokenizer else None, config.epochs)
     for batch in _batches(read(path, findings)):
         report.form = findings.form
         _add(batch, report, checks, tokenizer)
@@ -340,10 +330,10 @@ def check_file(
     unit = "file" if path.is_dir() else "line"
     if report.form != PLAIN_TEXT:
         report.warnings += _warnings(report, checks, unit)
-    if valid:  # its faults count, its warnings do not
+    if config.valid:  # its faults count, its warnings do not
         other = Findings(say)
         theirs = Seen()
-        for item in read(Path(valid), other):
+        for item in read(Path(config.valid), other):
             theirs.add(item)
         findings.faults += other.faults
         if report.form != PLAIN_TEXT:

@@ -28,10 +28,8 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
     if twins := look_alikes(names):
         wheres = {str(e.label): e.where for e in reversed(examples)}
         first, second = twins[0]
-        raise InputError(
-            f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}; expected one spelling, "
-            "or both in --labels if they are two classes"
-        )
+        found = f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}"
+        raise InputError(f"{found}; expected one spelling, or both in --labels if they are two classes")
     if all(map(is_number_name, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

@@ -75,11 +75,7 @@ class Tokenizer:
         self.end = next((i for i in end_ids if i is not None), None)
 
     def encode(
-        self,
-        texts: list[str],
-        pairs: list[str | None] | None = None,
-        max_length: int = 0,
-        special: bool = True,
+        self, texts: list[str], pairs: list[str | None] | None = None, max_length: int = 0, special: bool = True
     ) -> list[Tokens]:
         """The token ids of texts, each alone or with its pair.
 
@@ -366,13 +362,11 @@ def _settings(files: dict[str, bytes]) -> dict:
     settings = _json(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= _json(files, "special_tokens_map.json")
-    for name in SWITCHES:
-        if not isinstance(settings.get(name), bool | None):
-            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected true or false")
-    kinds = {"added_tokens_decoder": dict} | dict.fromkeys(EXTRAS, list | dict)
-    for name, kind in kinds.items():
+    kinds = dict.fromkeys(SWITCHES, (bool, "true or false")) | dict.fromkeys(EXTRAS, (list | dict, "tokens"))
+    kinds["added_tokens_decoder"] = dict, "tokens"
+    for name, (kind, expected) in kinds.items():
         if not isinstance(settings.get(name), kind | None):
-            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected tokens")
+            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected {expected}")
     return settings
 
 
