@@ -54,7 +54,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..tables import METHODS, method_named
-from .targets import names
+from .targets import Names, names
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Options:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.1
-    targets: str | tuple[str, ...] = ()  # names, a regular expression, or "all-linear"; () the method's default
-    exclude: str | tuple[str, ...] = ()  # names or a regular expression
+    targets: Names = ()  # names, a regular expression, or "all-linear"; () the method's default
+    exclude: Names = ()  # names or a regular expression
     layers: tuple[int, ...] = ()  # numbers of the transformer layers; () all
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -18,20 +18,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
 from ..ops.lora import lora_linear
-from . import Options
+from . import Names, Options
 from .files import as_option, check_kinds, check_unknown, common_fields, targets_for_peft, tensor_name
-from .targets import (
-    Names,
-    by_pattern,
-    candidates,
-    check_pattern,
-    default_saved,
-    name_in,
-    names,
-    roles,
-    select,
-    train_saved,
-)
+from .targets import by_pattern, candidates, check_pattern, default_saved, name_in, names, roles, select, train_saved
 
 SAVED_AS = "lora"
 PEFT_TYPE = "LORA"
@@ -103,8 +92,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
-        base = self.base
-        return lora_linear(x, base.bias, self.A, self.B, base.matrix, self.scale, self.p, noise, self.site)
+        drop = noise.drop(self.p, self.site, self.in_features)
+        return lora_linear(x, self.bias, self.A, self.B, self.base.matrix, self.scale, drop)
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
@@ -234,19 +223,11 @@ def check_splits(name: str, lora: LoRALinear) -> None:
 # in PEFT's files
 
 # options of a LoraConfig that change what is computed, with the one value that is computed here
-REFUSED = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_qalora": False,
-    "use_bdlora": False,
-    **dict.fromkeys(
-        (
-            *("alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication"),
-            *("lora_ga_config", "monteclora_config", "target_parameters", "trainable_token_indices", "velora_config"),
-            *("layers_pattern", "megatron_config"),
-        )
-    ),
-}
+REFUSED = {"bias": "none", "lora_bias": False, "use_qalora": False, "use_bdlora": False}
+REFUSED |= dict.fromkeys(
+    "alora_invocation_tokens arrow_config corda_config kasa_config layer_replication layers_pattern lora_ga_config "
+    "megatron_config monteclora_config target_parameters trainable_token_indices velora_config".split()
+)
 
 # its other options: read here, or only about how training began
 KNOWN = set(

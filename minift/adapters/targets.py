@@ -44,11 +44,9 @@ def select(
         if targets == "all-linear" or is_named(name, targets):
             found.append(hub)
     if not found:
-        kinds = sorted({re.sub(r"\.\d+\.", ".N.", hub) for hub in free})
+        kinds = "\n  ".join(sorted({re.sub(r"\.\d+\.", ".N.", hub) for hub in free}))
         of_layers = f", in layers {', '.join(map(str, layers))}" if layers else ""
-        raise InputError(
-            f"targets {targets!r}{of_layers}: no layer has such a name; there are:\n  " + "\n  ".join(kinds)
-        )
+        raise InputError(f"targets {targets!r}{of_layers}: no layer has such a name; there are:\n  {kinds}")
     return found
 
 

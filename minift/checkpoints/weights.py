@@ -93,10 +93,8 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     model.fresh = sorted({hub.rpartition(".")[0] for hub in report.fresh})
     faults += [f"{names[name]} is missing in the file" for name in missing if not name.startswith("head.")]
     if not fresh_head:
-        faults += [
-            f"{hub}, of the {model.task} head, is missing or of another shape; expected a trained head"
-            for hub in report.fresh + report.reshaped
-        ]
+        fault = f"of the {model.task} head, is missing or of another shape; expected a trained head"
+        faults += [f"{hub}, {fault}" for hub in report.fresh + report.reshaped]
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
@@ -164,9 +162,8 @@ def untie_where_different(model: Model, folder: Path, raw: str, report: Report) 
         if not is_finite:
             raise InputError(f"{folder}: {raw} has numbers that are not finite")
         report.loaded += 1
-        report.notes.append(
-            f"{raw} is not the word embedding, though config.json ties the two (tie_word_embeddings): both are used"
-        )
+        why = "though config.json ties the two (tie_word_embeddings)"
+        report.notes.append(f"{raw} is not the word embedding, {why}: both are used")
 
 
 def split_part(raw: str) -> tuple[str, str]:
@@ -306,9 +303,8 @@ def tensors(folder: Path) -> Iterator[Stored]:
             found.add(tensor.name)
             yield tensor
         if different := expected ^ found:
-            raise InputError(
-                f"{folder / shard}: does not hold what {path.name} says; different: {', '.join(sorted(different)[:5])}"
-            )
+            shown = ", ".join(sorted(different)[:5])
+            raise InputError(f"{folder / shard}: does not hold what {path.name} says; different: {shown}")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -329,9 +325,8 @@ def safetensors_in(path: Path) -> Iterator[Stored]:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
         check_pointer(path)
-        raise InputError(
-            f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
-        ) from e
+        size = f"{path.stat().st_size:,} bytes"
+        raise InputError(f"{path}: not a whole safetensors file ({e}); its size is {size}") from e
     place = None
     with file:
         for name in file.keys():
