@@ -76,9 +76,7 @@ class Options:
 
 def method_file(name: str) -> ModuleType:
     """The file of the method that `--method` calls `name`."""
-    method = method_named(name)
-    assert method is not None, name
-    return importlib.import_module(f"{__name__}.{method.file}")
+    return importlib.import_module(f"{__name__}.{method_named(name).file}")
 
 
 def saved_as(method: str) -> str:

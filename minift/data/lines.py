@@ -248,18 +248,14 @@ def csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[
             numbers.append(number)
             yield line
 
-    reader = csv.reader(lines(), strict=True)
-    while True:
-        numbers.clear()
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            expected = 'cells between commas, those with commas or quotes inside in "...", and each quote there doubled'
-            message = f"not CSV, {error} (at line {numbers[-1]}); expected {expected}"
-            faults.stop(f"{name}:{numbers[0]}", message, "not CSV")
-        if row is None:
-            return
-        yield numbers[0], row
+    try:
+        for row in csv.reader(lines(), strict=True):
+            yield numbers[0], row
+            numbers.clear()
+    except csv.Error as error:
+        expected = 'cells between commas, those with commas or quotes inside in "...", and each quote there doubled'
+        message = f"not CSV, {error} (at line {numbers[-1]}); expected {expected}"
+        faults.stop(f"{name}:{numbers[0]}", message, "not CSV")
 
 
 def tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:
