@@ -102,11 +102,10 @@ def write_text(path: Path, text: str) -> None:
 
 def is_special(path: Path) -> bool:
     """Whether a path is there and neither file nor folder: /dev/null, /dev/stdout, a pipe."""
-    try:
+    with suppress(OSError):
         mode = path.stat().st_mode
-    except OSError:
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+        return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    return False
 
 
 def check_output_file(option: str, path: Path, inputs: list[str], overwrite: bool) -> None:

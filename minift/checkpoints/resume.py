@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -102,11 +102,10 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
 
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint can be read."""
-    try:
+    with suppress(InputError):
         read_checkpoint(folder)
-    except InputError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_state(path: Path, state: object) -> None:

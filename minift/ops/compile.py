@@ -72,10 +72,8 @@ def build(name: str) -> Library:
     flags = [*FLAGS.split(), "-I", str(sources.folder()), *torch_flags(texts)]
     stem = f"{name}-{key(texts)}"
     for path, _ in kept(stem, ".so"):
-        try:
+        with suppress(OSError):  # then it is made anew below
             return Library(path, texts)
-        except OSError:
-            continue  # made anew below
 
     with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
         made = Path(scratch, f"{stem}.so")
@@ -171,10 +169,8 @@ def cpu() -> str:
 def torch_parallel_for() -> int | None:
     """The address of torch's function that shares a loop out to its threads; None where this torch has none."""
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        try:
+        with suppress(OSError, AttributeError):
             return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
     return None
 
 

@@ -12,6 +12,7 @@ https://docs.nvidia.com/cuda/nvrtc, https://docs.nvidia.com/cuda/cuda-driver-api
 
 import ctypes
 import re
+from contextlib import suppress
 from ctypes import byref, c_void_p
 from functools import cache, partial
 from pathlib import Path
@@ -164,15 +165,13 @@ def nvrtc() -> tuple[ctypes.CDLL, str]:
         majors = [torch.version.cuda.split(".")[0]]  # the driver knows torch's
     for name in (f"libnvrtc.so.{major}" for major in majors):
         for path in (*(folder / name for folder in folders() if (folder / name).exists()), name):
-            try:
+            with suppress(OSError):
                 if isinstance(path, Path):  # which it would look for elsewhere
                     for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
                         ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
                 lib, numbers = ctypes.CDLL(str(path)), (ctypes.c_int(), ctypes.c_int())
                 lib.nvrtcVersion(*map(byref, numbers))
                 return lib, ".".join(str(n.value) for n in numbers)
-            except OSError:
-                continue
     raise Unavailable(f"NVRTC was not found (looked for libnvrtc.so.{' and .'.join(majors)} beside torch)")
 
 
