@@ -22,15 +22,6 @@ from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_
 from ..config import parse_json
 from ..errors import InputError
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
 BATCH = 1000  # texts handed over at once: the library's encodings take about 100 bytes per token while they live
 GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by Unicode's own
 LARGEST = 10**7  # ids of tokens are below this
@@ -322,6 +313,8 @@ def _ends(backend: tokenizers.Tokenizer, special: dict[str, str], settings: dict
 
 WHOLE = ("tokenizer.json",)
 SOURCES = (WHOLE, WordPiece.files, ByteBPE.files)  # the first of these that a folder has is read
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = (*WHOLE, *WordPiece.files, *ByteBPE.files, *BESIDE)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import equal_bits, in_both_modes, in_mode, judge, results
+from judging import equal_bits, in_both_modes, in_mode, judge, needs_compiler, results
 
 from minift.data.batch import token_keys
 from minift.ops import compile, cuda, flash, native, nf4, sources
@@ -243,10 +243,8 @@ def test_what_kernels_do_not_take_goes_to_the_reference(pretended, monkeypatch):
 def emulator(tmp_path_factory) -> Path:
     """All of kernels/cuda/, compiled as C++ for this machine, with a driver to launch them: a library."""
     folder, files = tmp_path_factory.mktemp("emulated"), []
-    try:
-        command = compile.compiler()[0]
-    except compile.Unavailable as e:
-        pytest.skip(str(e))
+    needs_compiler()
+    command = compile.compiler()[0]
     for name in NAMES:
         source = re.sub(r'^extern "C" __global__', "static", text(name), flags=re.MULTILINE)
         for function, wanted in sources.functions(texts(name)).items():
