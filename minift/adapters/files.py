@@ -6,12 +6,6 @@ from .targets import Names, name_in
 
 PREFIX = "base_model.model."
 
-
-def tensor_name(model: nn.Module, hub: str) -> str:
-    """How an adapter's file calls what the hub calls `hub`."""
-    return PREFIX + name_in(model, hub)
-
-
 # what every configuration has: the kinds of the values that are read, and options that change nothing here
 NAMES = ((str, list), "a string or a list of names")
 KINDS = {
@@ -20,6 +14,11 @@ KINDS = {
     "base_model_name_or_path": (str, "a string"),
 }
 KNOWN = KINDS.keys() | set("auto_mapping inference_mode peft_type peft_version revision task_type".split())
+
+
+def tensor_name(model: nn.Module, hub: str) -> str:
+    """How an adapter's file calls what the hub calls `hub`."""
+    return PREFIX + name_in(model, hub)
 
 
 def check_kinds(found: dict, kinds: dict) -> None:
@@ -38,7 +37,7 @@ def check_unknown(found: dict, known: set[str]) -> list[str]:
 
     known: the options that are, beside those that every configuration has.
     """
-    unknown = {key: value for key, value in found.items() if key not in known | KNOWN and value}
+    unknown = {key: value for key, value in found.items() if value and key not in known | KNOWN}
     for key, value in unknown.items():
         if value is True or key.startswith("use_") or key.endswith("_config"):
             raise ValueError(f"{key} is {value!r}, an option that is not known here; expected none that is on")

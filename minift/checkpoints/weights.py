@@ -72,6 +72,8 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     report = Report()
     layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
     packed, second, faults = take_tensors(model, folder, layers, fresh_classes, report)
+
+    # a weight in four bits is several tensors, which its layer takes together
     for name, parts in packed.items():
         fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
         if can_pack(layers, name):
