@@ -22,6 +22,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,11 +104,10 @@ def write_text(path: Path, text: str) -> None:
 
 def is_special(path: Path) -> bool:
     """Whether a path is there and neither file nor folder: /dev/null, /dev/stdout, a pipe."""
-    try:
+    with suppress(OSError):
         mode = path.stat().st_mode
-    except OSError:
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+        return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    return False
 
 
 def check_output_file(option: str, path: Path, inputs: list[str], overwrite: bool) -> None:
@@ -138,10 +138,10 @@ def write_lines(path: Path, lines: Iterator[str]) -> None:
 
     The first line is asked for before anything is opened: by then the input is read and judged.
     """
-    first = next(lines, None)
+    lines = chain(list(islice(lines, 1)), lines)
     if is_special(path):
         with naming(path), open(path, "w", encoding="utf-8") as file:
-            for line in _with_first(first, lines):
+            for line in lines:
                 print(line, file=file, flush=True)
         return
     target = real(path)
@@ -149,7 +149,7 @@ def write_lines(path: Path, lines: Iterator[str]) -> None:
     done = 0
     try:
         with naming(path), open(partial, "x", encoding="utf-8") as file:
-            for line in _with_first(first, lines):
+            for line in lines:
                 print(line, file=file, flush=True)
                 done += 1
             os.fsync(file.fileno())
@@ -161,13 +161,6 @@ def write_lines(path: Path, lines: Iterator[str]) -> None:
         else:
             partial.unlink(missing_ok=True)
         raise
-
-
-def _with_first(first: str | None, rest: Iterator[str]) -> Iterator[str]:
-    """`first`, unless there is none, and the rest."""
-    if first is not None:
-        yield first
-    yield from rest
 
 
 # several files in a folder
@@ -281,15 +274,11 @@ def check_folder(folder: Path, names: set[str]) -> None:
     mine = unchanged(folder)
     found = {path.name for path in folder.iterdir()}
     if not mine:
-        raise InputError(
-            f"{folder}: holds files that minift did not write ({shortened(found)}); expected a new or empty folder, "
-            "or a model that minift saved"
-        )
+        expected = "a new or empty folder, or a model that minift saved"
+        raise InputError(f"{folder}: holds files that minift did not write ({shortened(found)}); expected {expected}")
     if others := (names - {MANIFEST}) & found - mine:
-        raise InputError(
-            f"{folder}: {shortened(others)} would be replaced, which minift did not write or which was changed since; "
-            "expected a new or empty folder"
-        )
+        why = "which minift did not write or which was changed since"
+        raise InputError(f"{folder}: {shortened(others)} would be replaced, {why}; expected a new or empty folder")
 
 
 def check_new_folder(option: str, folder: Path) -> None:

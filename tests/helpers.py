@@ -122,6 +122,13 @@ def peer(cls: type, folder: Path, seed: int = 0, scale: float = 0.2, **changes):
     return model
 
 
+def randomise(model) -> None:
+    """Gives every trained parameter values that show in the outputs, by its size, so that ours and a peer's are one."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2
+
+
 def sequence(number: int, ids, rows=None, targets=None, types=None) -> Sequence:
     """A Sequence of plain lists; without rows, every token is asked about."""
     if rows is None:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import reviews, small_bert
+from helpers import losses, reviews, small_bert
 from safetensors.torch import load_file, save_file
 
 import minift
@@ -210,13 +210,9 @@ def command(folder, name: str, out: str, *more: str) -> list[str]:
             "--weight-decay", "0.01", "--kernels", "reference", *more]  # fmt: skip
 
 
-def curve(run) -> list[float]:
-    return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def check_equal(run, whole) -> None:
     """The same losses, weights and optimizer states, to the bit."""
-    assert curve(run) == curve(whole)
+    assert losses(run) == losses(whole)
     for file in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
         mine, theirs = (load_file(checkpoint.latest(out) / file) for out in (run, whole))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -234,8 +230,8 @@ def test_a_run_learns(folder, tmp_path, name):
         data=data, valid="0.2", out=str(tmp_path / "run"), epochs=30, batch=64, lr=lr, optimizer=name
     )
     assert minift.train(model, tokenizer, config).metrics["accuracy"] > 0.95
-    losses = curve(tmp_path / "run")
-    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    found = losses(tmp_path / "run")
+    assert sum(found[-10:]) < 0.2 * sum(found[:10])
 
 
 @each
@@ -257,13 +253,13 @@ def test_stopped_and_resumed_to_the_bit(folder, name, monkeypatch):
 @each
 def test_micro_batches_change_nothing(folder, name):
     assert main(command(folder, name, f"{name}-split", "--tokens", "30")) == 0
-    assert curve(folder / f"{name}-split") == pytest.approx(curve(folder / name), abs=BOUND)
+    assert losses(folder / f"{name}-split") == pytest.approx(losses(folder / name), abs=BOUND)
 
 
 @each
 def test_float16_too(folder, name):
     assert main(command(folder, name, f"{name}-fp16", "--precision", "fp16")) == 0
-    assert curve(folder / f"{name}-fp16") == pytest.approx(curve(folder / name), abs=0.05)
+    assert losses(folder / f"{name}-fp16") == pytest.approx(losses(folder / name), abs=0.05)
 
 
 @each
@@ -272,7 +268,7 @@ def test_adapters_too(folder, name):
     more = ["--method", "dora", "--base", "nf4", "--lora-plus", "4"]
     for out, tokens in (("dora", "0"), ("dora-split", "30")):
         assert main(command(folder, name, f"{name}-{out}", *more, "--tokens", tokens)) == 0
-    assert curve(folder / f"{name}-dora-split") == pytest.approx(curve(folder / f"{name}-dora"), abs=BOUND)
+    assert losses(folder / f"{name}-dora-split") == pytest.approx(losses(folder / f"{name}-dora"), abs=BOUND)
 
 
 @pytest.mark.slow
@@ -284,10 +280,10 @@ def test_two_processes_with_half_the_weights_each(folder, name):
     run = folder / f"{name}-shard"
     done = subprocess.run([*torchrun, *command(folder, name, run.name, "--shard")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert curve(run) == pytest.approx(curve(folder / name), abs=BOUND)
+    assert losses(run) == pytest.approx(losses(folder / name), abs=BOUND)
     shutil.rmtree(run / "checkpoints/step-12")
     assert main(["train", "--resume", "--out", str(run)]) == 0
-    assert curve(run) == pytest.approx(curve(folder / name), abs=BOUND)
+    assert losses(run) == pytest.approx(losses(folder / name), abs=BOUND)
 
 
 @each
@@ -314,7 +310,7 @@ def test_a_setting_is_used_or_refused(folder, name, capsys):
         said = capsys.readouterr().err
         if setting in defaults:
             assert code == 0, said
-            assert curve(folder / out)[3] != curve(folder / name)[3]
+            assert losses(folder / out)[3] != losses(folder / name)[3]
         else:
             assert code == 1 and f"--{setting} is {float(value):g} with --optimizer {name}, which does not use" in said
             assert not (folder / out).exists()

@@ -54,7 +54,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..tables import METHODS, method_named
-from .targets import names
+from .targets import Names, names
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Options:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.1
-    targets: str | tuple[str, ...] = ()  # names, a regular expression, or "all-linear"; () the method's default
-    exclude: str | tuple[str, ...] = ()  # names or a regular expression
+    targets: Names = ()  # names, a regular expression, or "all-linear"; () the method's default
+    exclude: Names = ()  # names or a regular expression
     layers: tuple[int, ...] = ()  # numbers of the transformer layers; () all
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -76,9 +76,7 @@ class Options:
 
 def method_file(name: str) -> ModuleType:
     """The file of the method that `--method` calls `name`."""
-    method = method_named(name)
-    assert method is not None, name
-    return importlib.import_module(f"{__name__}.{method.file}")
+    return importlib.import_module(f"{__name__}.{method_named(name).file}")
 
 
 def saved_as(method: str) -> str:

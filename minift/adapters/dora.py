@@ -53,7 +53,8 @@ class DoRALinear(nn.Module):
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
         lora = self.lora
-        y = lora_linear(x, None, lora.A, lora.B, lora.base.matrix, lora.scale, lora.p, noise, lora.site)
+        drop = noise.drop(lora.p, lora.site, lora.in_features)
+        y = lora_linear(x, None, lora.A, lora.B, lora.base.matrix, lora.scale, drop)
         y = y * (self.magnitude / lengths(lora)).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -17,13 +17,10 @@ from . import Options
 
 
 def add(model: nn.Module, options: Options) -> None:
-    """Makes the head and what options.method names the only trained parameters."""
-    if options.method != "full":
-        freeze(model, options.method)
-
-
-def freeze(model: nn.Module, policy: str) -> None:
-    """Makes the head and what `policy` names the only trained parameters; a tied head is the embedding: frozen."""
+    """Makes the head and what options.method names all that learns; a tied head is the embedding: frozen."""
+    policy = options.method
+    if policy == "full":
+        return
     model.requires_grad_(False)
     parts: list[nn.Module | nn.Parameter] = [] if model.head is None or model.tied else [model.head]
     if policy == "bias":

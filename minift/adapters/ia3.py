@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..ops.dropout import SILENT, Noise
 from . import Options
-from .files import as_option, check_kinds, check_unknown, saved_in_file, targets_from_peft
-from .targets import candidates, check_pattern, default_saved, name_in, roles, select, train_saved
+from .files import NAMES, as_option, check_kinds, check_unknown, common_fields, targets_from_peft
+from .targets import Names, candidates, check_pattern, default_saved, name_in, roles, select, train_saved
 
 SAVED_AS = "ia3"
 PEFT_TYPE = "IA3"
@@ -33,10 +33,10 @@ LEARNING_RATE = 3e-3  # as in the paper
 class IA3Config:
     """What is put where; how layers are named is said in targets.py."""
 
-    targets: str | tuple[str, ...] = ()  # () the family's default, or "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: Names = ()  # () the family's default, or "all-linear"
+    exclude: Names = ()
     layers: tuple[int, ...] = ()  # numbers of the transformer layers; () all
-    feedforward: str | tuple[str, ...] | None = None  # those that are scaled at their input; None the family's default
+    feedforward: Names | None = None  # those that are scaled at their input; None the family's default
     variant: str = "ia3"
     saved: tuple[str, ...] | None = None  # modules of the head that are trained in full, and saved with the adapter
     base: str = ""  # where the frozen weights come from, as a folder or hub id
@@ -98,8 +98,6 @@ def add(model: nn.Module, options: Options) -> None:
 
 def wrap(model: nn.Module, config: IA3Config) -> None:
     """Puts IA3Linears in place, and makes them and the saved modules the only trained ones."""
-    check_pattern("targets", config.targets)
-    check_pattern("exclude", config.exclude)
     check_pattern("feedforward_modules", config.feedforward)
     saved = default_saved(model) if config.saved is None else config.saved
     targets = config.targets or roles(model, "key", "value", "down")
@@ -124,14 +122,14 @@ def wrap(model: nn.Module, config: IA3Config) -> None:
     model.adapter = replace(config, saved=saved, targets=targets, layers=(), feedforward=feedforward)
 
 
-def is_feedforward(name: str, feedforward: str | tuple[str, ...]) -> bool:
+def is_feedforward(name: str, feedforward: Names) -> bool:
     """Whether PEFT scales the input of a layer; of a tuple, whatever the name ends in counts, after a dot or not."""
     if isinstance(feedforward, str):
         return bool(re.fullmatch(feedforward, name))
     return name.endswith(feedforward)
 
 
-def is_subset(feedforward: str | tuple[str, ...], targets: str | tuple[str, ...]) -> bool:
+def is_subset(feedforward: Names, targets: Names) -> bool:
     """Whether PEFT accepts the two in a file; it compares tuples alone."""
     if isinstance(feedforward, str) or isinstance(targets, str):
         return True
@@ -140,32 +138,16 @@ def is_subset(feedforward: str | tuple[str, ...], targets: str | tuple[str, ...]
 
 # in PEFT's files
 
-# options of an IA3Config; those that are not read here are about how training began, or about how weights are stored
-KNOWN = set(
-    "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out feedforward_modules inference_mode "
-    "init_ia3_weights modules_to_save peft_type peft_version revision target_modules task_type".split()
-)
-NAMES = ((str, list), "a string or a list of names")
-KINDS = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), NAMES),
-    "modules_to_save": (list, "a list of names"),
-    "base_model_name_or_path": (str, "a string"),
-}
-
 
 def read(found: dict, heads: tuple[str, ...]) -> tuple[IA3Config, list[str]]:
     """(the configuration, what else to tell) of an adapter_config.json. Raises ValueError for what is not supported."""
-    check_kinds(found, KINDS)
-    notes = check_unknown(found, KNOWN)
+    check_kinds(found, {"feedforward_modules": NAMES})
+    # beside it, what is only about how training began, or about how weights are stored
+    notes = check_unknown(found, {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
     feedforward = found.get("feedforward_modules")
-    config = IA3Config(
-        targets=targets_from_peft(found.get("target_modules")),
-        exclude=targets_from_peft(found.get("exclude_modules")),
-        feedforward=None if feedforward is None else targets_from_peft(feedforward),
-        saved=saved_in_file(found, heads),
-        base=found.get("base_model_name_or_path") or "",
-    )
-    return config, notes
+    if feedforward is not None:
+        feedforward = targets_from_peft(feedforward)
+    return IA3Config(feedforward=feedforward, **common_fields(found, heads)), notes
 
 
 def modern_name(name: str) -> str:
@@ -175,11 +157,7 @@ def modern_name(name: str) -> str:
 
 def settings(model: nn.Module) -> dict:
     """adapter_config.json: every field that PEFT needs to compute the same."""
-    feedforward = model.adapter.feedforward
-    return {
-        "feedforward_modules": feedforward if isinstance(feedforward, str) else list(feedforward),
-        "init_ia3_weights": True,
-    }
+    return {"feedforward_modules": model.adapter.feedforward, "init_ia3_weights": True}
 
 
 def options(model: nn.Module) -> dict:

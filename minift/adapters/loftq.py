@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import nf4
 from . import Options
-from .lora import adapters, check_splits
+from .lora import adapters, begin_at, check_splits
 from .lora import add as add_plain
 
 SAVED_AS = "lora"
@@ -27,18 +27,14 @@ def add(model: nn.Module, options: Options) -> None:
     for name, lora in adapters(model):
         check_splits(name, lora)
         w = lora.base.matrix(torch.float32)
-        rank = len(lora.A)
         for _ in range(ROUNDS):
             rest = w - lora.delta()
-            u, s, vt = torch.linalg.svd(w - roundtrip(rest), full_matrices=False)
-            root = (s[:rank] / lora.scale).sqrt()
-            lora.A.copy_(root[:, None] * vt[:rank])
-            lora.B.copy_(u[:, :rank] * root)
+            begin_at(lora, w - roundtrip(rest))
         lora.base.weight.copy_(rest)
 
 
 def roundtrip(w: Tensor) -> Tensor:
     """What four bits keep of a matrix, with double quantisation."""
     codes, absmax = nf4.quantize(w)
-    d, nested, mean = nf4.compress(absmax)
-    return nf4.dequantize(codes, d, torch.empty_like(w), nested, mean)
+    d, *scales = nf4.compress(absmax)
+    return nf4.dequantize(codes, d, torch.empty_like(w), *scales)

@@ -18,28 +18,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops.dropout import SILENT, Noise
 from ..ops.lora import lora_linear
-from . import Options
-from .files import (
-    as_option,
-    check_kinds,
-    check_unknown,
-    saved_in_file,
-    targets_for_peft,
-    targets_from_peft,
-    tensor_name,
-)
-from .targets import (
-    by_pattern,
-    candidates,
-    check_pattern,
-    default_saved,
-    end_of,
-    name_in,
-    names,
-    roles,
-    select,
-    train_saved,
-)
+from . import Names, Options
+from .files import as_option, check_kinds, check_unknown, common_fields, targets_for_peft, tensor_name
+from .targets import by_pattern, candidates, check_pattern, default_saved, name_in, names, roles, select, train_saved
 
 SAVED_AS = "lora"
 PEFT_TYPE = "LORA"
@@ -54,8 +35,8 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.1
-    targets: str | tuple[str, ...] = ()  # () the family's default, or "all-linear"
-    exclude: str | tuple[str, ...] = ()
+    targets: Names = ()  # () the family's default, or "all-linear"
+    exclude: Names = ()
     layers: tuple[int, ...] = ()  # numbers of the transformer layers; all
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -111,8 +92,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
-        base = self.base
-        return lora_linear(x, base.bias, self.A, self.B, base.matrix, self.scale, self.p, noise, self.site)
+        drop = noise.drop(self.p, self.site, self.in_features)
+        return lora_linear(x, self.bias, self.A, self.B, self.base.matrix, self.scale, drop)
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
@@ -131,9 +112,9 @@ def add_lora(
     rank: int = 8,
     alpha: float = 32.0,
     dropout: float = 0.1,
-    targets: str | tuple[str, ...] = (),
+    targets: Names = (),
     *,
-    exclude: str | tuple[str, ...] = (),
+    exclude: Names = (),
     seed: int = 42,
     **more,
 ) -> nn.Module:
@@ -161,7 +142,9 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
             raise InputError(f"rank is {rank}; expected at least 1")
     if not 0 <= config.dropout < 1:
         raise InputError(f"adapter dropout is {config.dropout}; expected at least 0 and below 1")
-    check_patterns(config)
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            check_pattern(option, key, at_end=True)
     saved = default_saved(model) if config.saved is None else config.saved
     targets = config.targets or roles(model, "query", "value")  # as PEFT, where none are named
     chosen = select(model, targets, config.exclude, config.layers, within=saved)
@@ -178,15 +161,6 @@ def wrap(model: nn.Module, config: LoRAConfig) -> None:
         model.set_submodule(name, LoRALinear(layer, rank, alpha, config.dropout, config.rslora, SITE + i))
     train_saved(model, saved)
     model.adapter = replace(config, saved=saved, targets=targets_for_peft(model, targets, config.layers, chosen))
-
-
-def check_patterns(config: LoRAConfig) -> None:
-    """Raises InputError that names the option and the regular expression that is none."""
-    check_pattern("targets", config.targets)
-    check_pattern("exclude", config.exclude)
-    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in patterns:
-            check_pattern(option, key, end_of(key))
 
 
 def check_rank(rank: int, hub: str, layer: nn.Module) -> None:
@@ -215,6 +189,20 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield model.hub_name(name.removesuffix(".lora")), module
 
 
+def principal_part(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(A, B) of the best approximation scale * B A of a weight (out, in): its largest singular values."""
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * vt[:rank], u[:, :rank] * root
+
+
+def begin_at(lora: LoRALinear, weight: Tensor) -> None:
+    """Makes A and B the principal part of a weight (out, in)."""
+    a, b = principal_part(weight, len(lora.A), lora.scale)
+    lora.A.copy_(a)
+    lora.B.copy_(b)
+
+
 def require_unpacked(name: str, weight: Tensor) -> None:
     """Raises InputError where a frozen weight is packed already, for variants that split it first."""
     if not weight.is_floating_point():
@@ -235,36 +223,23 @@ def check_splits(name: str, lora: LoRALinear) -> None:
 # in PEFT's files
 
 # options of a LoraConfig that change what is computed, with the one value that is computed here
-REFUSED = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_qalora": False,
-    "use_bdlora": False,
-    **dict.fromkeys(
-        (
-            *("alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication"),
-            *("lora_ga_config", "monteclora_config", "target_parameters", "trainable_token_indices", "velora_config"),
-            *("layers_pattern", "megatron_config"),
-        )
-    ),
-}
+REFUSED = {"bias": "none", "lora_bias": False, "use_qalora": False, "use_bdlora": False}
+REFUSED |= dict.fromkeys(
+    "alora_invocation_tokens arrow_config corda_config kasa_config layer_replication layers_pattern lora_ga_config "
+    "megatron_config monteclora_config target_parameters trainable_token_indices velora_config".split()
+)
 
 # its other options: read here, or only about how training began
 KNOWN = set(
-    "alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
-    "inference_mode init_lora_weights layers_to_transform loftq_config lora_alpha lora_dropout megatron_core "
-    "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
-    "task_type use_dora use_rslora".split()
+    "alpha_pattern ensure_weight_tying eva_config fan_in_fan_out init_lora_weights layers_to_transform loftq_config "
+    "lora_alpha lora_dropout megatron_core qalora_group_size r rank_pattern runtime_config use_dora use_rslora".split()
 )
 
 # the kinds that a value may be of, where it is not null, and how a message calls them
 KINDS = {
     **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), ((int, float), "a number")),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict, "an object of numbers")),
-    **dict.fromkeys(("target_modules", "exclude_modules"), ((str, list), "a string or a list of names")),
     "layers_to_transform": ((int, list), "a number or a list of numbers"),
-    "modules_to_save": (list, "a list of names"),
-    "base_model_name_or_path": (str, "a string"),
 }
 
 # how training began, by init_lora_weights: with the base as it is, or with a part of it taken out, that is known
@@ -278,48 +253,36 @@ def read(found: dict, heads: tuple[str, ...]) -> tuple[LoRAConfig, list[str]]:
         if found.get(key, only) not in (only, {}, [], only or None):
             raise ValueError(f"{key} is {found[key]!r}; expected {only!r}, the rest is not supported")
     notes = check_unknown(found, KNOWN | REFUSED.keys())
-    initial = first_weights(found)
+    initial = found.get("init_lora_weights")
+    if isinstance(initial, str):
+        initial = initial.lower()  # as PEFT reads it
     if initial not in (*PLAIN, *SPLIT):
         raise ValueError(
             f"init_lora_weights is {initial!r}: the base was changed before training, in a way that cannot be "
             f"repeated; expected one of {', '.join(map(str, (*PLAIN[:2], *PLAIN[3:], *SPLIT)))}, or the adapter "
             "converted to plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return config_of(found, heads), notes
-
-
-def first_weights(found: dict):
-    """init_lora_weights, which PEFT reads in upper and lower case."""
-    initial = found.get("init_lora_weights")
-    return initial.lower() if isinstance(initial, str) else initial
-
-
-def config_of(found: dict, heads: tuple[str, ...]) -> LoRAConfig:
-    """The configuration in an adapter_config.json. Raises TypeError, ValueError, AttributeError."""
     for key in ("r", "lora_alpha", "lora_dropout"):
         if key in found and found[key] is None:
             raise ValueError(f"{key} is 'None'; expected a number")
     check_kinds(found, KINDS)
     layers = found.get("layers_to_transform")
     alpha = float(found.get("lora_alpha", 8))
-    initial = first_weights(found)
     if not math.isfinite(alpha):
         raise ValueError(f"lora_alpha is {alpha}; expected a number")
-    return LoRAConfig(
+    config = LoRAConfig(
         rank=int(found.get("r", 8)),
         alpha=alpha,
         dropout=float(found.get("lora_dropout", 0)),
-        targets=targets_from_peft(found.get("target_modules")),
-        exclude=targets_from_peft(found.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
         rank_pattern={k: int(v) for k, v in (found.get("rank_pattern") or {}).items()},
         alpha_pattern={k: float(v) for k, v in (found.get("alpha_pattern") or {}).items()},
         rslora=bool(found.get("use_rslora")),
         variant="dora" if found.get("use_dora") else "lora",
-        saved=saved_in_file(found, heads),
-        base=found.get("base_model_name_or_path") or "",
         initial=initial if initial in SPLIT else "",
+        **common_fields(found, heads),
     )
+    return config, notes
 
 
 def modern_name(name: str) -> str:
@@ -350,7 +313,12 @@ def on_base(model: nn.Module, config: LoRAConfig, found: dict[str, Tensor]) -> t
         rank = by_pattern(config.rank_pattern, name_in(model, hub), config.rank)
         alpha = by_pattern(config.alpha_pattern, name_in(model, hub), config.alpha)
         scale = scale_of(rank, alpha, config.rslora)
-        a, b = initial_part(layer.matrix(torch.float32), config.initial, rank, scale)
+        weight = layer.matrix(torch.float32)
+        if config.initial == "olora":
+            q, r = torch.linalg.qr(weight)
+            a, b = r[:rank], q[:, :rank]
+        else:
+            a, b = principal_part(weight, rank, scale)
         found[keys[0]] = torch.cat([found[keys[0]].float(), a])
         found[keys[1]] = torch.cat([found[keys[1]].float(), -b], dim=1)
     more = math.sqrt(2) if config.rslora else 2
@@ -362,16 +330,6 @@ def on_base(model: nn.Module, config: LoRAConfig, found: dict[str, Tensor]) -> t
         rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
         alpha_pattern={key: more * alpha for key, alpha in config.alpha_pattern.items()},
     ), found
-
-
-def initial_part(weight: Tensor, kind: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(A0, B0) of PiSSA or OLoRA: what PEFT takes out of a weight (out, in), times `scale`."""
-    if kind == "olora":
-        q, r = torch.linalg.qr(weight)
-        return r[:rank], q[:, :rank]
-    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:rank] / scale).sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
 
 
 def settings(model: nn.Module) -> dict:
@@ -394,15 +352,6 @@ def settings(model: nn.Module) -> dict:
 def options(model: nn.Module) -> dict:
     """The options of `minift train` that make such an adapter."""
     config = model.adapter
-    return {
-        "method": config.variant,
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "adapter_dropout": config.dropout,
-        "targets": as_option(config.targets),
-        "exclude": as_option(config.exclude),
-        "layers": as_option(config.layers),
-        "rank_pattern": as_option(config.rank_pattern),
-        "alpha_pattern": as_option(config.alpha_pattern),
-        "rslora": config.rslora,
-    }
+    same = ("rank", "alpha", "targets", "exclude", "layers", "rank_pattern", "alpha_pattern", "rslora")
+    found = {"method": config.variant, "adapter_dropout": config.dropout}
+    return found | {name: as_option(getattr(config, name)) for name in same}

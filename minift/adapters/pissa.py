@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import Options
-from .lora import adapters, check_splits
+from .lora import adapters, begin_at, check_splits
 from .lora import add as add_plain
 
 SAVED_AS = "lora"
@@ -23,9 +23,5 @@ def add(model: nn.Module, options: Options) -> None:
     add_plain(model, options)
     for name, lora in adapters(model):
         check_splits(name, lora)
-        rank = len(lora.A)
-        u, s, vt = torch.linalg.svd(lora.base.matrix(torch.float32), full_matrices=False)
-        root = (s[:rank] / lora.scale).sqrt()
-        lora.A.copy_(root[:, None] * vt[:rank])
-        lora.B.copy_(u[:, :rank] * root)
+        begin_at(lora, lora.base.matrix(torch.float32))
         lora.base.weight -= lora.delta().to(lora.base.weight.dtype)

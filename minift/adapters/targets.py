@@ -11,6 +11,8 @@ from torch import nn
 from ..errors import InputError
 from ..models import LAST
 
+Names = str | tuple[str, ...]  # of layers: a regular expression, or some names
+
 
 def candidates(model: nn.Module) -> dict[str, str]:
     """Our name -> the hub's of every layer that an adapter can wrap: all linear ones but the head's last."""
@@ -22,17 +24,15 @@ def candidates(model: nn.Module) -> dict[str, str]:
 
 
 def select(
-    model: nn.Module,
-    targets: str | tuple[str, ...],
-    exclude: str | tuple[str, ...] = (),
-    layers: tuple[int, ...] = (),
-    within: tuple[str, ...] = (),
+    model: nn.Module, targets: Names, exclude: Names, layers: tuple[int, ...], within: tuple[str, ...]
 ) -> list[str]:
     """The hub names of the layers that are meant, in the model's order. Raises InputError where none is.
 
     targets: names, a regular expression, or "all-linear"; exclude: which of them not.
     layers: only transformer layers of these numbers. within: modules that learn as they are, whose layers are left out.
     """
+    check_pattern("targets", targets)
+    check_pattern("exclude", exclude)
     free = [hub for hub in candidates(model).values() if not is_within(hub, within)]
     found = []
     for hub in free:
@@ -44,11 +44,9 @@ def select(
         if targets == "all-linear" or is_named(name, targets):
             found.append(hub)
     if not found:
-        kinds = sorted({re.sub(r"\.\d+\.", ".N.", hub) for hub in free})
+        kinds = "\n  ".join(sorted({re.sub(r"\.\d+\.", ".N.", hub) for hub in free}))
         of_layers = f", in layers {', '.join(map(str, layers))}" if layers else ""
-        raise InputError(
-            f"targets {targets!r}{of_layers}: no layer has such a name; there are:\n  " + "\n  ".join(kinds)
-        )
+        raise InputError(f"targets {targets!r}{of_layers}: no layer has such a name; there are:\n  {kinds}")
     return found
 
 
@@ -62,12 +60,12 @@ def name_in(model: nn.Module, hub: str) -> str:
     return hub if model.head else hub.removeprefix(model.family.PREFIX)
 
 
-def names(text: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def names(text: Names) -> Names:
     """Names with commas between as a tuple; "all-linear" and a regular expression (it has other signs) as they are."""
     return tuple(filter(None, text.split(","))) if isinstance(text, str) and re.fullmatch(r"[\w.,]*", text) else text
 
 
-def is_named(hub: str, wanted: str | tuple[str, ...]) -> bool:
+def is_named(hub: str, wanted: Names) -> bool:
     """Whether a layer's name is meant by targets."""
     if isinstance(wanted, str):
         return bool(re.fullmatch(wanted, hub))
@@ -95,12 +93,12 @@ def number(hub: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def check_pattern(option: str, pattern: str | tuple[str, ...], used: str = "") -> None:
-    """Raises InputError where a string is no regular expression; used: the longer one that it is a part of."""
+def check_pattern(option: str, pattern: Names, at_end: bool = False) -> None:
+    """Raises InputError where a string is no regular expression; at_end: one for the end of a name."""
     if not isinstance(pattern, str):
         return
     try:
-        re.compile(used or pattern)
+        re.compile(end_of(pattern) if at_end else pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"{option} is {pattern!r}: not a regular expression ({e})") from e
 

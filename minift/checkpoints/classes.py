@@ -69,7 +69,8 @@ def settle_classes(model: Model, classes: Classes, seed: int) -> None:
         for parameter in model.last.parameters():
             parameter.data = parameter.data[rows]
         model.labels = classes.labels
-    if not any(map(is_last, fresh_names(model))):
+    drawn = {*report.fresh, *report.reshaped}
+    if not any(is_last(name) and hub in drawn for name, hub in hub_names(model).items()):
         report.labels = report.labels or classes.said
 
 
@@ -77,9 +78,3 @@ def on_meta(layer: nn.Module, rows: int) -> Linear:
     """A layer like this one for another number of rows, without memory: to be drawn."""
     with torch.device("meta"):
         return Linear(layer.in_features, rows, layer.bias is not None)
-
-
-def fresh_names(model: Model) -> list[str]:
-    """Our names of what was drawn at random because the file lacks it or has another shape of it."""
-    drawn = {*model.report.fresh, *model.report.reshaped}
-    return [name for name, hub in hub_names(model).items() if hub in drawn]

@@ -45,9 +45,8 @@ def merge(config: MergeConfig) -> tuple[Model, Tokenizer | None, Cost]:
     if not model.adapter:
         raise InputError(f"{config.model}: has no adapter; expected a run trained with one, or an adapter folder")
     if not model.task:
-        raise InputError(
-            f"{config.model}: says no task (task_type); expected SEQ_CLS or CAUSAL_LM, whose logits are compared"
-        )
+        expected = "SEQ_CLS or CAUSAL_LM, whose logits are compared"
+        raise InputError(f"{config.model}: says no task (task_type); expected {expected}")
     batch = sample(model, tokenizer, config)
     with torch.no_grad():
         want = model.logits(batch).double()

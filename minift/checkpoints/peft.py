@@ -39,7 +39,7 @@ def read_config(folder: Path) -> tuple[object, str | None, list[str]]:
     found = parse_json(path.read_bytes(), path)
     kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
     files = peft_types()
-    if not isinstance(found, dict) or not isinstance(kind, str) or kind not in files:
+    if not isinstance(kind, str) or kind not in files:
         raise InputError(f"{path}: peft_type is {kind!r}; expected {' or '.join(map(repr, files))}")
     task = task_of_peft(found.get("task_type"))
     try:
@@ -71,9 +71,7 @@ def put_adapter(model: nn.Module, folder: Path, config, found: dict[str, Tensor]
     # every tensor that is expected, and no other
     expected = tensors(model)
     faults = [fault for name, p in expected.items() if (fault := put(name, found.pop(name, None), p))]
-    faults += [
-        f"{name} {tuple(tensor.shape)} belongs to no adapted layer or saved module" for name, tensor in found.items()
-    ]
+    faults += [f"{name} {tuple(t.shape)} belongs to no adapted layer or saved module" for name, t in found.items()]
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise InputError(f"{folder}: the adapter does not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
@@ -193,9 +191,9 @@ def settings(model: nn.Module) -> dict:
         "peft_type": file.PEFT_TYPE,
         "task_type": task_named(model.task).PEFT_TYPE if model.task else "FEATURE_EXTRACTION",
         "base_model_name_or_path": config.base or None,
-        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
-        "exclude_modules": (config.exclude if isinstance(config.exclude, str) else list(config.exclude)) or None,
-        "modules_to_save": list(config.saved) or None,
+        "target_modules": config.targets,
+        "exclude_modules": config.exclude or None,
+        "modules_to_save": config.saved or None,
         "fan_in_fan_out": is_conv1d,
         "inference_mode": True,
     }

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -102,11 +102,10 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
 
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint can be read."""
-    try:
+    with suppress(InputError):
         read_checkpoint(folder)
-    except InputError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_state(path: Path, state: object) -> None:
@@ -220,12 +219,10 @@ def check_base(folder: Path, now: dict, then: dict) -> None:
     for name, value in now["config"].items():
         before = then["config"].get(name, value)
         if before != value:
-            raise InputError(
-                f"{folder}: the base model's config.json says {name} {value!r}; the run began with {before!r}"
-            )
+            said = f"the base model's config.json says {name} {value!r}"
+            raise InputError(f"{folder}: {said}; the run began with {before!r}")
     if now["labels"] != then["labels"]:
-        raise InputError(
-            f"{folder}: the labels are {', '.join(now['labels'])}; the run began with {', '.join(then['labels'])}"
-        )
+        labels, before = ", ".join(now["labels"]), ", ".join(then["labels"])
+        raise InputError(f"{folder}: the labels are {labels}; the run began with {before}")
     if now["frozen"] != then["frozen"]:
         raise InputError(f"{folder}: the base model's weights are not those that the run began with")

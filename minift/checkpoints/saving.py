@@ -18,7 +18,7 @@ from ..models import Model
 from ..tasks import task_named
 from . import peft as peft_format
 from .hub import address
-from .weights import MODEL, can_pack, get, hub_names, is_transposed
+from .weights import MODEL, can_pack, hub_names, is_transposed, leaf_of
 
 
 def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
@@ -79,12 +79,13 @@ def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bo
 def weights_of(model: Model) -> dict[str, Tensor]:
     """The tensors of model.safetensors."""
     state = {}
+    layers = dict(model.named_modules())
     for name, hub in hub_names(model).items():
-        tensor = whole(get(model, name).detach())
-        packed = can_pack(model, name)
+        tensor = whole(leaf_of(layers, name).detach())
+        packed = can_pack(layers, name)
         state[hub] = (tensor.t() if is_transposed(model, hub) and not packed else tensor).contiguous().cpu()
         if packed:
-            parts = model.get_submodule(name.removesuffix(".weight")).parts()
+            parts = layers[name.removesuffix(".weight")].parts()
             state |= {f"{hub}.{part}": tensor.clone().cpu() for part, tensor in parts.items()}
     return state
 
@@ -92,10 +93,8 @@ def weights_of(model: Model) -> dict[str, Tensor]:
 def settings_of(model: Model) -> dict:
     """config.json: the checkpoint's own, with the architecture and labels of this model."""
     settings = {k: v for k, v in model.settings.items() if k not in ("_name_or_path", "torch_dtype", "num_labels")}
-    settings |= {
-        "architectures": [model.head.architecture if model.head else model.family.ARCHITECTURE],
-        "dtype": "float32",
-    }
+    architecture = model.head.architecture if model.head else model.family.ARCHITECTURE
+    settings |= {"architectures": [architecture], "dtype": "float32"}
     if model.task:
         settings |= task_named(model.task).settings(model)
     own = {"max_length": model.max_length} if model.max_length else {}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,14 +22,17 @@ from ..layers.nf4 import PARTS, NF4Linear
 from ..models import Model, is_last
 
 MODEL = "model.safetensors"
-WEIGHT_FILES = (
-    MODEL,
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = (MODEL, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WRAPPERS = r"(?:(?:state_dict|model_state_dict|module|model|_orig_mod|_fsdp_wrapped_module)\.)*"  # before names
 IN_CACHE = 1 << 18  # numbers: what is copied at once, so that looking at it again costs little
+
+
+class Stored(NamedTuple):
+    """A tensor in a checkpoint's file, not yet read."""
+
+    name: str
+    shape: tuple
+    read: Callable[[], Tensor]
 
 
 @dataclass
@@ -38,9 +42,7 @@ class Report:
     loaded: int = 0
     adapter: int = 0  # tensors of an adapter, put around them
     fresh: list[str] = field(default_factory=list)  # missing in the file, drawn at random
-    reshaped: list[str] = field(
-        default_factory=list
-    )  # of another shape in the file (another number of labels), drawn at random
+    reshaped: list[str] = field(default_factory=list)  # of another shape there (of other labels), drawn at random
     relabelled: list[str] = field(default_factory=list)  # of other classes in the file, drawn at random
     labels: str = ""  # what became of the checkpoint's classes, where that is worth a word
     unused: list[str] = field(default_factory=list)  # in the file, for another task
@@ -70,23 +72,31 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     report = Report()
     layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
     packed, second, faults = take_tensors(model, folder, layers, fresh_classes, report)
-    faults += take_packed(model, packed, report)
+
+    # a weight in four bits is several tensors, which its layer takes together
+    for name, parts in packed.items():
+        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
+        if can_pack(layers, name):
+            fault = layers[name.removesuffix(".weight")].receive(parts)
+        if fault:
+            faults.append(f"{names[name]} {fault}")
+        report.loaded += 1
 
     # a tied head that was saved once, under its own name (safetensors' save_model), is the embedding
     if second and leaf_of(layers, model.head.tied[1]).is_meta:
-        faults += place_embedding(model, layers, folder, second, report)
+        for stored in tensors(folder):
+            if stored.name == second:
+                faults += place(model, layers, model.head.tied[1], stored, report)
         second = ""
 
-    drawn = {*report.reshaped, *report.relabelled, *packed}
+    drawn = {*report.reshaped, *report.relabelled, *(names[name] for name in packed)}
     missing = [name for name, hub in names.items() if hub not in drawn and leaf_of(layers, name).is_meta]
     report.fresh = [names[name] for name in missing if name.startswith("head.")]
     model.fresh = sorted({hub.rpartition(".")[0] for hub in report.fresh})
     faults += [f"{names[name]} is missing in the file" for name in missing if not name.startswith("head.")]
     if not fresh_head:
-        faults += [
-            f"{hub}, of the {model.task} head, is missing or of another shape; expected a trained head"
-            for hub in report.fresh + report.reshaped
-        ]
+        fault = f"of the {model.task} head, is missing or of another shape; expected a trained head"
+        faults += [f"{hub}, {fault}" for hub in report.fresh + report.reshaped]
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise InputError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
@@ -110,18 +120,17 @@ def take_tensors(
 ) -> tuple[dict[str, dict[str, Tensor]], str, list[str]]:
     """Puts every tensor of the checkpoint where it belongs, one after the other; notes in the report what is left out.
 
-    layers: the model's modules by name. Returns (the parts of weights that are in four bits in the file, by the hub's
-    name; what the file calls a tied head that it has too, or ""; what is wrong).
+    layers: the model's modules by name. Returns (the parts of weights that are in four bits in the file, by our name
+    of the weight; what the file calls a tied head that it has too, or ""; what is wrong).
     """
     ours = {hub: name for name, hub in hub_names(model).items()}
     tied = model.hub_name(model.head.tied[0]) if model.tied else ""
-    may_pack = any(isinstance(layer, NF4Linear) for layer in layers.values())
     packed: dict[str, dict[str, Tensor]] = {}
     wrappers: set[str] = set()  # what stands before the names
     second = ""
     faults = []
-    for raw, shape, read in tensors(folder):
-        weight, part = split_part(raw)
+    for stored in tensors(folder):
+        weight, part = split_part(stored.name)
         hub, before = known_name(weight, ours, model.family.PREFIX)
         wrappers.add(before)
         name = ours.get(hub, "")
@@ -131,53 +140,26 @@ def take_tensors(
             continue
 
         # codes of four bits have a shape of their own; their other parts have names of their own
-        if may_pack and name and not part and can_pack(model, name) and are_codes(shape, get(model, name)):
+        if name and not part and can_pack(layers, name) and are_codes(stored.shape, leaf_of(layers, name)):
             part = "weight"
         if name and part:
-            packed.setdefault(hub, {})[part] = read()
+            packed.setdefault(name, {})[part] = stored.read()
         elif hub == tied:
-            second = raw  # compared when the embedding is there, or the only one of the two that is
+            second = stored.name  # compared when the embedding is there, or the only one of the two that is
         elif name:
-            layer = layers[name.rpartition(".")[0]]
-            faults += place(model, layer, name, hub, raw, shape, read, report)
+            faults += place(model, layers, name, stored, report)
         elif re.fullmatch(model.family.OTHER_HEADS, hub):
             report.unused.append(hub)
         elif not re.fullmatch(model.family.IGNORED, hub):
-            faults.append(f"{raw} {shape} is in the file, but not in the model")
+            faults.append(f"{stored.name} {stored.shape} is in the file, but not in the model")
     for before in sorted(wrappers - {""}):
         report.notes.append(f"names in the file begin with {before}, which was taken off")
     return packed, second, faults
 
 
-def take_packed(model: Model, packed: dict[str, dict[str, Tensor]], report: Report) -> list[str]:
-    """Gives weights in four bits, by the hub's names, to their layers; returns what is wrong with them."""
-    ours = {hub: name for name, hub in hub_names(model).items()}
-    faults = []
-    for hub, parts in packed.items():
-        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
-        if can_pack(model, ours[hub]):
-            fault = model.get_submodule(ours[hub].removesuffix(".weight")).receive(parts)
-        if fault:
-            faults.append(f"{hub} {fault}")
-        report.loaded += 1
-    return faults
-
-
-def place_embedding(model: Model, layers: dict[str, nn.Module], folder: Path, raw: str, report: Report) -> list[str]:
-    """Puts the tensor `raw` of the file where the word embedding belongs; returns what is wrong with it."""
-    name = model.head.tied[1]
-    reading = tensors(folder)
-    shape, read = next((shape, read) for found, shape, read in reading if found == raw)
-    layer = layers[name.rpartition(".")[0]]
-    faults = place(model, layer, name, model.hub_name(name), raw, shape, read, report)
-    reading.close()
-    return faults
-
-
 def untie_where_different(model: Model, folder: Path, raw: str, report: Report) -> None:
     """Gives a tied head the weight `raw` of the file, unless it is the embedding's: as transformers does."""
-    reading = tensors(folder)
-    tensor = next(read() for name, _, read in reading if name == raw)
+    tensor = next(stored.read() for stored in tensors(folder) if stored.name == raw)
     embedding = model.head.out.weight
     if tensor.shape != embedding.shape or not tensor.is_floating_point():
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -189,10 +171,8 @@ def untie_where_different(model: Model, folder: Path, raw: str, report: Report) 
         if not is_finite:
             raise InputError(f"{folder}: {raw} has numbers that are not finite")
         report.loaded += 1
-        report.notes.append(
-            f"{raw} is not the word embedding, though config.json ties the two (tie_word_embeddings): both are used"
-        )
-    reading.close()
+        why = "though config.json ties the two (tie_word_embeddings)"
+        report.notes.append(f"{raw} is not the word embedding, {why}: both are used")
 
 
 def split_part(raw: str) -> tuple[str, str]:
@@ -203,15 +183,9 @@ def split_part(raw: str) -> tuple[str, str]:
     return raw, ""
 
 
-def can_pack(model: Model, name: str) -> bool:
+def can_pack(layers: dict[str, nn.Module], name: str) -> bool:
     """Whether `name` is the weight of a layer that keeps it in four bits."""
-    return name.endswith(".weight") and isinstance(model.get_submodule(name[:-7]), NF4Linear)
-
-
-def get(model: Model, name: str) -> Tensor:
-    """The parameter or buffer called `name`."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+    return name.endswith(".weight") and isinstance(layers[name.removesuffix(".weight")], NF4Linear)
 
 
 def leaf_of(layers: dict[str, nn.Module], name: str) -> Tensor:
@@ -220,24 +194,29 @@ def leaf_of(layers: dict[str, nn.Module], name: str) -> Tensor:
     return getattr(layers[path], leaf)
 
 
-def place(
-    model: Model, layer: nn.Module, name: str, hub: str, raw: str, shape: tuple, read: Callable, report: Report
-) -> list[str]:
-    """Puts one tensor of the file where it belongs, in `layer`; returns what is wrong with it, if anything."""
-    leaf, flip = name.rpartition(".")[2], is_transposed(model, hub)
-    pack, now = isinstance(layer, NF4Linear) and leaf == "weight", getattr(layer, leaf)
+def place(model: Model, layers: dict[str, nn.Module], name: str, stored: Stored, report: Report) -> list[str]:
+    """Puts one tensor of the file where it belongs, which is called `name`; returns what is wrong with it, if anything.
+
+    layers: the model's modules by name.
+    """
+    path, _, leaf = name.rpartition(".")
+    layer = layers[path]
+    now = getattr(layer, leaf)
+    pack = can_pack(layers, name)
+    hub = model.hub_name(name)
+    flip = is_transposed(model, hub)
     want = (layer.out_features, layer.in_features) if pack else tuple(now.shape)
     want = want[::-1] if flip else want
     if not now.is_meta:
-        return [f"{hub} is in the file twice, the second time as {raw}"]
-    if shape != want and is_last(name):
+        return [f"{hub} is in the file twice, the second time as {stored.name}"]
+    if stored.shape != want and is_last(name):
         report.reshaped.append(hub)
         return []
-    if shape != want:
-        return [f"{raw} is {shape} in the file; expected {want}"]
-    tensor = read()
+    if stored.shape != want:
+        return [f"{stored.name} is {stored.shape} in the file; expected {want}"]
+    tensor = stored.read()
     if not tensor.is_floating_point():
-        return [f"{raw} is {tensor.dtype} in the file; expected floating-point numbers"]
+        return [f"{stored.name} is {tensor.dtype} in the file; expected floating-point numbers"]
     if pack:
         is_finite = math.isfinite(total(tensor)) or bool(tensor.isfinite().all())
         layer.pack(tensor.t() if flip else tensor)
@@ -246,7 +225,7 @@ def place(
         is_finite = copy_finite(ours, tensor, flip)
         setattr(layer, leaf, nn.Parameter(ours))
     if not is_finite:
-        return [f"{raw} has numbers that are not finite"]
+        return [f"{stored.name} has numbers that are not finite"]
     report.loaded += 1
     return []
 
@@ -260,9 +239,6 @@ def copy_finite(target: Tensor, source: Tensor, flip: bool = False) -> bool:
     if flip:
         found = total(source)
         target.copy_(source.t())
-    elif len(target) <= rows:
-        found = total(source)
-        target.copy_(source)
     else:
         for to, part in zip(target.split(rows), source.split(rows), strict=True):
             found += total(part)
@@ -305,28 +281,21 @@ def are_codes(shape: tuple, codes: Tensor) -> bool:
     return len(shape) == 2 and shape[1] == 1 and any(shape[0] * size == len(codes) for size in (1, 2, 4))
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Makes `tensor` the parameter called `name`."""
-    path, leaf = name.rpartition(".")[::2]
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
-
-
 def draw(model: Model, seed: int) -> None:
     """Draws what is still without memory, in the model's order from one generator (as transformers after set_seed)."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in list(model.named_parameters()):
-        if p.is_meta and name.endswith("weight") and p.dim() > 1:
-            put(
-                model,
-                name,
-                torch.empty(p.shape).normal_(0, model.family.init_scale(model.config, name), generator=generator),
-            )
-        elif p.is_meta:  # biases 0, layer norms 1
-            put(model, name, torch.full(p.shape, float(name.endswith("weight"))))
+        if not p.is_meta:
+            continue
+        tensor = torch.full(p.shape, float(name.endswith("weight")))  # biases 0, layer norms 1
+        if name.endswith("weight") and p.dim() > 1:
+            tensor.normal_(0, model.family.init_scale(model.config, name), generator=generator)
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
-    """(name, shape, function that reads it) of every tensor of a checkpoint, without reading it yet."""
+def tensors(folder: Path) -> Iterator[Stored]:
+    """Every tensor of a checkpoint, without reading it yet."""
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
@@ -340,12 +309,11 @@ def tensors(folder: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
         expected = {name for name, file in index.items() if file == shard}
         found = set()
         for tensor in (safetensors_in if shard.endswith(".safetensors") else pickled_in)(folder / shard):
-            found.add(tensor[0])
+            found.add(tensor.name)
             yield tensor
         if different := expected ^ found:
-            raise InputError(
-                f"{folder / shard}: does not hold what {path.name} says; different: {', '.join(sorted(different)[:5])}"
-            )
+            shown = ", ".join(sorted(different)[:5])
+            raise InputError(f"{folder / shard}: does not hold what {path.name} says; different: {shown}")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -360,15 +328,14 @@ def read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+def safetensors_in(path: Path) -> Iterator[Stored]:
     """The tensors of a .safetensors file, mapped; the memory of one is given back before the next."""
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
         check_pointer(path)
-        raise InputError(
-            f"{path}: not a whole safetensors file ({e}); its size is {path.stat().st_size:,} bytes"
-        ) from e
+        size = f"{path.stat().st_size:,} bytes"
+        raise InputError(f"{path}: not a whole safetensors file ({e}); its size is {size}") from e
     place = None
     with file:
         for name in file.keys():
@@ -378,7 +345,7 @@ def safetensors_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor
                 found.append(file.get_tensor(name))
                 return found[0]
 
-            yield name, tuple(file.get_slice(name).get_shape()), read
+            yield Stored(name, tuple(file.get_slice(name).get_shape()), read)
             for tensor in found:
                 place = memory.mapping(tensor) if place is None else place
                 memory.forget(tensor, place)
@@ -391,7 +358,7 @@ def check_pointer(path: Path) -> None:
             raise InputError(f"{path}: a pointer of git-lfs, and not the file; expected the file (`git lfs pull`)")
 
 
-def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
+def pickled_in(path: Path) -> Iterator[Stored]:
     """The tensors of a pytorch_model.bin. Only tensors are unpickled: a file that would run code is refused."""
     check_pointer(path)
     with open(path, "rb") as f:
@@ -401,11 +368,11 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
     except Exception as e:  # UnpicklingError, RuntimeError, EOFError, zip errors: torch's own words say which
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(f"{path}: not a checkpoint of tensors alone, or not whole ({reason})") from e
-    key = next((key for key in ("state_dict", "model_state_dict", "model") if is_dict_in(state, key)), "")
-    if key:  # a trainer's, with more beside it
-        state = {f"{key}.{name}": tensor for name, tensor in state[key].items()}
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}; expected named tensors")
+    key = next((key for key in ("state_dict", "model_state_dict", "model") if isinstance(state.get(key), dict)), "")
+    if key:  # a trainer's, with more beside it
+        state = {f"{key}.{name}": tensor for name, tensor in state[key].items()}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(f"{path}: {short_repr(name)} is of type {type(tensor).__name__}; expected named tensors")
@@ -413,12 +380,7 @@ def pickled_in(path: Path) -> Iterator[tuple[str, tuple, Callable[[], Tensor]]]:
             kind = "without content" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise InputError(f"{path}: {name} is a tensor {kind}; expected plain ones, each with all its numbers")
     for name, tensor in state.items():
-        yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
-
-
-def is_dict_in(state: object, key: str) -> bool:
-    """Whether `state` is a dictionary with another one under `key`."""
-    return isinstance(state, dict) and isinstance(state.get(key), dict)
+        yield Stored(name, tuple(tensor.shape), lambda tensor=tensor: tensor)
 
 
 def is_plain(tensor: Tensor) -> bool:

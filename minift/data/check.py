@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ..config import LONGEST
+from ..config import CheckConfig
 from ..errors import printable, short_repr
 from .labels import look_alikes
 from .tokenizer import Tokenizer
@@ -105,18 +105,14 @@ def _hash(text: str) -> int:
 NO_TEXT = _hash("")
 
 
-def _longs() -> array:
-    return array("Q")
-
-
-@dataclass
 class Seen:
     """Hashes of the examples of a file: 32 bytes each, where a Python set would take about 100."""
 
-    lines: array = field(default_factory=_longs)
-    examples: array = field(default_factory=_longs)
-    prompts: array = field(default_factory=_longs)
-    completions: array = field(default_factory=_longs)
+    def __init__(self):
+        self.lines = array("Q")
+        self.examples = array("Q")
+        self.prompts = array("Q")
+        self.completions = array("Q")
 
     def add(self, item: Item) -> None:
         """One more example."""
@@ -126,19 +122,10 @@ class Seen:
         self.completions.append(_hash(item.completion))
 
 
-@dataclass(frozen=True)
-class Matches:
-    """How many examples of a file are like an earlier one, or like one of another file; the indices of the first."""
+def repeated(hashes: array, others: array | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(the one before, this one): the indices of the examples whose hash stood there before, this one ascending.
 
-    count: int
-    first: int = 0  # the earlier one, or the one of this file
-    second: int = 0  # the later one, or the one of the other file
-
-
-def repeated(hashes: array, others: array | None = None) -> Matches:
-    """The examples whose hash stood there before.
-
-    others: counts only those that differ here from the one before them with the same hash.
+    others: only those that differ here from the one before them with the same hash.
     """
     values = np.array(hashes, np.uint64)
     order = values.argsort(kind="stable")  # equal ones stay in the order of the file
@@ -146,33 +133,22 @@ def repeated(hashes: array, others: array | None = None) -> Matches:
     if others is not None:
         marks = np.array(others, np.uint64)[order]
         again &= marks[1:] != marks[:-1]
-    if not again.any():
-        return Matches(0)
-    pairs = np.flatnonzero(again)
-    first = pairs[order[pairs + 1].argmin()]
-    return Matches(len(pairs), int(order[first]), int(order[first + 1]))
-
-
-def shared(hashes: array, others: array) -> Matches:
-    """The examples whose hash is among the others. That of "" never counts."""
-    values = np.array(hashes, np.uint64)
-    theirs = np.array(others, np.uint64)
-    both = np.flatnonzero(np.isin(values, theirs) & (values != NO_TEXT))
-    if not len(both):
-        return Matches(0)
-    return Matches(len(both), int(both[0]), int((theirs == values[both[0]]).argmax()))
+    before = order[:-1][again]
+    these = order[1:][again]
+    by_line = these.argsort()
+    return before[by_line], these[by_line]
 
 
 def _leaks(seen: Seen, valid: Seen, prompts: str, unit: str) -> Iterator[str]:
     """Warnings about what the training and the validation file share; `prompts` is what prompts are called."""
-    matches = {
-        "examples": shared(seen.examples, valid.examples),
-        prompts: shared(seen.prompts, valid.prompts),
-    }
-    for what, match in matches.items():
-        if match.count:
-            place = f"{unit} {seen.lines[match.first]}, there {unit} {valid.lines[match.second]}"
-            yield f"{what} that are also in the validation file: {match.count:,} (first: {place})"
+    hashes = {"examples": (seen.examples, valid.examples), prompts: (seen.prompts, valid.prompts)}
+    for what, (ours, theirs) in hashes.items():
+        values = np.array(ours, np.uint64)
+        both = np.flatnonzero(np.isin(values, np.array(theirs, np.uint64)) & (values != NO_TEXT))
+        if len(both):
+            there = theirs.index(ours[both[0]])
+            place = f"{unit} {seen.lines[both[0]]}, there {unit} {valid.lines[there]}"
+            yield f"{what} that are also in the validation file: {len(both):,} (first: {place})"
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -223,16 +199,9 @@ def _trained(parts: list[tuple[int, bool]], most: int) -> int:
 
 def summary(histogram: Counter[int]) -> tuple[float, float, float, float, float]:
     """Minimum, median, mean, 95th percentile and maximum; between two values it interpolates, as numpy does."""
-    values = np.array(sorted(histogram))
-    counts = np.array([histogram[n] for n in values.tolist()])
-    ends = counts.cumsum()
-
-    def quantile(q: float) -> float:
-        at = q * (ends[-1] - 1)
-        low, high = values[np.searchsorted(ends, [np.floor(at), np.ceil(at)], side="right")]
-        return float(low + (high - low) * (at % 1))
-
-    return quantile(0), quantile(0.5), float(values @ counts / ends[-1]), quantile(0.95), quantile(1)
+    values = np.repeat(np.array([*histogram], np.int32), [*histogram.values()])
+    least, median, high, most = np.quantile(values, (0, 0.5, 0.95, 1))
+    return least, median, values.mean(), high, most
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -243,13 +212,15 @@ class Report:
     """What check_file() found; str() of it is a table of at most 80 columns."""
 
     name: str
-    form: str  # chat, prompt/completion, plain text, classes
-    examples: int  # without faults; a plain text: its pieces
     faults: Counter[str]  # by kind, those of the validation file too
-    warnings: list[str]
-    labels: Counter[str]  # examples of each class, where there are classes
     lengths: Lengths | None  # with a tokenizer
     epochs: int
+    form: str = ""  # chat, prompt/completion, plain text, classes
+    examples: int = 0  # without faults; a plain text: its pieces
+    empty: bool = True  # no example has any text
+    warnings: list[str] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)  # examples of each class, where there are classes
+    seen: Seen = field(default_factory=Seen)  # examples that can be compared: not the pieces of a plain text
 
     @property
     def ok(self) -> bool:
@@ -330,82 +301,60 @@ class Checks:
 
 
 def check_file(
-    path: str | Path,
-    checks: Checks,
-    *,
-    valid: str | Path = "",
-    columns: str = "",
-    header: str = "auto",
-    max_line: int = LONGEST,
-    tokenizer: Tokenizer | None = None,
-    max_length: int = 0,
-    epochs: int = 3,
-    say: Callable[[str], None] = print,
+    path: str | Path, checks: Checks, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print, **options
 ) -> Report:
     """Judge a training file. Every fault is told through `say` as it is met; the report counts them.
 
-    checks: what the file should hold, as the task says it.
-    valid: a validation file, judged too, and searched for what is also in the training file.
-    columns, header, max_line: the options of that name; the first two are for labelled texts.
-    tokenizer: with one, tokens are counted; max_length: what is longer will be cut, 0: nothing is.
+    checks: what the file should hold, as the task says it. tokenizer: with one, tokens are counted.
+    options: others of `minift check`; valid: a validation file, judged too, and searched for what is also in the
+    training file; columns, header: for labelled texts; max_length: what is longer will be cut, 0: nothing is.
     Raises InputError for a file that isn't there or is of an unknown kind.
     """
+    config = CheckConfig(**options)
 
     def read(path: Path, findings: Findings) -> Iterator[Item]:
         with suppress(Stopped):
-            yield from checks.read(path, columns, header, findings, max_line)
+            yield from checks.read(path, config.columns, config.header, findings, config.max_line)
 
     path = Path(path)
-    name = printable(str(path))
-    unit = "file" if path.is_dir() else "line"
     findings = Findings(say)
-    totals = _add_up(read(path, findings), findings, checks, tokenizer, max_length)
-    lengths = totals.lengths
-    if totals.empty and not findings.faults:
-        findings.add(name, "found no text; expected at least one example", "no examples")
-    elif lengths and lengths.examples and not checks.classes:
-        _check_learned(name, lengths, findings)
+    report = Report(path.name, findings.faults, Lengths(config.max_length) if tokenizer else None, config.epochs)
+    for batch in _batches(read(path, findings)):
+        report.form = findings.form
+        _add(batch, report, checks, tokenizer)
+    report.form = findings.form
+    _check_whole(printable(str(path)), report, checks, findings)
+    report.warnings += findings.warnings(report.examples)
+
+    # pieces of a plain text that are alike mean nothing
+    unit = "file" if path.is_dir() else "line"
+    if report.form != PLAIN_TEXT:
+        report.warnings += _warnings(report, checks, unit)
+    if config.valid:  # its faults count, its warnings do not
+        other = Findings(say)
+        theirs = Seen()
+        for item in read(Path(config.valid), other):
+            theirs.add(item)
+        findings.faults += other.faults
+        if report.form != PLAIN_TEXT:
+            report.warnings += _leaks(report.seen, theirs, checks.prompts, unit)
+    return report
+
+
+def _add(batch: list[Item], report: Report, checks: Checks, tokenizer: Tokenizer | None) -> None:
+    """Some more examples."""
+    report.examples += len(batch)
+    report.empty = report.empty and not any(text.strip() for item in batch for text, _ in item.parts)
+    if tokenizer:
+        if report.form == PLAIN_TEXT:  # it is divided, and not cut
+            report.lengths.max_length = 0
+        checks.count(batch, tokenizer, report.lengths)
+    if report.form == PLAIN_TEXT:
+        return
+    for item in batch:
+        report.seen.add(item)
     if checks.classes:
-        _check_classes(name, totals.labels, findings)
-    warnings = list(findings.warnings(totals.count))
-    if findings.form != PLAIN_TEXT:
-        warnings += _warnings(totals.seen, lengths, checks, unit)
-    if valid:
-        theirs = _seen(read, Path(valid), findings)
-        if findings.form != PLAIN_TEXT:
-            warnings += _leaks(totals.seen, theirs, checks.prompts, unit)
-    return Report(path.name, findings.form, totals.count, findings.faults, warnings, totals.labels, lengths, epochs)
-
-
-@dataclass
-class Totals:
-    """What a file adds up to, read once."""
-
-    lengths: Lengths | None
-    seen: Seen = field(default_factory=Seen)
-    labels: Counter[str] = field(default_factory=Counter)
-    count: int = 0
-    empty: bool = True  # no example has any text
-
-
-def _add_up(
-    items: Iterator[Item], findings: Findings, checks: Checks, tokenizer: Tokenizer | None, max_length: int
-) -> Totals:
-    totals = Totals(Lengths(max_length) if tokenizer else None)
-    for batch in _batches(items):
-        totals.count += len(batch)
-        totals.empty = totals.empty and not any(text.strip() for item in batch for text, _ in item.parts)
-        if tokenizer:
-            if findings.form == PLAIN_TEXT:  # it is divided, and not cut
-                totals.lengths.max_length = 0
-            checks.count(batch, tokenizer, totals.lengths)
-        if findings.form == PLAIN_TEXT:  # pieces that are alike mean nothing
-            continue
-        for item in batch:
-            totals.seen.add(item)
-        if checks.classes:
-            totals.labels.update(item.completion for item in batch)
-    return totals
+        report.labels.update(item.completion for item in batch)
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
@@ -423,45 +372,34 @@ def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _check_learned(name: str, lengths: Lengths, findings: Findings) -> None:
-    """Whether anything is learned; of a plain text, every token but the first is."""
-    learned = lengths.tokens - 1 if findings.form == PLAIN_TEXT else lengths.targets
-    if not learned:
+def _check_whole(name: str, report: Report, checks: Checks, findings: Findings) -> None:
+    """Faults of the file as a whole: no text, nothing to learn, one class, or two that look alike."""
+    lengths = report.lengths
+    if report.empty and not findings.faults:
+        findings.add(name, "found no text; expected at least one example", "no examples")
+    elif lengths and lengths.examples and not checks.classes:
+        # of a plain text, every token but the first is learned
+        learned = lengths.tokens - 1 if report.form == PLAIN_TEXT else lengths.targets
         where = f" at {lengths.max_length:,} tokens" if lengths.max_length else ""
-        findings.add(
-            name, f"nothing to learn from{where}; expected at least one token that is learned", "nothing trained"
-        )
+        if not learned:
+            message = f"nothing to learn from{where}; expected at least one token that is learned"
+            findings.add(name, message, "nothing trained")
+    if len(report.labels) == 1:
+        findings.add(name, f"found one class, {short_repr(*report.labels)}; expected two or more", "one class")
+    for first, second in look_alikes(report.labels):
+        message = f"found the labels {first!r} and {second!r}; expected one spelling"
+        findings.add(name, message, "labels that look alike")
 
 
-def _check_classes(name: str, labels: Counter[str], findings: Findings) -> None:
-    """One class, or two classes that look alike."""
-    if len(labels) == 1:
-        findings.add(name, f"found one class, {short_repr(*labels)}; expected two or more", "one class")
-    for first, second in look_alikes(labels):
-        findings.add(
-            name, f"found the labels {first!r} and {second!r}; expected one spelling", "labels that look alike"
-        )
-
-
-def _warnings(seen: Seen, lengths: Lengths | None, checks: Checks, unit: str) -> Iterator[str]:
+def _warnings(report: Report, checks: Checks, unit: str) -> Iterator[str]:
     """Warnings about the examples as a whole."""
-    count = len(seen.lines)
-    if count < FEWEST:
-        yield f"few examples: {count}; services want at least {FEWEST}"
-    twins = repeated(seen.examples)
-    if twins.count:
-        first = f"{unit} {seen.lines[twins.second]} repeats {unit} {seen.lines[twins.first]}"
-        yield f"exact duplicates: {twins.count:,} (first: {first})"
+    seen, lengths = report.seen, report.lengths
+    if report.examples < FEWEST:
+        yield f"few examples: {report.examples}; services want at least {FEWEST}"
+    before, these = repeated(seen.examples)
+    if len(these):
+        first = f"{unit} {seen.lines[these[0]]} repeats {unit} {seen.lines[before[0]]}"
+        yield f"exact duplicates: {len(these):,} (first: {first})"
     yield from checks.repeats(seen, unit)
     if lengths and lengths.lost:
         yield f"nothing trained is left at {lengths.max_length:,} tokens: {lengths.lost:,} examples"
-
-
-def _seen(read: Callable[[Path, Findings], Iterator[Item]], path: Path, findings: Findings) -> Seen:
-    """The examples of the validation file; its faults count, its warnings do not."""
-    other = Findings(findings.say)
-    seen = Seen()
-    for item in read(path, other):
-        seen.add(item)
-    findings.faults += other.faults
-    return seen

@@ -113,9 +113,8 @@ def _check_message(where: str, i: int, message: object, findings: Findings) -> N
     needed = ("role",) if "content" not in message and silent else ("role", "content")
     _check_keys(where, prefix, message, needed, MESSAGE_KEYS, findings)
     if "role" in message and role not in ROLES:
-        findings.add(
-            where, f"{prefix}role is {short_repr(role)}; expected one of {', '.join(ROLES)}", "unrecognised role"
-        )
+        text = f"role is {short_repr(role)}; expected one of {', '.join(ROLES)}"
+        findings.add(where, prefix + text, "unrecognised role")
     if silent:
         text = "calls a tool and says nothing; expected content, for only text can be trained"
         findings.add(where, prefix + text, "tool call without text")

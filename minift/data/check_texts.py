@@ -32,10 +32,10 @@ def count(batch: list[Item], tokenizer: Tokenizer, lengths: Lengths) -> None:
 
 def repeats(seen: Seen, unit: str) -> Iterator[str]:
     """One text with two labels."""
-    twins = repeated(seen.prompts, seen.completions)
-    if twins.count:
-        first = f"{unit}s {seen.lines[twins.first]} and {seen.lines[twins.second]}"
-        yield f"same text, different labels: {twins.count:,} (first: {first})"
+    before, these = repeated(seen.prompts, seen.completions)
+    if len(these):
+        first = f"{unit}s {seen.lines[before[0]]} and {seen.lines[these[0]]}"
+        yield f"same text, different labels: {len(these):,} (first: {first})"
 
 
 CHECKS = Checks(read, count, repeats, prompts="texts", classes=True)

@@ -57,10 +57,8 @@ def parse_columns(given: str, need_label: bool, header: str = "auto") -> Columns
     needed = ["text", "label"] if need_label else ["text"]
     repeated = len(names) + roles.count("_") < len(roles)
     if repeated or len(roles) < len(items) or not names.keys() >= set(needed):
-        raise InputError(
-            f"--columns {given!r}: expected a comma list of ROLE or ROLE=NAME, each role once, of text, "
-            f"pair, label and _ (ignored), with at least {' and '.join(needed)}"
-        )
+        expected = "a comma list of ROLE or ROLE=NAME, each role once, of text, pair, label and _ (ignored)"
+        raise InputError(f"--columns {given!r}: expected {expected}, with at least {' and '.join(needed)}")
     needed = {*needed, *names.keys() - {"label"}}
     if not given:
         names["pair"] = "pair"  # read by default where there is one, but not needed

@@ -104,15 +104,10 @@ def _folder(path: Path, faults: Faults, most: int) -> Iterator:
     if not classes:
         message = "a folder without sub-folders; expected one sub-folder of .txt files per class"
         faults.stop(printable(str(path)), message, "no examples")
-    files = []
-    empty = []
-    for entry in classes:
-        inside = [file for file in sorted(entry.iterdir()) if not file.name.startswith(".")]
-        files += inside
-        if not inside:
-            empty.append(entry)
-    if files:  # of a folder without any, something else is told
-        for entry in empty:
+    inside = {entry: [file for file in sorted(entry.iterdir()) if file.name[0] != "."] for entry in classes}
+    files = [file for found in inside.values() for file in found]
+    for entry, found in inside.items():
+        if files and not found:  # of a folder without any files, something else is told
             message = "a class without examples; expected at least one .txt file"
             faults.add(printable("/".join(entry.parts[-2:])), message, "no examples")
     for file in files:
@@ -158,19 +153,16 @@ class Stream:
         for example in self.read(faults):
             if example is None:
                 continue
-            if count == self.count:
-                break
             count += 1
+            if self.count and count > self.count:
+                break
             yield example
-        else:
-            faults.check()
-            if not count:
-                raise InputError(f"{name}: {self.nothing}")
-            if self.count is None:
-                self.count = count
-            if count == self.count:
-                return
-        raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
+        faults.check()
+        if not count:
+            raise InputError(f"{name}: {self.nothing}")
+        self.count = self.count or count
+        if count != self.count:
+            raise InputError(f"{name}: has changed while it was read; expected the same {self.count:,} examples again")
 
 
 def stream_examples(

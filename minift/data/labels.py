@@ -29,10 +29,8 @@ def label_names(examples: list[Example], given: str = "") -> list[str]:
     if twins := look_alikes(names):
         wheres = {str(e.label): e.where for e in reversed(examples)}
         first, second = twins[0]
-        raise InputError(
-            f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}; expected one spelling, "
-            "or both in --labels if they are two classes"
-        )
+        found = f"{wheres[second]}: found the label {second!r}, and at {wheres[first]} {first!r}"
+        raise InputError(f"{found}; expected one spelling, or both in --labels if they are two classes")
     if all(map(is_number_name, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
@@ -42,15 +40,14 @@ def _check_numbers(names: list[str]) -> None:
     """Raises InputError for labels that are scores or stand for "no label": they would silently become classes."""
     if not all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
         return
-    numbers = sorted(map(float, names))
-    shown = f"the labels of the training data are {short_repr(sorted(names, key=float))}"
+    names = sorted(names, key=float)
+    numbers = [float(name) for name in names]
+    shown = f"the labels of the training data are {short_repr(names)}"
     if any(number != number // 1 for number in numbers):
         raise InputError(f"{shown}, scores and not classes; expected whole numbers or names, or all in --labels")
     if numbers[0] == -1 and numbers[1] == 0 and numbers[-1] > 1:
-        raise InputError(
-            f"{shown}, where -1 may stand for no label, as in SNLI; expected labelled examples alone, or --labels="
-            + ",".join(sorted(names, key=float))
-        )
+        expected = f"labelled examples alone, or --labels={','.join(names)}"
+        raise InputError(f"{shown}, where -1 may stand for no label, as in SNLI; expected {expected}")
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:

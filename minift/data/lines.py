@@ -138,14 +138,10 @@ def _wide(raw: bytes) -> str:
     Without a byte order mark, UTF-16 shows in its upper bytes: below 9 for the alphabets from Latin to Arabic, at every
     second place. In UTF-8 such bytes are control characters, which no text has that many of.
     """
-    for mark, encoding in (
-        (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if raw.startswith(mark):
-            return encoding
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
     even = _share_of_controls(raw[:400:2])
     odd = _share_of_controls(raw[1:400:2])
     if max(even, odd) < 0.5 or even == odd:
@@ -159,12 +155,8 @@ def _share_of_controls(raw: bytes) -> float:
 
 def _repaired(raw: bytes, at: int, where: str, faults: Faults) -> str:
     """Notes a byte that is not UTF-8, and gives the line with U+FFFD in its place, so that reading can go on."""
-    faults.add(
-        where,
-        f"byte offset {at} of the line holds {raw[at]:#04x}; expected UTF-8 "
-        "(the file may be latin-1: `iconv -f latin1 -t utf-8` converts it)",
-        "not UTF-8",
-    )
+    message = f"byte offset {at} of the line holds {raw[at]:#04x}; expected UTF-8 (the file may be latin-1"
+    faults.add(where, f"{message}: `iconv -f latin1 -t utf-8` converts it)", "not UTF-8")
     return raw.decode(errors="replace")
 
 
@@ -257,21 +249,14 @@ def csv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[
             numbers.append(number)
             yield line
 
-    reader = csv.reader(lines(), strict=True)
-    while True:
-        numbers.clear()
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            faults.stop(
-                f"{name}:{numbers[0]}",
-                f"not CSV, {error} (at line {numbers[-1]}); expected cells between "
-                'commas, those with commas or quotes inside in "...", and each quote there doubled',
-                "not CSV",
-            )
-        if row is None:
-            return
-        yield numbers[0], row
+    try:
+        for row in csv.reader(lines(), strict=True):
+            yield numbers[0], row
+            numbers.clear()
+    except csv.Error as error:
+        expected = 'cells between commas, those with commas or quotes inside in "...", and each quote there doubled'
+        message = f"not CSV, {error} (at line {numbers[-1]}); expected {expected}"
+        faults.stop(f"{name}:{numbers[0]}", message, "not CSV")
 
 
 def tsv_rows(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, list[str]]]:

@@ -23,15 +23,6 @@ from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_
 from ..config import parse_json
 from ..errors import InputError
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
 BATCH = 1000  # texts handed over at once: the library's encodings take about 100 bytes per token while they live
 GROWTH = 256  # most characters that rules may make of one; "ﷺ" becomes 18 by Unicode's own
 LARGEST = 10**7  # ids of tokens are below this
@@ -81,11 +72,7 @@ class Tokenizer:
         self.end = next((i for i in end_ids if i is not None), None)
 
     def encode(
-        self,
-        texts: list[str],
-        pairs: list[str | None] | None = None,
-        max_length: int = 0,
-        special: bool = True,
+        self, texts: list[str], pairs: list[str | None] | None = None, max_length: int = 0, special: bool = True
     ) -> list[Tokens]:
         """The token ids of texts, each alone or with its pair.
 
@@ -337,6 +324,8 @@ def _ends(backend: tokenizers.Tokenizer, special: dict[str, str], settings: dict
 
 WHOLE = ("tokenizer.json",)
 SOURCES = (WHOLE, WordPiece.files, ByteBPE.files)  # the first of these that a folder has is read
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = (*WHOLE, *WordPiece.files, *ByteBPE.files, *BESIDE)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -377,13 +366,11 @@ def _settings(files: dict[str, bytes]) -> dict:
     settings = _json(files, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= _json(files, "special_tokens_map.json")
-    for name in SWITCHES:
-        if not isinstance(settings.get(name), bool | None):
-            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected true or false")
-    kinds = {"added_tokens_decoder": dict} | dict.fromkeys(EXTRAS, list | dict)
-    for name, kind in kinds.items():
+    kinds = dict.fromkeys(SWITCHES, (bool, "true or false")) | dict.fromkeys(EXTRAS, (list | dict, "tokens"))
+    kinds["added_tokens_decoder"] = dict, "tokens"
+    for name, (kind, expected) in kinds.items():
         if not isinstance(settings.get(name), kind | None):
-            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected tokens")
+            raise InputError(f"tokenizer_config.json: {name} is {str(settings[name])[:80]}; expected {expected}")
     return settings
 
 

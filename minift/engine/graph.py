@@ -16,7 +16,7 @@ memory. N tokens, M rows, S sequences.
 
 import signal
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def fill_up(batch: Batch, sequences: int, longest: int) -> Batch:
     def longer(x: Tensor | None, added: int, value: int = 0) -> Tensor | None:
         return None if x is None else torch.cat([x, x.new_full((added,), value)])
 
-    return Batch(
+    return replace(
+        batch,
         ids=longer(batch.ids, more),
         positions=torch.cat([batch.positions, torch.arange(more, device=batch.ids.device)]),
         types=longer(batch.types, more),
@@ -58,8 +59,6 @@ def fill_up(batch: Batch, sequences: int, longest: int) -> Batch:
         keys=longer(batch.keys, more),
         rows=longer(batch.rows, rows, n + more - 1),
         targets=longer(batch.targets, rows, -1),
-        n_targets=batch.n_targets,
-        n_examples=batch.n_examples,
     )
 
 

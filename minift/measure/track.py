@@ -52,14 +52,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, done: int = 0):
         shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s, {remaining} left{postfix}"  # fits 60 columns
-        self.bar = tqdm(
-            total=total,
-            unit=unit,
-            bar_format=shape,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
+        self.bar = tqdm(total=total, unit=unit, bar_format=shape, disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.total, self.unit, self.done, self.first = total, unit, done, done
         self.start = self.told = time.monotonic()
 
@@ -106,15 +99,7 @@ class Tracker:
     removed. active: whether this process is the one that writes. loggers: what else hears of each step.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        steps: int,
-        columns: dict[str, str],
-        done: int = 0,
-        active: bool = True,
-        loggers: Sequence = (),
-    ):
+    def __init__(self, out: Path, steps: int, columns: dict[str, str], done: int, active: bool, loggers: Sequence):
         self.active = active
         self.columns = columns
         self.loggers = loggers

@@ -65,9 +65,7 @@ class Attention(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         M, H, _ = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
-        lib = None
-        if q.dtype == k.dtype == v.dtype:
-            lib = native.kernel("attention", q, k, v)
+        lib = native.kernel("attention", q, k, v)
         if lib is None:
             stats = q.new_empty((M, H), dtype=wide)  # log-sum-exp
             reference(q, k, v, out, stats, offsets, rows, settings)

@@ -73,15 +73,13 @@ def build(name: str) -> Library:
     flags = [*FLAGS.split(), "-I", str(sources.folder()), *torch_flags(texts)]
     stem = f"{name}-{key(texts)}"
     for path, _ in kept(stem, ".so"):
-        try:
+        with suppress(OSError):  # then it is made anew below
             return Library(path, texts)
-        except OSError:
-            continue  # made anew below
 
     with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
         made = Path(scratch, f"{stem}.so")
         compile_(name, flags, made)
-        path = keep(made, stem) or made  # a library stays loaded when its file is deleted
+        path = keep(made.read_bytes(), stem, ".so") or made  # a library stays loaded when its file is deleted
         try:
             return Library(path, texts)
         except OSError as e:
@@ -172,10 +170,8 @@ def cpu() -> str:
 def torch_parallel_for() -> int | None:
     """The address of torch's function that shares a loop out to its threads; None where this torch has none."""
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        try:
+        with suppress(OSError, AttributeError):
             return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
     return None
 
 
@@ -209,10 +205,10 @@ def kept(stem: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
                 yield path, content
 
 
-def keep(made: Path, stem: str) -> Path | None:
-    """A copy in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
-    folder, content = cache_folder(), made.read_bytes()
-    path = folder / f"{stem}-{digest(content)}{made.suffix}"
+def keep(content: bytes, stem: str, suffix: str) -> Path | None:
+    """A file in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
+    folder = cache_folder()
+    path = folder / f"{stem}-{digest(content)}{suffix}"
     aside = folder / f"{stem}.{os.getpid()}.tmp"
     try:
         files.make_private(folder)

@@ -12,7 +12,7 @@ https://docs.nvidia.com/cuda/nvrtc, https://docs.nvidia.com/cuda/cuda-driver-api
 
 import ctypes
 import re
-import tempfile
+from contextlib import suppress
 from ctypes import byref, c_void_p
 from functools import cache, partial
 from pathlib import Path
@@ -123,10 +123,7 @@ def cubin(name: str, texts: dict[str, str], arch: str) -> bytes:
     for _, content in kept(stem, ".cubin"):
         return content
     content = compile_(name, texts, arch)
-    with tempfile.TemporaryDirectory(prefix="minift-") as scratch:
-        made = Path(scratch, f"{stem}.cubin")
-        made.write_bytes(content)
-        keep(made, stem)
+    keep(content, stem, ".cubin")
     return content
 
 
@@ -168,15 +165,13 @@ def nvrtc() -> tuple[ctypes.CDLL, str]:
         majors = [torch.version.cuda.split(".")[0]]  # the driver knows torch's
     for name in (f"libnvrtc.so.{major}" for major in majors):
         for path in (*(folder / name for folder in folders() if (folder / name).exists()), name):
-            try:
+            with suppress(OSError):
                 if isinstance(path, Path):  # which it would look for elsewhere
                     for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
                         ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
                 lib, numbers = ctypes.CDLL(str(path)), (ctypes.c_int(), ctypes.c_int())
                 lib.nvrtcVersion(*map(byref, numbers))
                 return lib, ".".join(str(n.value) for n in numbers)
-            except OSError:
-                continue
     raise Unavailable(f"NVRTC was not found (looked for libnvrtc.so.{' and .'.join(majors)} beside torch)")
 
 

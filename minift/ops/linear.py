@@ -24,6 +24,8 @@ TOKENS, OUT = 704, 3072  # of dy in a piece of dW's product: it is turned round 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (N, out), without gradients. x (N, in), w (out, in) with any strides, bias (out,) or None."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
     if takes(x, w, w.numel()):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
-from .dropout import Drop, Noise, dropped, for_kernels
+from .dropout import Drop, dropped, for_kernels
 from .linear import product
 
+Matrix = Callable[[torch.dtype], Tensor]
 MOST = 16  # ranks that the kernel takes; beyond, and without dropout, torch.mm is as fast
 STRIP = 64  # columns that it works on at once
 BLOCK = 64  # rows whose part of dA is summed by itself on CUDA; the CPU goes through all rows in order
@@ -32,12 +33,9 @@ class LoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, A, B, matrix, scale, drop: Drop | None) -> Tensor:
         h = shrink(x, A, drop)  # (N, R)
-        if bias is not None:
-            bias = bias.to(x.dtype)
         y = product(x, matrix(x.dtype), bias)
 
-        saved_x = x if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(saved_x, h, A, B)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, A, B)
         ctx.matrix = matrix
         ctx.scale = scale
         ctx.drop = drop
@@ -132,19 +130,11 @@ def padded(A: Tensor) -> Tensor:
 
 
 def lora_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    matrix: Callable[[torch.dtype], Tensor],
-    scale: float,
-    p: float,
-    noise: Noise,
-    site: int,
+    x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, matrix: Matrix, scale: float, drop: Drop | None
 ) -> Tensor:
     """y (N, out) of the equations above, in x's dtype.
 
-    matrix(dtype) is W (out, in) in that dtype, asked for once forward and once backward; p the rate of dropout on x,
-    for the update alone; `site` numbers the dropout place in the model.
+    matrix(dtype) is W (out, in) in that dtype, asked for once forward and once backward; drop is what dropout does to
+    x, for the update alone.
     """
-    return LoRA.apply(x, bias, A, B, matrix, scale, noise.drop(p, site, x.shape[1]))
+    return LoRA.apply(x, bias, A, B, matrix, scale, drop)

@@ -17,7 +17,6 @@ from torch import Tensor
 from . import compile, cuda, sources
 from .sources import PLAIN, Unavailable
 
-MODES = ("auto", "native", "reference")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels/shared.h
 ON_CPU = {torch.float32, torch.bfloat16, torch.int32}  # dtypes that kernels take
 ON_CUDA = ON_CPU | {torch.float16}
@@ -33,11 +32,9 @@ making: dict[str, Future] = {}  # by operator: being compiled for the CPU in the
 def use(wanted: str, device: torch.device = CPU) -> str:
     """Sets the mode: `auto` falls back to the reference, `native` refuses to, `reference` compiles nothing.
 
-    Returns what will run on the device, in words. Raises ValueError for another mode, and where `native` finds no way.
+    Returns what will run on the device, in words. Raises ValueError where `native` finds no way.
     """
     global mode
-    if wanted not in MODES:
-        raise ValueError(f"--kernels is {wanted!r}; expected one of {', '.join(MODES)}")
     mode = wanted
     if mode == "reference":
         return "PyTorch reference (asked for)"
@@ -90,19 +87,13 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
             return None
     if dtype not in (ON_CPU if on_cpu else ON_CUDA):
         return None
-    device = CPU if on_cpu else common_device(tensors)
-    if device is None:
-        return None
+    device = CPU
+    if not on_cpu:
+        device = first.device
+        if device.type != "cuda" or any(t is not None and t.device != device for t in tensors):
+            return None
     key = name, device
     return loaded[key] if key in loaded else load_kernel(name, device)
-
-
-def common_device(tensors: tuple[Tensor | None, ...]) -> torch.device | None:
-    """The CUDA device on which all of these lie; None where there is none."""
-    device = tensors[0].device
-    if device.type == "cuda" and all(t is None or t.device == device for t in tensors):
-        return device
-    return None
 
 
 def load_kernel(

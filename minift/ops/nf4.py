@@ -214,8 +214,6 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.matrix = matrix
-        if bias is not None:
-            bias = bias.to(x.dtype)
         return product(x, matrix(x.dtype), bias)
 
     @staticmethod

@@ -12,13 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 PLAIN = {Tensor, nn.Parameter}  # kinds of tensor whose data_ptr is their data
-FORMATS = {
-    "int64_t": "q",
-    "int32_t": "i",
-    "uint32_t": "I",
-    "float": "f",
-    "double": "d",
-}  # as Python's `struct` has them
+FORMATS = {"int64_t": "q", "int32_t": "i", "uint32_t": "I", "float": "f", "double": "d"}  # as Python's `struct` does
 POINTER = "P"
 
 

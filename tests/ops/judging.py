@@ -2,10 +2,19 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
-from minift.ops import native
+from minift.ops import compile, native
+
+
+def needs_compiler(**options) -> None:
+    """Skips the test, or with allow_module_level=True all of a file, where there is no C++ compiler."""
+    try:
+        compile.compiler()
+    except compile.Unavailable as e:
+        pytest.skip(str(e), **options)
 
 
 def in_mode(mode: str, f: Callable, *args):

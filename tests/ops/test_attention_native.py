@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judging import at_most_twice, equal_bits, greatest, root_mean_square
+from judging import at_most_twice, equal_bits, greatest, needs_compiler, root_mean_square
 from test_attention import SITE, attend, plain
 
 from minift.data.batch import token_keys
@@ -18,10 +18,7 @@ from minift.ops.dropout import Noise, keep
 
 pytestmark = pytest.mark.slow
 
-try:
-    compile.compiler()
-except compile.Unavailable as e:
-    pytest.skip(str(e), allow_module_level=True)
+needs_compiler(allow_module_level=True)
 
 MIXED = [1, 7, 63, 0, 130, 65]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from judging import needs_compiler
 
-from minift.ops import compile, native, nf4
+from minift.ops import native, nf4
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 CPU = torch.device("cpu")
@@ -29,10 +30,7 @@ def digest(t: torch.Tensor) -> str:
 def kernels(request, monkeypatch):
     """Everything twice: by PyTorch, and by the kernel in C++."""
     if request.param == "native":
-        try:
-            compile.compiler()
-        except compile.Unavailable as e:
-            pytest.skip(str(e))
+        needs_compiler()
     monkeypatch.setattr(native, "mode", request.param)
 
 

@@ -20,6 +20,7 @@ from helpers import (
     nf4,
     peer,
     random_ids,
+    randomise,
     reviews,
     sequence,
     train,
@@ -343,13 +344,6 @@ def with_peft(kind: str, folder: Path):
     torch.manual_seed(7)
     config = peft.LoraConfig("SEQ_CLS", target_modules=KINDS[kind].targets, r=4, lora_alpha=8)
     return model, peft.get_peft_model(theirs, config)
-
-
-def randomise(model) -> None:
-    """Gives every trained parameter values that show in the outputs."""
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2
 
 
 @families

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from folders import configure, with_nan
-from helpers import nf4, peer, peer_logits, random_ids, sequence, small_bert
+from helpers import nf4, peer, peer_logits, random_ids, randomise, sequence, small_bert
 from safetensors.torch import load_file, save_file
 
 import minift
@@ -49,14 +49,6 @@ def pair(kind, folder, ours: dict, theirs: dict, seed=7, **changes):
     adapt(model, ours.pop("method", "lora"), seed=seed, **ours)
     torch.manual_seed(seed)
     return model, peft.get_peft_model(base, peft.LoraConfig(task_type=task_type, **theirs)).eval()
-
-
-def randomise(model) -> None:
-    """Gives every trained parameter values that show in the outputs."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2)
 
 
 def logits(model, ids) -> torch.Tensor:

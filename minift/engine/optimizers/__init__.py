@@ -116,9 +116,8 @@ def choose_settings(name: str, given: dict[str, float]) -> dict[str, float]:
     for setting, value in settings.items():
         if setting not in defaults:
             known = ", ".join(f"--{known}" for known in defaults) or "no setting"
-            raise InputError(
-                f"--{setting} is {value:g} with --optimizer {name}, which does not use it; it has: {known}"
-            )
+            found = f"--{setting} is {value:g} with --optimizer {name}"
+            raise InputError(f"{found}, which does not use it; it has: {known}")
     return defaults | settings
 
 

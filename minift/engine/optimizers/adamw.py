@@ -17,11 +17,8 @@ RECORDABLE = True
 
 def begin(p: Tensor, group: dict) -> dict[str, Tensor]:
     """t, m and v."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=p.device),
-        "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-    }
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def update(params: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, skip: Tensor | None) -> None:
@@ -30,19 +27,5 @@ def update(params: list[Tensor], grads: list[Tensor], states: list[dict], group:
     m = [state["exp_avg"] for state in states]
     v = [state["exp_avg_sq"] for state in states]
     torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
-    torch._fused_adamw_(
-        params,
-        grads,
-        m,
-        v,
-        [],
-        steps,
-        lr=group["lr"],
-        beta1=group["beta1"],
-        beta2=group["beta2"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-        found_inf=skip,
-    )
+    settings = {name: group[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
+    torch._fused_adamw_(params, grads, m, v, [], steps, **settings, amsgrad=False, maximize=False, found_inf=skip)

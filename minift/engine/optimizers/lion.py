@@ -19,7 +19,7 @@ RECORDABLE = True
 
 def begin(p: Tensor, group: dict) -> dict[str, Tensor]:
     """m."""
-    return {"exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format)}
+    return {"exp_avg": torch.zeros_like(p)}
 
 
 def update(params: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, skip: Tensor | None) -> None:

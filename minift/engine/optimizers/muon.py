@@ -30,7 +30,7 @@ def begin(p: Tensor, group: dict) -> dict[str, Tensor]:
     """m under torch.optim's name, or AdamW's state."""
     if not group["matrices"]:
         return adamw.begin(p, group)
-    return {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+    return {"momentum_buffer": torch.zeros_like(p)}
 
 
 def update(params: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, skip: Tensor | None) -> None:

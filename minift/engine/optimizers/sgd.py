@@ -20,21 +20,13 @@ def begin(p: Tensor, group: dict) -> dict[str, Tensor]:
     """m, under torch.optim's name."""
     if group["beta1"] == 0:
         return {}
-    return {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+    return {"momentum_buffer": torch.zeros_like(p)}
 
 
 def update(params: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, skip: Tensor | None) -> None:
     """One update, in place."""
-    torch._fused_sgd_(
-        params,
-        grads,
-        [state["momentum_buffer"] for state in states if state],
-        weight_decay=group["weight_decay"],
-        momentum=group["beta1"],
-        lr=group["lr"],
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,  # the first m is g, for it begins at 0
-        found_inf=skip,
-    )
+    m = [state["momentum_buffer"] for state in states if state]
+    settings = dict(lr=group["lr"], momentum=group["beta1"], weight_decay=group["weight_decay"])
+    settings |= dict(dampening=0.0, nesterov=False, maximize=False)
+    # not the first step: m begins at 0, so that the first one is g
+    torch._fused_sgd_(params, grads, m, **settings, is_first_step=False, found_inf=skip)
