@@ -9,6 +9,7 @@ The commands below are all there is to it: text written out, `minift new`, `mini
 """
 
 import argparse
+import datetime
 import gzip
 import json
 import re
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 HELD_OUT = 1000  # reviews, the last ones
 MODELS = Path(__file__).parents[1] / "minift" / "demo" / "models"
@@ -127,6 +129,89 @@ def write_start(new: Path, out: Path) -> None:
     save(model, tokenizer, out)
 
 
+def publish(name: str, work: Path) -> None:
+    """Writes minift/demo/models/NAME: the trained weights in 16 bits, config.json, the tokenizer, and a card."""
+    from minift import EvalConfig, evaluate, load
+
+    last = work / f"run-{len(RECIPES[name]['train'])}" / "last"
+    out = MODELS / name
+    out.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.half() for key, tensor in load_file(last / "model.safetensors").items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((last / "config.json").read_text()) | {"dtype": "float16"}
+    settings.pop("minift", None)
+    (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (out / file).write_bytes((last / file).read_bytes())
+    task = RECIPES[name]["start"].rpartition(" ")[2]
+    model, tokenizer = load(out, task=task)
+    held_out = evaluate(model, tokenizer, EvalConfig(data=str(work / f"valid.{RECIPES[name]['text']}")))
+    (out / "README.md").write_text(card(name, work, held_out, model.size()))
+
+
+def card(name: str, work: Path, held_out: dict, size: int) -> str:
+    """What stands beside a model: where it comes from, how it was made, how it learned, what it is for."""
+    recipe = RECIPES[name]
+    commands = [f"minift new --data train.{recipe['text']} --out new {recipe['new']}"]
+    commands += [f"minift {command}" for command in train_commands(name)]
+    rows = []
+    for number in range(1, len(recipe["train"]) + 1):
+        lines = (work / f"run-{number}" / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["train/loss"] for line in lines]
+        tokens = sum(json.loads(line)["train/tokens"] for line in lines)
+        marks = [losses[max(0, i - 20) : i] for i in range(20, len(losses) + 1, max(1, len(losses) // 6))]
+        curve = ", ".join(f"{sum(mark) / len(mark):.2f}" for mark in marks)
+        rows.append(f"| {number} | {len(losses):,} | {tokens / 1e6:.1f} | {curve} |")
+    told = ", ".join(f"{key} {value:.4g}" for key, value in held_out.items() if isinstance(value, float))
+    return CARD.format(
+        name=name,
+        size=f"{size:,}",
+        commands="\n".join(commands),
+        rows="\n".join(rows),
+        held_out=told,
+        date=datetime.date.today(),
+        torch=torch.__version__.partition("+")[0],
+        can=CAN[name],
+    )
+
+
+CAN = {
+    "bert-nano": (
+        "It is there to be fine-tuned: for the demo, for tests, for trying a new adapter in seconds. It knows the "
+        "English of film reviews and little else, reads no capitals, and takes 512 tokens at most."
+    ),
+    "gpt2-nano": (
+        "It is there to be fine-tuned: for the demo, for tests, for trying a new adapter in seconds. On its own it "
+        "writes sentences as in film reviews, seldom with a thought behind them; what it says of persons and films is "
+        "made up. It takes 256 tokens at most."
+    ),
+}
+CARD = """# {name}
+
+{size} weights, made by minift from random numbers, {date}, torch {torch}.
+
+**Data**: the 50,000 unlabelled reviews of the Large Movie Review Dataset (Maas et al. 2011,
+https://ai.stanford.edu/~amaas/data/sentiment/), published for research without a licence of its own; those that are
+among the labelled reviews too were left out, and the last 1,000 held out. None of their text is in this folder.
+
+**Made by** `python benchmarks/builtin.py {name}`, which writes the reviews to a file and runs
+
+```sh
+{commands}
+```
+
+**Loss in training** (means of 20 steps, from the first to the last):
+
+| training | steps | million tokens | loss |
+|---|---|---|---|
+{rows}
+
+**On the held-out reviews**: {held_out}.
+
+**What it can do**: {can}
+"""
+
+
 def minift(arguments: str, folder: Path) -> None:
     """Runs a command of minift in a folder."""
     print(f"minift {arguments}", flush=True)
@@ -138,9 +223,12 @@ def main() -> None:
     parser.add_argument("model", choices=RECIPES)
     parser.add_argument("--imdb", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=0, help="that torch computes with; 0: all")
+    parser.add_argument("--publish", action="store_true")
     options = parser.parse_args()
-    make(options.model, options.imdb, options.work)
+    if options.publish:
+        publish(options.model, options.work)
+    else:
+        make(options.model, options.imdb, options.work)
 
 
 if __name__ == "__main__":
