@@ -55,6 +55,15 @@ def gpt2(untouched, tmp_path) -> Path:
     return shutil.copytree(untouched / "gpt2", tmp_path / "gpt2")
 
 
+@pytest.fixture
+def exact_bitsandbytes(monkeypatch):
+    """bitsandbytes, computing in float32 on every CPU.
+
+    Where a CPU has AVX512-BF16 its layers evaluate in bfloat16, and fail where their rows do not fill its blocks.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def sentences(assets) -> list[str]:
     """1,000 real texts: 900 sentences and 100 reviews."""

@@ -241,7 +241,7 @@ def test_wrong_calls(tmp_path):
         check(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="unknown kind of file '.xlsx'; expected .jsonl, .json or .txt"):
         check(write(tmp_path / "d.xlsx"))
-    with pytest.raises(ValueError, match="--task is 'tag'; expected one of classify, complete"):
+    with pytest.raises(ValueError, match="--task is 'tag'; expected one of classify, fill, complete"):
         CheckConfig(data="d.jsonl", task="tag").check()
 
 

@@ -443,6 +443,7 @@ def test_an_adapter_of_an_adapter(lora, tmp_path):
 # four bits in wider numbers
 
 
+@pytest.mark.usefixtures("exact_bitsandbytes")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "uint8"])
 def test_quant_storage(tmp_path, dtype):
     peer(BertForSequenceClassification, tmp_path / "base", num_labels=3, hidden_size=64, intermediate_size=64)

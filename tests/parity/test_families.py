@@ -394,6 +394,7 @@ def test_every_linear_layer_of_the_body(kind, tmp_path):
 
 @pytest.mark.slow
 @families
+@pytest.mark.usefixtures("exact_bitsandbytes")
 def test_a_base_in_four_bits(kind, tmp_path):
     """The same codes as bitsandbytes', the same logits; a folder in four bits loads there and here."""
     pytest.importorskip("bitsandbytes")
