@@ -13,19 +13,23 @@ in bfloat16; bitsandbytes for nf4), scaled-dot-product attention, fused AdamW, g
 Trainer.
 
 minift, graph (minift with --graph), eager and compiled (transformers without and with torch.compile): each runs in a
-fresh process and sees every batch once before it is timed. Time is the median step, all of it; tokens are real ones.
+fresh process, takes its first step (which compiles) beside the runs before it, waits for its turn to have the device
+alone, and sees every batch once before it is timed. Time is the median step, all of it; tokens are real ones.
 MFU: model FLOPs (no recomputation, nothing for padding) over the device's peak. Launches, of kernels and graphs, are
 counted by torch.profiler in one step.
 """
 
 import argparse
+import fcntl
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +194,24 @@ def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Names
     given = case, method, folder / case["family"], rows, device
     ours, fewer = engine in ("minift", "graph"), engine in ("graph", "compiled")
     step = minift_step(*given, fewer) if ours else peer_step(*given, fewer)
-    for i in range(steps):
+    step(0)  # compiles, beside the runs before it
+    with turn(Path(a.here["work"], "turn")):
+        return time_steps(step, rows, a, device, case, method)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """The device for this process alone: the others wait before their own."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def time_steps(
+    step: Step, rows: list, a: argparse.Namespace, device: torch.device, case: dict, method: str
+) -> dict:
+    """The figures of an engine whose step 0 is done."""
+    for i in range(1, len(rows)):
         step(i)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -202,7 +223,7 @@ def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Names
         work = statistics.mean(flops(case, method, rows[i]) for i in range(a.steps))
         found["mfu"] = work * a.steps / sum(timing) / peak(device)
         found["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return found | {"launches": launches(lambda: step(steps - 1))}
+    return found | {"launches": launches(lambda: step(a.steps))}
 
 
 def figures(row: dict) -> list[str]:
@@ -235,13 +256,16 @@ def run_tests() -> str:
     return lines[-1]
 
 
-def run_one(case: dict, work: str) -> dict:
-    """Its figures, by a process of its own, or why there are none."""
+def run_one(row: dict, work: str, until: float) -> dict:
+    """The row with its figures, by a process of its own, or with why there are none."""
+    if time.monotonic() > until:
+        return told(row | {"why": "not run: time was over"})
     try:
-        return fresh(case | {"work": work}, stderr=subprocess.PIPE)
+        return told(row | fresh(row | {"work": work}, stderr=subprocess.PIPE))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["failed"]
-        return {"why": lines[-1][:160]}
+        print("\n".join(lines[-25:]), file=sys.stderr, flush=True)
+        return told(row | {"why": lines[-1][:160]})
 
 
 def main() -> None:
@@ -251,6 +275,7 @@ def main() -> None:
     p.add_argument("--engines", default=",".join(ENGINES))
     p.add_argument("--steps", type=int, default=20, help="timed, each on its batch (default %(default)s)")
     p.add_argument("--minutes", type=float, default=10, help="after which no further run begins (default %(default)s)")
+    p.add_argument("--ahead", type=int, default=4, help="runs in preparation at a time (default %(default)s)")
     p.add_argument("--dry-run", action="store_true", help="small models on the CPU, two steps each, no tests")
     a = p.parse_args()
     a.steps = min(a.steps, 2) if a.dry_run else a.steps
@@ -259,18 +284,14 @@ def main() -> None:
         return
     if not a.dry_run and not torch.cuda.is_available():
         p.error("torch finds no CUDA device; expected one, or --dry-run")
-    start, rows = time.monotonic(), []
+    until = time.monotonic() + 60 * a.minutes
     tests = "not run" if a.dry_run else run_tests()
     with tempfile.TemporaryDirectory() as work:
         for family in VOCABULARY:
             random_model(family, Path(work, family), small=a.dry_run)
-        for case, method, engine in plan(a):
-            row = {"case": case, "method": method, "engine": engine}
-            if time.monotonic() - start > 60 * a.minutes:
-                row["why"] = f"not run: {a.minutes:g} minutes were over"
-            else:
-                row |= run_one(row, work)
-            rows.append(told(row))
+        planned = [dict(zip(COLUMNS, names, strict=False)) for names in plan(a)]
+        with ThreadPoolExecutor(a.ahead) as pool:
+            rows = list(pool.map(lambda row: run_one(row, work, until), planned))
     found = table(COLUMNS, [figures(row) for row in rows], left=3) + failures(rows)
     print(found)
     if a.write:
