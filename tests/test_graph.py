@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minift
+from minift import tables
 from minift.data.batch import pack, token_keys
 from minift.engine.graph import fill_up, size_for
 from minift.errors import InputError
@@ -22,9 +23,10 @@ from minift.ops import native
 from minift.ops.dropout import Noise, signed
 from minift.setup import Engine, make_job
 from minift.tasks import task_named
-from minift.training import train_step
+from minift.training import accumulate, train_step, update
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no device"))]
+needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_device)]
 
 
 @given(st.integers(1, 100_000), st.integers(1, 4096))
@@ -123,6 +125,40 @@ def test_an_update_from_a_loss_that_is_not_finite_is_left_out(device, tmp_path):
     with pytest.raises(FloatingPointError, match="step 2 is nan; its examples, counted from 0: 0, 1"):
         train_step(job, examples(task, [5, 6]), 1, 1e-3)
     assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+
+
+@needs_device
+@pytest.mark.parametrize("name", tables.OPTIMIZERS)
+def test_a_replayed_update_is_the_plain_one(name, tmp_path):
+    """Whatever the optimizer. A plain step reads nothing back between its beginning and its end, either."""
+    device, weights = torch.device("cuda", 0), {}
+    for graph in (False, True):
+        model, task = small_model("bert", tmp_path / f"{graph}", width=64)
+        for layer in model.modules():
+            if hasattr(layer, "p_probs"):
+                layer.p_probs = 0.0  # the flash kernel draws other masks in a graph
+        config = minift.TrainConfig(optimizer=name, weight_decay=0.01, graph=graph, precision="auto")
+        job = make_job(model, config, Engine(device, torch.bfloat16))
+        start = torch.cat([p.detach().flatten().clone() for p in job.parameters])
+        for step in range(3):
+            batch = pack(examples(task, [5, 9, 30])).to(device)
+            if graph:
+                train_step(job, examples(task, [5, 9, 30]), step, 1e-3)
+                continue
+            accumulate(job, batch, Noise(config.seed, step, batch.keys), 3)  # makes kernels, at first
+            job.optimizer.zero_grad()
+            for group in job.optimizer.param_groups:
+                group["lr"] = 1e-3 * group["ratio"]
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                accumulate(job, batch, Noise(config.seed, step, batch.keys), 3)
+                update(job, skip=torch.zeros((), device=device))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            job.optimizer.zero_grad()
+        weights[graph] = torch.cat([p.detach().flatten() for p in job.parameters])
+    moved = (weights[False] - start).norm()
+    assert moved > 0 and (weights[True] - weights[False]).norm() < 0.2 * moved
 
 
 def test_graphs_need_what_they_need(tmp_path):

@@ -50,7 +50,7 @@ def test_with_a_validation(folder):
     assert found["quality"] == f"accuracy {accuracy:.4f} on 21 examples held out, the best, after step {step}"
     assert found["learned"].startswith("classify: blame, praise (full: ")
     assert re.match(r"6 steps in \d+\.\d s, [\d,]+ tokens/s", found["time"])
-    assert re.fullmatch(r"[\d,]+ MB at the peak", found["memory"])
+    assert re.fullmatch(r"[\d,]+ MB at the peak|[\d,]+ MB on the GPU, [\d,]+ MB at the peak beside it", found["memory"])
     assert found["model"] == f"{folder / 'run/best'} (a model that transformers loads)"
     assert set(follow(found)) == {"label", "scores"}
 

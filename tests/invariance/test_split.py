@@ -62,7 +62,7 @@ def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, b
     sizes = []
     monkeypatch.setattr(setup, "BASE", base)
     monkeypatch.setattr(training, "pack", lambda sequences: sizes.append(sum(map(len, sequences))) or pack(sequences))
-    shared = dict(data=str(tmp_path / "train.tsv"), steps=1, batch=60, **options)
+    shared = dict(data=str(tmp_path / "train.tsv"), steps=1, batch=60, device="cpu", **options)
     for name, more in (("a", {}), ("b", {"tokens": 100_000})):
         config = minift.TrainConfig(out=str(tmp_path / name), model=str(tmp_path / "model"), **shared, **more)
         minift.train(*setup.load_model(config, ["blame", "praise"]), config)

@@ -26,6 +26,9 @@ def update(params: list[Tensor], grads: list[Tensor], states: list[dict], group:
     steps = [state["step"] for state in states]
     m = [state["exp_avg"] for state in states]
     v = [state["exp_avg_sq"] for state in states]
-    torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
+    if skip is None:
+        torch._foreach_add_(steps, 1)
+    else:  # one tensor for each: a single one would be read back to the host
+        torch._foreach_add_(steps, [1 - skip] * len(steps))
     settings = {name: group[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
     torch._fused_adamw_(params, grads, m, v, [], steps, **settings, amsgrad=False, maximize=False, found_inf=skip)
