@@ -41,6 +41,14 @@ def no_compilation():
         yield
 
 
+def as_rounded(codes: torch.Tensor, scales: list, want: torch.Tensor) -> bool:
+    """Whether the numbers are `want`. Of two that are as near, a bitsandbytes built for CUDA may take the other."""
+    exact = nf4.dequantize(codes, scales[0], torch.empty_like(want, dtype=torch.float32), *scales[1:])
+    found = nf4.dequantize(codes, scales[0], torch.empty_like(want), *scales[1:])
+    tie = (found - exact).abs() == (want - exact).abs()
+    return torch.equal(found, exact.to(want.dtype)) and bool(((found == want) | tie).all())
+
+
 def check(w: torch.Tensor) -> None:
     """Codes, scales, scales of scales and the numbers they stand for are those of bitsandbytes, bit for bit.
 
@@ -52,16 +60,15 @@ def check(w: torch.Tensor) -> None:
     codes, absmax = nf4.quantize(w)
     assert torch.equal(codes, theirs) and torch.equal(absmax, state.absmax)
     want = bnb.dequantize_4bit(theirs, state).reshape(1, -1)  # it turns what has one byte
-    assert torch.equal(nf4.dequantize(codes, absmax, torch.empty_like(w)), want)
+    assert as_rounded(codes, [absmax], want)
     if not PUBLISHED:
         return
     theirs, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
     d, nested, mean = nf4.compress(absmax)
     assert torch.equal(mean, state.offset) and torch.equal(nested, state.state2.absmax) and torch.equal(d, state.absmax)
     want = bnb.dequantize_4bit(theirs, state).reshape(1, -1)
-    for scales in ((nf4.expand(d, nested, mean),), (d, nested, mean)):
-        found = nf4.dequantize(codes, scales[0], torch.empty_like(w), *scales[1:])
-        assert torch.equal(found, want)
+    for scales in ([nf4.expand(d, nested, mean)], [d, nested, mean]):
+        assert as_rounded(codes, scales, want)
 
 
 def test_the_two_tables_are_the_published_ones():
