@@ -22,7 +22,9 @@ def add(model: nn.Module, options: Options) -> None:
     if policy == "full":
         return
     model.requires_grad_(False)
-    parts: list[nn.Module | nn.Parameter] = [] if model.head is None or model.tied else [model.head]
+    parts: list[nn.Module | nn.Parameter] = []
+    if model.head is not None:
+        parts += [p for p in model.head.parameters() if not (model.tied and p is model.last.weight)]
     if policy == "bias":
         parts += [p for name, p in model.named_parameters() if name.endswith("bias")]
     elif policy == "norm":

@@ -14,7 +14,7 @@ from ..engine.distributed import whole
 from ..files import check_folder, write_folder
 from ..layers import Linear
 from ..layers.nf4 import has_packed_layers, quantization_config
-from ..models import Model
+from ..models import LAST, Model
 from ..tasks import task_named
 from . import peft as peft_format
 from .hub import address
@@ -87,6 +87,8 @@ def weights_of(model: Model) -> dict[str, Tensor]:
         if packed:
             parts = layers[name.removesuffix(".weight")].parts()
             state |= {f"{hub}.{part}": tensor.clone().cpu() for part, tensor in parts.items()}
+    if model.bias_twin and not model.tied:
+        state[model.bias_twin] = state[model.hub_name(f"{LAST}.bias")].clone()
     return state
 
 

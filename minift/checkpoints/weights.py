@@ -19,7 +19,7 @@ from ..config import parse_json
 from ..engine import memory
 from ..errors import InputError, short_repr
 from ..layers.nf4 import PARTS, NF4Linear
-from ..models import Model, is_last
+from ..models import LAST, Model, is_last
 
 MODEL = "model.safetensors"
 WEIGHT_FILES = (MODEL, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -125,6 +125,10 @@ def take_tensors(
     """
     ours = {hub: name for name, hub in hub_names(model).items()}
     tied = model.hub_name(model.head.tied[0]) if model.tied else ""
+    idle = ""
+    if model.bias_twin and has_tensor(model, folder, ours, model.bias_twin):
+        idle = model.hub_name(f"{LAST}.bias")  # the other of the two is read
+        ours[model.bias_twin] = ours.pop(idle)
     packed: dict[str, dict[str, Tensor]] = {}
     wrappers: set[str] = set()  # what stands before the names
     second = ""
@@ -148,6 +152,8 @@ def take_tensors(
             second = stored.name  # compared when the embedding is there, or the only one of the two that is
         elif name:
             faults += place(model, layers, name, stored, report)
+        elif hub == idle:
+            continue
         elif re.fullmatch(model.family.OTHER_HEADS, hub):
             report.unused.append(hub)
         elif not re.fullmatch(model.family.IGNORED, hub):
@@ -155,6 +161,11 @@ def take_tensors(
     for before in sorted(wrappers - {""}):
         report.notes.append(f"names in the file begin with {before}, which was taken off")
     return packed, second, faults
+
+
+def has_tensor(model: Model, folder: Path, known: dict, hub: str) -> bool:
+    """Whether a checkpoint has a tensor that the hub calls `hub`, whatever a wrapper put before its name."""
+    return any(known_name(stored.name, known, model.family.PREFIX)[0] == hub for stored in tensors(folder))
 
 
 def untie_where_different(model: Model, folder: Path, raw: str, report: Report) -> None:

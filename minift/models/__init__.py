@@ -51,6 +51,8 @@ layers, so they are in transformers' order. It has
     rename             pairs as in RENAME, for the head's own names
     learns             whether an adapter run trains it, in full, beside the adapters
     tied               (its parameter, the body's parameter) if the two may be one; only a head over all tokens has it
+    bias_twin          a second name that files have for the bias of `out`, by which transformers reads it first, and
+                       alone where the head is not tied; "" or absent where there is none
 """
 
 import importlib
@@ -134,6 +136,11 @@ class Model(nn.Module):
         return hasattr(self.head, "tied")
 
     @property
+    def bias_twin(self) -> str:
+        """The second name that files have for the bias of the head's last layer, or ""."""
+        return getattr(self.head, "bias_twin", "")
+
+    @property
     def generates(self) -> bool:
         """Whether it can go on with a text, token after token."""
         return self.scores_vocabulary and hasattr(self.body, "new_cache")
@@ -156,16 +163,18 @@ class Model(nn.Module):
 
     def resize(self, rows: int) -> None:
         """Makes the vocabulary `rows` long; new rows are zero."""
-        resized = [self.get_submodule(self.family.EMBEDDING)]
+        resized = [(self.get_submodule(self.family.EMBEDDING), "weight")]
         if self.scores_vocabulary:
             self.last.out_features = rows
         if self.scores_vocabulary and not self.tied:
-            resized.append(self.last)
-        for module in resized:
-            old = module.weight
-            new = old.new_zeros(rows, old.shape[1])
+            resized.append((self.last, "weight"))
+        if self.scores_vocabulary and self.last.bias is not None:
+            resized.append((self.last, "bias"))
+        for module, leaf in resized:
+            old = getattr(module, leaf)
+            new = old.new_zeros(rows, *old.shape[1:])
             new[: len(old)] = old.detach()[:rows]
-            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
         self.config = replace(self.config, vocab_size=rows)
         self.settings = self.settings | {"vocab_size": rows}
         self.tie()

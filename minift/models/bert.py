@@ -210,6 +210,7 @@ class FillHead(nn.Module):
     )
     learns = False
     tied = ("head.out.weight", "body.embeddings.word.weight")
+    bias_twin = "cls.predictions.decoder.bias"
 
     def __init__(self, config: Config, n_labels: int = 0):
         super().__init__()

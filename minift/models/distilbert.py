@@ -147,6 +147,7 @@ class FillHead(bert.FillHead):
         ("head.norm.", "vocab_layer_norm."),
         ("head.out.", "vocab_projector."),
     )
+    bias_twin = ""
 
     def __init__(self, config: Config, n_labels: int = 0):
         shape = bert.Config(

@@ -134,6 +134,7 @@ class FillHead(bert.FillHead):
         ("head.out.bias.", "lm_head.bias."),
         ("head.out.", "lm_head.decoder."),
     )
+    bias_twin = "lm_head.decoder.bias"
 
     def __init__(self, config: Config, n_labels: int = 0):
         super().__init__(config, n_labels)
