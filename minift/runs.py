@@ -88,6 +88,8 @@ def prepare_run(
     tokenise_texts(tokenizer, engine.world, examples, valid)
     sequences = task.encode(examples, model, tokenizer, max_length)
     held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
+    if valid and not any(len(sequence.targets) for sequence in held_out):
+        raise InputError("--valid: none of the tokens is asked about; expected more text to validate on")
     if engine.world.first:
         announce(model, config, sequences, held_out, config.tokens or default_tokens(model, engine.device))
         begin_folder(config, model)
@@ -146,10 +148,11 @@ def watch(text: corpus.Text, work: Iterator[int], done: int) -> None:
 def announce(model: Model, config: TrainConfig, sequences: list[Sequence], valid: list[Sequence], at_once: int) -> None:
     """Says what is about to happen."""
     max_length = check_length(model, config.max_length)
+    is_drawn = hasattr(task_of(model), "at_step")  # what is asked of an example: the next step may ask another thing
     tokens = empty = cut = 0
     for sequence in sequences:  # once: those of a running text are made as they are asked for
         tokens += len(sequence)
-        empty += not len(sequence.targets)
+        empty += not is_drawn and not len(sequence.targets)
         cut += sequence.cut
     mean = tokens / len(sequences)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

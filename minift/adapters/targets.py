@@ -110,7 +110,13 @@ def default_saved(model: nn.Module) -> tuple[str, ...]:
     """Modules of the head to train in full, if it learns: its last layer, and what had no weights in the checkpoint.
 
     Where the hub's head is a module of several layers, all of it, since PEFT trains what is called `classifier`.
+    Raises InputError where a head that does not learn had no weights.
     """
+    if model.head is not None and not model.head.learns and model.fresh:
+        raise InputError(
+            f"an adapter learns beside a trained head, but {', '.join(model.fresh)} is new; "
+            "expected a model that has it, or --method full"
+        )
     if model.head is None or not model.head.learns:
         return ()
     trained = model.hub_name(LAST).partition(".")[0]

@@ -25,7 +25,7 @@ from ..layers import Linear
 from ..layers.nf4 import STATE, NF4Linear, linears, swap
 from ..models import Model, family_named
 from ..tables import TASKS
-from ..tasks import task_named, task_of_peft
+from ..tasks import task_named, task_of_architecture, task_of_peft
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
 from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
@@ -73,6 +73,8 @@ def load(
     settings = settings_with_run(folder, given) if adapter else read_settings(folder)
     if adapter_task and not task:  # which other tasks may have the same name for, in PEFT
         task = task_of_peft(task_named(adapter_task).PEFT_TYPE, settings)
+    if adapter and not task:
+        task = task_beside(given)
     own = settings.pop("minift", {})  # what a run said of itself, beside the hub's settings
 
     # an adapter's head is first read as it is; its rows are settled below, when all weights are there
@@ -137,6 +139,14 @@ def settings_with_run(folder: Path, given: Path) -> dict:
     keys = ("id2label", "label2id", "problem_type", "pad_token_id", "minift")
     settings |= {key: of_run[key] for key in keys if key in of_run}
     return settings
+
+
+def task_beside(given: Path) -> str | None:
+    """The task of an adapter that PEFT has no name for, as minift wrote it beside; None where nothing says it."""
+    if not (given / peft_format.SETTINGS).is_file():
+        return None
+    settings = read_settings(given, peft_format.SETTINGS)
+    return task_of_architecture(family_named(settings["model_type"]), settings)
 
 
 def load_tokenizer(model: Model, given: Path, folder: Path) -> Tokenizer | None:

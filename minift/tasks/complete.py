@@ -233,8 +233,10 @@ class Metrics:
         self.sums += torch.stack([total.double(), right.double(), torch.full_like(right, batch.n_targets).double()])
 
     def result(self) -> dict[str, float]:
-        """Weighted by tokens, so the sizes of batches change nothing."""
+        """Weighted by tokens, so the sizes of batches change nothing. Raises InputError where there are none."""
         total, right, tokens = self.sums.tolist()
+        if not tokens:
+            raise InputError("nothing can be measured: none of the tokens is asked about; expected more text")
         mean = total / tokens
         perplexity = math.exp(mean) if mean < 700 else math.inf
         return {"loss": mean, "perplexity": perplexity, "accuracy": right / tokens, "tokens": int(tokens)}

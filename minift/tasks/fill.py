@@ -82,11 +82,11 @@ def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a draw has to know of the tokenizer and the model."""
+    """What a draw has to know of the tokenizer."""
 
     mask: int  # the id of [MASK]
     special: tuple[int, ...]  # ids that are never asked about
-    vocabulary: int  # V
+    vocabulary: int  # ids that a text may have
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,16 +97,16 @@ class Text(Sequence):
     rules: Rules
 
 
-def rules_of(model: Model, tokenizer: Tokenizer) -> Rules:
+def rules_of(tokenizer: Tokenizer) -> Rules:
     """Raises InputError where the tokenizer has no token that hides another."""
     if tokenizer.mask is None:
         raise InputError("the tokenizer has no mask_token, which stands for a hidden word; expected [MASK] or its like")
-    return Rules(tokenizer.mask, tuple(sorted(tokenizer.special)), model.config.vocabulary)
+    return Rules(tokenizer.mask, tuple(sorted(tokenizer.special)), tokenizer.vocab_size)
 
 
 def judge(texts: Iterable, model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[bool]:
     """Whether masks are drawn, for each text; else they are to be in it. Raises InputError where one has none."""
-    mask = tokenizer.token(rules_of(model, tokenizer).mask)
+    mask = tokenizer.token(rules_of(tokenizer).mask)
     found = []
     for text in texts:
         if not labelled and mask not in text_of(text):
@@ -123,15 +123,21 @@ def encode(
     labelled: bool = True,
 ) -> list[Sequence] | Blocks:
     """Tokens with some of them hidden, as held-out texts are asked; at_step draws others. Raises InputError."""
-    if not corpus.is_running(texts):
-        return list(encoded(texts, judge(texts, model, tokenizer, labelled), model, tokenizer, max_length))
-    rules = rules_of(model, tokenizer)
+    rules = rules_of(tokenizer)
 
     def make(numbers: list[int], blocks: list[np.ndarray]) -> list[Text]:
         framed_blocks = [framed(number, ids, tokenizer, rules) for number, ids in zip(numbers, blocks, strict=True)]
         return draw(framed_blocks, *HELD_OUT)
 
-    return corpus.blocks(texts, tokenizer, room_of(tokenizer, max_length), 0, make)
+    if corpus.is_running(texts):
+        where = texts[0].text.name
+        found = corpus.blocks(texts, tokenizer, room_of(tokenizer, max_length), 0, make)
+    else:
+        where = texts[0].where
+        found = list(encoded(texts, judge(texts, model, tokenizer, labelled), model, tokenizer, max_length))
+    if not found:
+        raise InputError(f"{where}: nothing to learn from; expected a token or more")
+    return found
 
 
 def room_of(tokenizer: Tokenizer, max_length: int) -> int:
@@ -148,7 +154,7 @@ def encoded(
     texts: Iterable, labels: Iterable[bool], model: Model, tokenizer: Tokenizer, max_length: int
 ) -> Iterator[Sequence]:
     """The same one at a time, CHUNK texts read ahead."""
-    rules = rules_of(model, tokenizer)
+    rules = rules_of(tokenizer)
     room = room_of(tokenizer, max_length)
     texts = iter(texts)
     labels = iter(labels)
@@ -254,8 +260,11 @@ def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     filled[batch.rows] = best.indices[:, 0]
     masks = []
     for ids, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        names = [tokenizer.decode([i]).strip() for i in ids]
-        masks.append(dict(zip(names, scores, strict=True)))
+        mask: dict[str, float] = {}
+        for i, score in zip(ids, scores, strict=True):
+            name = tokenizer.decode([i]) or tokenizer.token(i) or f"token {i}"  # special ones decode to nothing
+            mask.setdefault(name, score)  # parts of a character look alike: the likeliest stays
+        masks.append(mask)
     found = []
     for start, end in zip(batch.offsets.tolist(), batch.offsets[1:].tolist(), strict=False):
         mine = [mask for row, mask in zip(batch.rows.tolist(), masks, strict=True) if start <= row < end]
