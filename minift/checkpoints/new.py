@@ -4,6 +4,7 @@ Its weights are drawn when it is trained (`minift train --init random`).
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from ..config import NewConfig
@@ -11,7 +12,7 @@ from ..data.texts import just_texts
 from ..data.tokenizer import Tokenizer
 from ..data.vocabulary import learn_tokenizer
 from ..errors import InputError
-from ..files import check_folder, write_folder
+from ..files import check_new_folder, write_folder
 from ..models import family_named
 from .loading import build
 
@@ -24,17 +25,17 @@ def make_folder(config: NewConfig) -> str:
     if config.width % config.heads:
         raise InputError(f"--width is {config.width} with --heads {config.heads}; expected a number that heads divide")
     folder = Path(config.out)
-    check_folder(folder, {"config.json", "tokenizer.json", "tokenizer_config.json"})
-    texts = just_texts(config.data, config.columns, config.header, config.max_line)
-    tokenizer = learn_tokenizer(family.TOKENIZER, texts, config.vocab, config.lowercase)
+    check_new_folder("--out", folder)
+    read = partial(just_texts, config.data, config.columns, config.header, config.max_line)
+    tokenizer = learn_tokenizer(family.TOKENIZER, read, config.vocab, config.lowercase)
     settings = settings_of_size(config, tokenizer)
+    size = build(settings, folder, None, None, -1).size()
 
     def put_files(aside: Path) -> None:
         (aside / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(aside)
 
     write_folder(folder, put_files)
-    size = build(settings, folder, None, None, -1).size()
     return f"{folder}: a {config.family} of {size:,} weights without its head, with {tokenizer.vocab_size:,} tokens"
 
 
