@@ -45,7 +45,9 @@ CLASSIFY = (
     Job("reviews-lora", "LoRA", "--method lora --epochs 12 --lr 1e-3"),
     Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --base nf4 --epochs 12 --lr 1e-3"),
 )
-COMPLETE = Job("prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 8 --lr 1e-3")
+COMPLETE = Job(
+    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 8 --lr 1e-3"
+)
 
 REVIEWS = ("Not a bad film at all.", "I wanted to love it, but I nearly fell asleep.")
 PROMPTS = (
@@ -80,7 +82,7 @@ def classify(out: Path) -> None:
     print(f"   {lines_in(train)} reviews to learn from, {lines_in(test)} others to be asked about\n")
     model, tokenizer = load(BERT, task="classify", labels=["negative", "positive"], seed=SEED)
     before = measure(model, tokenizer, test)
-    said = {text: [told(p)] for text, p in zip(REVIEWS, predict(model, tokenizer, list(REVIEWS)), strict=True)}
+    said = [labels_of(model, tokenizer)]
     rows = [("before", "", f"{before['accuracy']:.1%}", "", "")]
     gains = []
     for job in CLASSIFY:
@@ -90,12 +92,11 @@ def classify(out: Path) -> None:
         gains.append(after["accuracy"] - before["accuracy"])
         rows.append(row_of(job, learned_in(model), f"{after['accuracy']:.1%}", done))
         if job is CLASSIFY[0]:
-            for text, prediction in zip(REVIEWS, predict(model, tokenizer, list(REVIEWS)), strict=True):
-                said[text].append(told(prediction))
+            said.append(labels_of(model, tokenizer))
     print_rows(("what learns", "weights", "accuracy", "seconds", "memory"), rows)
     print(f"\n   {100 * min(gains):.1f} to {100 * max(gains):.1f} points gained, on reviews that it never saw.")
     print('   Many of them turn on a "not" or a "but".')
-    for text, (first, second) in said.items():
+    for text, first, second in zip(REVIEWS, *said, strict=True):
         print(f'\n   "{text}"\n     before: {first}\n     after:  {second}')
     print(f'\n   Ask it yourself: minift predict --model {out / CLASSIFY[0].name} --text "..."\n')
 
@@ -117,7 +118,8 @@ def complete(out: Path) -> None:
     rows.append(row_of(COMPLETE, learned_in(model), f"{after['perplexity']:.1f}", done))
     print_rows(("what learns", "weights", "perplexity", "seconds", "memory"), rows)
     less = 1 - after["perplexity"] / before["perplexity"]
-    print(f"\n   {less:.0%} less perplexed by reviews that it never saw. So small a model learns the form, not the sense.")
+    print(f"\n   {less:.0%} less perplexed by reviews that it never saw.")
+    print("   So small a model learns the form of a review, not its sense.")
     for prompt, (first, second) in texts.items():
         print()
         print_text("   ", prompt.replace("\n", " "))
@@ -179,10 +181,11 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def told(prediction: dict) -> str:
-    """The label of a prediction and its probability."""
-    label = prediction["label"]
-    return f"{label} ({prediction['scores'][label]:.0%})"
+def labels_of(model: Model, tokenizer: Tokenizer) -> list[str]:
+    """What the model says of each of REVIEWS, with its probability."""
+    with redirect_stderr(io.StringIO()):
+        found = predict(model, tokenizer, list(REVIEWS))
+    return [f"{one['label']} ({one['scores'][one['label']]:.0%})" for one in found]
 
 
 def completions(model: Model, tokenizer: Tokenizer) -> list[tuple[str, str]]:
