@@ -3,6 +3,7 @@
 Each training is a process of its own, so that its time and memory are its own, and its command can be typed again.
 """
 
+import io
 import json
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +41,15 @@ class Job:
 
 
 CLASSIFY = (
-    Job("reviews-full", "all weights", "--epochs 8 --lr 3e-4"),
-    Job("reviews-lora", "LoRA", "--method lora --targets all-linear --epochs 12 --lr 3e-3"),
-    Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --targets all-linear --base nf4 --epochs 12 --lr 3e-3"),
+    Job("reviews-full", "all weights", "--epochs 10 --lr 1e-4"),
+    Job("reviews-lora", "LoRA", "--method lora --epochs 12 --lr 1e-3"),
+    Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --base nf4 --epochs 12 --lr 1e-3"),
 )
-COMPLETE = Job("prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --epochs 8 --lr 3e-3")
+COMPLETE = Job(
+    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 8 --lr 1e-3"
+)
 
-REVIEWS = ("Not a bad film at all.", "I wanted to love it, but I was looking at my watch after ten minutes.")
+REVIEWS = ("Not a bad film at all.", "I wanted to love it, but I nearly fell asleep.")
 PROMPTS = (
     "Film: a thriller about a missing train. Stars: 1.\nReview:",
     "Film: a thriller about a missing train. Stars: 5.\nReview:",
@@ -77,19 +81,22 @@ def classify(out: Path) -> None:
     print(f"1. {BERT} learns to tell good reviews from bad")
     print(f"   {lines_in(train)} reviews to learn from, {lines_in(test)} others to be asked about\n")
     model, tokenizer = load(BERT, task="classify", labels=["negative", "positive"], seed=SEED)
-    before = evaluate(model, tokenizer, EvalConfig(data=str(test)))
-    said = {text: [told(p)] for text, p in zip(REVIEWS, predict(model, tokenizer, list(REVIEWS)), strict=True)}
+    before = measure(model, tokenizer, test)
+    said = [labels_of(model, tokenizer)]
     rows = [("before", "", f"{before['accuracy']:.1%}", "", "")]
+    gains = []
     for job in CLASSIFY:
         done = train_in_process(job, train, out)
         model, tokenizer = load(out / job.name, task="classify", fresh_head=False)
-        after = evaluate(model, tokenizer, EvalConfig(data=str(test)))
+        after = measure(model, tokenizer, test)
+        gains.append(after["accuracy"] - before["accuracy"])
         rows.append(row_of(job, learned_in(model), f"{after['accuracy']:.1%}", done))
         if job is CLASSIFY[0]:
-            for text, prediction in zip(REVIEWS, predict(model, tokenizer, list(REVIEWS)), strict=True):
-                said[text].append(told(prediction))
+            said.append(labels_of(model, tokenizer))
     print_rows(("what learns", "weights", "accuracy", "seconds", "memory"), rows)
-    for text, (first, second) in said.items():
+    print(f"\n   {100 * min(gains):.1f} to {100 * max(gains):.1f} points gained, on reviews that it never saw.")
+    print('   Many of them turn on a "not" or a "but".')
+    for text, first, second in zip(REVIEWS, *said, strict=True):
         print(f'\n   "{text}"\n     before: {first}\n     after:  {second}')
     print(f'\n   Ask it yourself: minift predict --model {out / CLASSIFY[0].name} --text "..."\n')
 
@@ -100,16 +107,19 @@ def complete(out: Path) -> None:
     print(f"2. {GPT2} learns to write a short review from a few facts")
     print(f"   {lines_in(train)} prompts with completions to learn from, {lines_in(test)} others to be asked about\n")
     model, tokenizer = load(GPT2, task="complete")
-    before = evaluate(model, tokenizer, EvalConfig(data=str(test)))
+    before = measure(model, tokenizer, test)
     texts = {prompt: [text] for prompt, text in completions(model, tokenizer)}
     done = train_in_process(COMPLETE, train, out)
     model, tokenizer = load(out / COMPLETE.name, task="complete")
-    after = evaluate(model, tokenizer, EvalConfig(data=str(test)))
+    after = measure(model, tokenizer, test)
     for prompt, text in completions(model, tokenizer):
         texts[prompt].append(text)
     rows = [("before", "", f"{before['perplexity']:.1f}", "", "")]
     rows.append(row_of(COMPLETE, learned_in(model), f"{after['perplexity']:.1f}", done))
     print_rows(("what learns", "weights", "perplexity", "seconds", "memory"), rows)
+    less = 1 - after["perplexity"] / before["perplexity"]
+    print(f"\n   {less:.0%} less perplexed by reviews that it never saw.")
+    print("   So small a model learns the form of a review, not its sense.")
     for prompt, (first, second) in texts.items():
         print()
         print_text("   ", prompt.replace("\n", " "))
@@ -143,6 +153,12 @@ def train_in_process(job: Job, data: Path, out: Path) -> Cost:
     return Cost(time.perf_counter() - start, memory)
 
 
+def measure(model: Model, tokenizer: Tokenizer, data: Path) -> dict:
+    """The task's metrics on a file, without a progress bar: it takes a second."""
+    with redirect_stderr(io.StringIO()):
+        return evaluate(model, tokenizer, EvalConfig(data=str(data)))
+
+
 def learned_in(model: Model) -> int:
     """How many weights learn."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -165,15 +181,17 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def told(prediction: dict) -> str:
-    """The label of a prediction and its probability."""
-    label = prediction["label"]
-    return f"{label} ({prediction['scores'][label]:.0%})"
+def labels_of(model: Model, tokenizer: Tokenizer) -> list[str]:
+    """What the model says of each of REVIEWS, with its probability."""
+    with redirect_stderr(io.StringIO()):
+        found = predict(model, tokenizer, list(REVIEWS))
+    return [f"{one['label']} ({one['scores'][one['label']]:.0%})" for one in found]
 
 
 def completions(model: Model, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """(prompt, what the model says) of each prompt."""
-    found = generate(model, tokenizer, list(PROMPTS), max_tokens=48)
+    with redirect_stderr(io.StringIO()):
+        found = generate(model, tokenizer, list(PROMPTS), max_tokens=48, temperature=0.7, seed=SEED)
     return [(one["prompt"], one["completion"].strip()) for one in found]
 
 
