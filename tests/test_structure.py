@@ -157,7 +157,7 @@ def test_public_names():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_minift_and_the_kernels_alone(tmp_path):
+def test_the_wheel_holds_minift_its_demo_and_the_kernels_alone(tmp_path):
     tree = tmp_path / "tree"  # a copy: pip leaves a build/ in the tree, from which files that were removed come back
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("build", "*.egg-info", ".*", "__pycache__"))
     subprocess.run(
@@ -175,7 +175,14 @@ def test_the_wheel_holds_minift_and_the_kernels_alone(tmp_path):
         for p in (ROOT / "kernels").rglob("*")
         if p.is_file()
     }
-    assert inside == sources | kernels and "minift/kernels/README.md" in kernels
+    demo = {
+        f"minift/{path.relative_to(PACKAGE).as_posix()}"
+        for pattern in ("data/*", "models/*/*")
+        for path in (PACKAGE / "demo").glob(pattern)
+        if path.is_file()
+    }
+    assert inside == sources | kernels | demo and "minift/kernels/README.md" in kernels
+    assert "minift/demo/models/bert-nano/model.safetensors" in demo and "minift/demo/data/README.md" in demo
     assert not list((ROOT / "kernels").rglob("*.py"))
 
 
