@@ -176,14 +176,21 @@ TRAIN = (
 
 
 def test_masks_do_not_depend_on_micro_batches(folder, tmp_path, monkeypatch):
-    """Of every step the same tokens are shown and asked about, in micro-batches of any size; so the losses agree."""
+    """Of every step the same tokens are shown and asked about, in micro-batches of any size; so the losses agree.
+
+    They are what the run's seed and the step's number say.
+    """
     shown: dict[str, list] = {}
     curves = []
     for tokens in (0, 1, 50):
         seen = shown.setdefault(tokens, [])
         monkeypatch.setattr(training, "pack", lambda micro, seen=seen: seen.extend(contents(micro)) or pack(micro))
-        works(f"{TRAIN} --tokens {tokens}", f=folder, data=folder / "texts.jsonl", out=tmp_path / str(tokens))
+        works(f"{TRAIN} --seed 7 --tokens {tokens}", f=folder, data=folder / "texts.jsonl", out=tmp_path / str(tokens))
         curves.append(losses(tmp_path / str(tokens)))
+    encoded = fill.encode(fill.read(folder / "texts.jsonl"), *minift.load(folder / "bert", task="fill"), 20)
+    for step in range(8):
+        part = shown[0][6 * step : 6 * step + 6]
+        assert part == contents(fill.draw([encoded[number] for number, *_ in part], 7, step))
     assert len(shown[0]) == 48 and sorted(shown[0]) == sorted(shown[1]) == sorted(shown[50])
     assert len(set(curves[0])) == 8
     assert curves[0] == pytest.approx(curves[1], abs=BOUND) and curves[0] == pytest.approx(curves[2], abs=BOUND)
@@ -234,6 +241,7 @@ def test_what_is_held_out_is_asked_the_same_each_time(folder, tmp_path):
         line = f"{TRAIN} --valid {{f}}/texts.jsonl --eval-every 4 --seed {seed} --lr 1e-30"
         works(line, f=folder, data=folder / "book.txt", out=tmp_path / str(seed))
         found.append(metrics(tmp_path / str(seed)))
+    assert fill.HELD_OUT[1] > 10**9  # no run takes so many steps
     held_out = [step["eval/loss"] for steps in found for step in steps if "eval/loss" in step]
     assert len(held_out) == 4 and len(set(held_out)) == 1
     assert [step["train/loss"] for step in found[0]] != [step["train/loss"] for step in found[1]]
