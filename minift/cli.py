@@ -27,6 +27,7 @@ from .config import (
     InspectConfig,
     MergeConfig,
     NewConfig,
+    PlanConfig,
     PredictConfig,
     TrainConfig,
     add_options,
@@ -79,6 +80,16 @@ def train(config: TrainConfig) -> int:
         )
         say("\n".join(["", *lines]))
     return 0
+
+
+def plan(config: PlanConfig) -> None:
+    """Prints what a run would take."""
+    from .checkpoints.hub import default_model
+    from .planning import describe, forecast
+
+    if not config.model:
+        config = replace(config, model=default_model(config.task))
+    print("\n".join(describe(forecast(config))))
 
 
 def demo(config: DemoConfig) -> None:
@@ -283,6 +294,7 @@ def print_metrics(numbers: dict, details: dict, task: ModuleType) -> None:
 
 COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "train": (TrainConfig, train),
+    "plan": (PlanConfig, plan),
     "eval": (EvalConfig, evaluate),
     "predict": (PredictConfig, predict),
     "generate": (GenerateConfig, generate),

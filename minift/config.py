@@ -317,6 +317,19 @@ class TrainConfig(Config):
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """Say what a run would take, before it does.
+
+    The options are those of `minift train`; nothing is trained, and nothing written.
+
+    minift plan --model bert-base-uncased --data reviews.csv
+    minift plan --model gpt2 --task complete --data facts.jsonl --method lora --base nf4
+    """
+
+    out: str = option("", "not looked at: nothing is written", heading="run")
+
+
+@dataclass
 class DemoConfig(Config):
     """Fine-tune built-in models on built-in data.
 

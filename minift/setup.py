@@ -122,7 +122,9 @@ def prepare(model: Model, config: TrainConfig | None = None, **options) -> Job:
 def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
     """The job of a checked configuration."""
     model.max_length = check_length(model, config.max_length)  # eval and predict cut where training cut
-    base = resume.fingerprint_base(model)  # of the weights as they were loaded, whatever dtype they are kept in
+    base = {}
+    if engine.device.type != "meta":  # of the weights as they were loaded, whatever dtype they are kept in
+        base = resume.fingerprint_base(model)
     model.to(engine.device)
     if config.base == "bf16":
         keep_frozen(model, torch.bfloat16)

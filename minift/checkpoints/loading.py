@@ -29,7 +29,7 @@ from ..tasks import task_named, task_of_architecture, task_of_peft
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
 from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
-from .weights import draw_all, fill, hub_names, known_name, pickled_in, safetensors_in, tensors
+from .weights import Report, draw_all, fill, hub_names, known_name, pickled_in, safetensors_in, tensors
 
 LAYERS = 1024  # most layers of a model; a config.json that asks for billions is answered at once
 LABELS = 10**5  # most classes that have no names
@@ -62,6 +62,7 @@ def load(
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
     init: "random" draws every weight, and reads none from the folder; it has a config.json and, for text, a tokenizer.
+    "shapes" leaves them on the meta device, without values (planning.py).
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
     given = resolve(source)
@@ -88,12 +89,16 @@ def load(
     if fresh_classes:
         model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it in four bits
     with memory.returned_memory():
-        if init == "random":
+        if init == "shapes":
+            model.report = Report()
+        elif init == "random":
             model.report = draw_all(model, seed)
         else:
             model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
         model.source = address(source)
     model.report.notes += notes
+    if init == "shapes":
+        return model, load_tokenizer(model, given, folder)
     if model.task and isinstance(model.last, NF4Linear):
         # transformers packs it too; here a head's numbers are looked at, and learn
         model.set_last(unpacked(model.last))

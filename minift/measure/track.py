@@ -47,6 +47,15 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
+def resident() -> int:
+    """The resident size of this process now, in bytes; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return 0
+    return pages * resource.getpagesize()
+
+
 class Progress:
     """A bar on a terminal; elsewhere a plain line now and then, and at the end."""
 

@@ -9,6 +9,7 @@ runs, unless --kernels is `native`. Nothing happens when this file is imported.
 
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -27,6 +28,7 @@ mode = "auto"  # `use` sets it
 loaded: dict[tuple[str, torch.device], Library | None] = {}  # None: it could not be made, and that was said
 told: set[str] = set()  # reasons for a reference to run: the same for every kernel where there is no compiler
 making: dict[str, Future] = {}  # by operator: being compiled for the CPU in the background
+watch: Callable[[str, Library], Library] | None = None  # what measure/ledger.py puts before a kernel while it looks on
 
 
 def use(wanted: str, device: torch.device = CPU) -> str:
@@ -75,11 +77,13 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
     """The functions of the kernel NAME, if it can work on all these tensors; else None, and the reference runs.
 
     It takes plain tensors on one device and of one dtype: float32, bfloat16, or int32; on CUDA float16 too. Raises
-    ValueError in mode `native` where it cannot be made.
+    ValueError in mode `native` where it cannot be made. On the meta device it is the CPU's, while somebody looks on.
     """
     if mode == "reference":
         return None
     first = tensors[0]
+    if watch is not None:
+        return watched_kernel(name, *tensors)
     dtype = first.dtype
     on_cpu = first.is_cpu
     for t in tensors:
@@ -94,6 +98,24 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
             return None
     key = name, device
     return loaded[key] if key in loaded else load_kernel(name, device)
+
+
+def watched_kernel(name: str, *tensors: Tensor | None) -> Library | None:
+    """The same kernel as `watch` shows it."""
+    global watch
+    given = [t for t in tensors if t is not None]
+    if any(t.is_meta for t in given):  # stands for a tensor on the CPU
+        is_fit = len({t.dtype for t in given}) == 1 and given[0].dtype in ON_CPU
+        library = None
+        if is_fit:
+            library = loaded[name, CPU] if (name, CPU) in loaded else load_kernel(name)
+    else:
+        looks_on, watch = watch, None
+        try:
+            library = kernel(name, *tensors)
+        finally:
+            watch = looks_on
+    return library and watch(name, library)
 
 
 def load_kernel(

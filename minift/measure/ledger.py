@@ -1,0 +1,277 @@
+"""Where the bytes and the FLOPs of a step go: every tensor from its making to its end, every product.
+
+    with Ledger(model) as ledger:      # sees each operator of PyTorch and each kernel of minift
+        ...a step...
+    ledger.peak                        # bytes, when most are held
+    ledger.at_peak()                   # the same by kind
+    ledger.flops                       # of products, by the operator that makes them
+
+On the meta device a tensor has a shape and no memory, and nothing is computed. The same step run there is a forecast
+(planning.py), and takes a second whatever the model's size. It counts what PyTorch and the operators of ops/ hold,
+since it is they who hold it. On another device the same numbers are a measurement.
+"""
+
+import bisect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..ops import native
+
+FROZEN = "frozen weights"
+TRAINED = "trained weights"
+GRADIENTS = "gradients"
+MOMENTS = "optimizer state"
+BATCH = "batch"
+SAVED = "saved for backward"
+PASSING = "in passing"
+KINDS = (FROZEN, TRAINED, GRADIENTS, MOMENTS, BATCH, SAVED, PASSING)
+
+
+@dataclass
+class Held:
+    """The memory of a tensor, and of all views of it."""
+
+    size: int  # bytes
+    kind: str
+    maker: str  # the module in whose forward pass it was made, or ""
+    place: int  # in the heap
+
+
+class Ledger(TorchDispatchMode):
+    """What is held from moment to moment while it is active, and how much is multiplied."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.held: dict[int, Held] = {}  # by the storage, while it lives
+        self.heap = Heap()
+        self.now = 0  # bytes
+        self.modules: list[str] = []  # in whose forward pass we are, the innermost last
+        self.hooks: list = []
+        self.in_backward = False
+        self.restart()
+        for p in model.parameters():
+            self.own(TRAINED if p.requires_grad else FROZEN, [p])
+        self.own(FROZEN, model.buffers())
+
+    def restart(self) -> None:
+        """Begins to count anew; what is held stays held."""
+        self.peak = self.now
+        self.snapshot: list[Held] = []  # what was held at the peak, as soon as it is over
+        self.saved: Counter[str] = Counter()  # bytes that the last forward pass left for backward, by module
+        self.flops: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()  # bytes that kernels read and write, by their name
+
+    def own(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Says of what kind tensors are, which were there before or were made meanwhile."""
+        for tensor in tensors:
+            self.hold(tensor)
+            self.held[tensor.untyped_storage()._cdata].kind = kind
+
+    def hold(self, tensor: Tensor) -> None:
+        """Counts the memory of a tensor until it is given back; of a view, nothing."""
+        storage = tensor.untyped_storage()
+        number = storage._cdata
+        if number in self.held:
+            return
+        size = storage.nbytes()
+        maker = self.modules[-1] if self.modules else ""
+        self.held[number] = Held(size, PASSING, maker, self.heap.take(size))
+        self.now += size
+        weakref.finalize(storage, self.release, number).atexit = False
+        if self.now > self.peak:
+            self.peak = self.now
+            self.snapshot = []
+
+    def release(self, number: int) -> None:
+        """A storage was given back."""
+        if not self.snapshot and self.now == self.peak:
+            self.snapshot = list(self.held.values())
+        held = self.held.pop(number)
+        self.now -= held.size
+        self.heap.give_back(held.place, held.size)
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by kind when most were held."""
+        found = dict.fromkeys(KINDS, 0)
+        for held in self.snapshot or self.held.values():
+            found[held.kind] += held.size
+        return found
+
+    # what it sees
+
+    def __torch_dispatch__(self, function: Callable, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self.in_backward:
+            self.turn()
+        self.in_backward = in_backward
+        out = function(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf)
+        packet = function.overloadpacket
+        if packet in flop_registry:
+            self.flops[str(packet)] += flop_registry[packet](*args, **kwargs, out_val=out)
+        return out
+
+    def turn(self) -> None:
+        """Where a backward pass begins: what is passing is what was saved for it."""
+        self.saved = Counter()
+        for held in self.held.values():
+            if held.kind == PASSING:
+                held.kind = SAVED
+                self.saved[held.maker] += held.size
+
+    def kernel(self, name: str, library) -> "Seen":
+        """What stands before a kernel of minift's meanwhile."""
+        return Seen(self, name, library)
+
+    def __enter__(self):
+        self.before = native.watch
+        native.watch = self.kernel
+        for name, module in self.model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.modules.append(name)))
+            self.hooks.append(module.register_forward_hook(self.leave))
+        return super().__enter__()
+
+    def leave(self, *_) -> None:
+        """The end of a module's forward pass."""
+        self.modules.pop()
+
+    def __exit__(self, *reason):
+        native.watch = self.before
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        return super().__exit__(*reason)
+
+
+class Seen:
+    """A library of kernels that a ledger looks at: each call is counted, and made where there is memory."""
+
+    def __init__(self, ledger: Ledger, name: str, library):
+        self.ledger = ledger
+        self.name = name
+        self.library = library
+        self.on_cuda = library.on_cuda
+
+    def __getattr__(self, function: str) -> Callable:
+        def call(**given) -> None:
+            tensors = [value for value in given.values() if isinstance(value, Tensor)]
+            self.ledger.moved[self.name] += sum(t.nbytes for t in tensors)
+            if function in FLOPS:
+                self.ledger.flops[self.name] += FLOPS[function](given)
+            if not any(t.is_meta for t in tensors):
+                getattr(self.library, function)(**given)
+
+        return call
+
+
+def attention_flops(given: dict) -> int:
+    """Of the kernel's products, from its arguments: two forward, five backward, for each query and key that meet.
+
+    Where only some tokens ask, they are taken to be spread over the sequences evenly.
+    """
+    lengths = given["offsets"].diff()
+    pairs = int((lengths * lengths).sum())
+    if given["causal"]:
+        pairs = (pairs + int(lengths.sum())) // 2
+    pairs = pairs * given["M"] // max(1, int(lengths.sum()))
+    products = 5 if given["backward"] else 2
+    return 2 * products * pairs * given["H"] * given["D"]
+
+
+def lora_flops(products: int) -> Callable[[dict], int]:
+    """Of the kernel with so many products of (N, C) and (C, R)."""
+    return lambda given: 2 * products * given["N"] * given["C"] * given["R"]
+
+
+FLOPS = {"attention": attention_flops, "lora_forward": lora_flops(1), "lora_backward": lora_flops(2)}
+
+
+class Heap:
+    """What glibc's heap grows to: the best fit among free blocks, neighbours joined, large blocks mapped by themselves.
+
+    A block that is free between two that are not is held all the same. engine/memory.py sets glibc so that it gives
+    nothing back in between, which is what is followed here; addresses are counted from 0.
+    """
+
+    LARGE = 1 << 25  # bytes, from which a block is mapped by itself (M_MMAP_THRESHOLD)
+    PAGE = 4096
+
+    def __init__(self):
+        self.top = 0  # where the heap ends
+        self.mapped = 0  # bytes of large blocks
+        self.most = 0  # bytes of heap and large blocks together
+        self.reached = 0  # how far the top ever was
+        self.sizes: list[tuple[int, int]] = []  # (size, begin) of free blocks, ascending
+        self.begins: dict[int, int] = {}  # free blocks: begin -> size
+        self.ends: dict[int, int] = {}  # the same: end -> begin
+
+    def take(self, size: int) -> int:
+        """The beginning of a block; -1 of a large one."""
+        if size >= self.LARGE:
+            self.mapped += self.in_pages(size)
+            self.grown()
+            return -1
+        size = self.rounded(size)
+        i = bisect.bisect_left(self.sizes, (size, -1))
+        if i < len(self.sizes):
+            found, begin = self.sizes[i]
+            self.remove(begin)
+            if found > size:
+                self.insert(begin + size, found - size)
+            return begin
+        begin = self.top
+        self.top += size
+        self.grown()
+        return begin
+
+    def give_back(self, begin: int, size: int) -> None:
+        """A block is free."""
+        if size >= self.LARGE:
+            self.mapped -= self.in_pages(size)
+            return
+        size = self.rounded(size)
+        if begin + size in self.begins:
+            size += self.remove(begin + size)
+        if begin in self.ends:
+            before = self.ends[begin]
+            size += self.remove(before)
+            begin = before
+        if begin + size == self.top:
+            self.top = begin
+        else:
+            self.insert(begin, size)
+
+    def rounded(self, size: int) -> int:
+        """What a block takes: torch's alignment to 64 bytes and glibc's own 16."""
+        return -(-(size + 80) // 16) * 16
+
+    def in_pages(self, size: int) -> int:
+        return -(-size // self.PAGE) * self.PAGE
+
+    def grown(self) -> None:
+        """After something was taken beyond what there was."""
+        self.reached = max(self.reached, self.top)
+        self.most = max(self.most, self.reached + self.mapped)
+
+    def insert(self, begin: int, size: int) -> None:
+        self.begins[begin] = size
+        self.ends[begin + size] = begin
+        bisect.insort(self.sizes, (size, begin))
+
+    def remove(self, begin: int) -> int:
+        size = self.begins.pop(begin)
+        del self.ends[begin + size]
+        self.sizes.pop(bisect.bisect_left(self.sizes, (size, begin)))
+        return size
