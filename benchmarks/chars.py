@@ -5,12 +5,13 @@ The small recipe for a CPU that nanoGPT publishes (https://github.com/karpathy/n
 100 steps of warm-up, a cosine, no dropout, on the first nine tenths of tinyshakespeare; the rest is for validation.
 
 minift      the recipe by `minift new` (a vocabulary of bytes) and `minift train --init random`
-minift fast the same in the dtype that the hardware is fast at, with Muon
+warmer      the same with three times the learning rate
+muon        the same with Muon instead of AdamW
 plain       the model and the recipe in plain PyTorch as one would write them, in this file: float32, blocks drawn at
             random, scaled-dot-product attention, fused AdamW, no compiler
 
-Loss is over the whole validation text, in blocks of 64. Time is that of the steps: the engines take turns, a fresh
-process each time, and the median counts.
+Loss is over the whole validation text, in blocks of 64 predictions. Time is that of the steps: the engines take turns,
+a fresh process each time, and the median counts.
 """
 
 import json
@@ -31,10 +32,12 @@ import minift
 
 LAYERS, WIDTH, HEADS, BLOCK, BATCH, WARMUP = 4, 128, 4, 64, 12, 100
 LR, LAST_LR, DECAY, BETAS = 1e-3, 1e-4, 0.1, (0.9, 0.99)
-RECIPE = f"--batch {BATCH} --max-length {BLOCK} --lr {LR} --warmup {WARMUP} --schedule cosine --dropout 0 --beta2 0.99"
+RECIPE = f"--batch {BATCH} --max-length {BLOCK + 1} --warmup {WARMUP} --schedule cosine --dropout 0 --beta2 0.99"
+RECIPE += f" --weight-decay {DECAY}"
 ENGINES = {
-    "minift": f"{RECIPE} --weight-decay {DECAY}",
-    "minift fast": f"{RECIPE} --weight-decay {DECAY} --precision auto --optimizer muon --lr 5e-3",
+    "minift": f"{RECIPE} --lr {LR}",
+    "warmer": f"{RECIPE} --lr {3 * LR}",
+    "muon": f"{RECIPE} --lr 5e-3 --optimizer muon",
     "plain": "",
 }
 
@@ -119,7 +122,7 @@ def run_minift(options: str, train: str, valid: str, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as work:
         for name, text in (("train.txt", train), ("valid.txt", valid)):
             Path(work, name).write_text(text)
-        sizes = f"--family gpt2 --vocab 257 --layers {LAYERS} --width {WIDTH} --heads {HEADS} --positions {BLOCK}"
+        sizes = f"--family gpt2 --vocab 257 --layers {LAYERS} --width {WIDTH} --heads {HEADS} --positions {BLOCK + 1}"
         call(f"new --data train.txt --out new {sizes}", work)
         call(
             f"train --model new --init random --task complete --data train.txt {options} --steps {steps} --out run",
@@ -128,7 +131,7 @@ def run_minift(options: str, train: str, valid: str, steps: int) -> dict:
         steps_made = [json.loads(line) for line in Path(work, "run/metrics.jsonl").read_text().splitlines()]
         seconds = sum(step["train/tokens"] / step["train/tokens_per_second"] for step in steps_made)
         model, tokenizer = minift.load(Path(work, "run"), task="complete")
-        given = minift.EvalConfig(data=str(Path(work, "valid.txt")), task="complete", max_length=BLOCK)
+        given = minift.EvalConfig(data=str(Path(work, "valid.txt")), task="complete", max_length=BLOCK + 1)
         return {"seconds": seconds, "loss": minift.evaluate(model, tokenizer, given)["loss"]}
 
 

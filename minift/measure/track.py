@@ -66,12 +66,13 @@ class Progress:
         self.start = self.told = time.monotonic()
 
     def add(self, n: int = 1, note: str = "") -> None:
-        """n more done."""
+        """n more done; where they are more than there seemed to be, as of a text that is cut, all of them are meant."""
         self.done += n
+        is_last = self.done - n < self.total <= self.done
+        self.total = self.bar.total = max(self.total, self.done)
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(n)
         now = time.monotonic()
-        is_last = self.done - n < self.total <= self.done
         if self.bar.disable and self.total > 1 and (now - self.told >= EVERY or is_last):
             left = (now - self.start) / (self.done - self.first) * max(0, self.total - self.done)
             words = (f"{self.unit} {self.done}/{self.total}", note, f"{tqdm.format_interval(left)} left")
