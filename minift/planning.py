@@ -178,11 +178,12 @@ def describe(plan: Plan) -> list[str]:
     lines = table_lines((where, "MB", "share"), rows, "<>>")
     limit = f"at most {plan.at_once:,}" if plan.at_once else "no limit"
     parts = f"{plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''}"
+    rate = f"{plan.product_rate / 1e9:,.0f} a second in {str(plan.dtype)[6:]}"
     lines += [
         "",
         f"weights   {plan.trained:,} of {plan.weights:,} learn",
         f"tokens    {plan.tokens:,} at once ({limit}), in {parts} of the largest step",
-        f"products  {plan.flops / 1e9:,.1f} GFLOP in it, {plan.product_rate / 1e9:,.0f} a second in {str(plan.dtype)[6:]}",
+        f"products  {plan.flops / 1e9:,.1f} GFLOP in it, {rate}",
         f"time      about {plan.seconds:.2f} s for it",
     ]
     return lines

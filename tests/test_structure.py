@@ -19,7 +19,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minift"
 
 # the rooms, from the top of the house to its ground: a room imports from rooms below it, and from itself
-ROOMS = ["__main__", "cli", "demo", "planning", "training", "runs", "setup", "generation", "evaluation", "checkpoints", "engine"]
+ROOMS = [
+    "__main__",
+    "cli",
+    "demo",
+    "planning",
+    "training",
+    "runs",
+    "setup",
+    "generation",
+    "evaluation",
+    "checkpoints",
+    "engine",
+]
 ROOMS += ["measure", "tasks", "adapters", "models", "layers", "data", "ops", "config", "tables", "files", "errors"]
 OUTSIDE = {"torch", "tokenizers", "safetensors", "numpy", "tqdm", "huggingface_hub"}
 EXTRAS = {"measure": {"wandb"}}  # imported where an option asks for them

@@ -1,0 +1,228 @@
+"""The ledger of a step, and the plan that is made with it: against real steps, real processes and torch's own counter.
+
+python -m pytest tests/test_planning.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import examples, fails, small_model, works, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import minift
+from minift.config import PlanConfig
+from minift.data.batch import pack
+from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Ledger
+from minift.ops import attention, native
+from minift.ops.dropout import Noise
+from minift.planning import forecast, run_on_meta
+from minift.setup import Engine, make_job
+from minift.training import accumulate, update
+
+CPU = torch.device("cpu")
+META = torch.device("meta")
+LENGTHS = [40, 7, 23, 31]
+
+
+def job_of(family, folder, method, device, width=64, dtype=torch.float32):
+    """A job on a small model, with or without an adapter, and the examples of its step."""
+    model, task = small_model(family, folder, width)
+    if method == "lora":
+        minift.add_lora(model)
+    config = minift.TrainConfig(task=task, method=method, precision="auto")
+    if device == META:
+        model = model.to(META)
+        model.tie()
+    return make_job(model, config, Engine(device, dtype)), examples(task, LENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def no_scratch():
+    """Working memory of earlier calls would not be counted a second time."""
+    vars(attention.kept).clear()
+
+
+def real_steps(job, sequences) -> Ledger:
+    """What planning.run_on_meta does, with numbers."""
+    ledger = Ledger(job.model)
+    with ledger:
+        for step in range(2):
+            ledger.restart()
+            batch = pack(sequences)
+            accumulate(job, batch, Noise(job.config.seed, step, batch.keys), 1)
+            ledger.own(GRADIENTS, (p.grad for p in job.parameters if p.grad is not None))
+            update(job, skip=torch.zeros(()))
+            for state in job.optimizer.state.values():
+                ledger.own(MOMENTS, state.values())
+            job.optimizer.zero_grad()
+    return ledger
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_step_without_memory_holds_what_a_real_one_does(family, method, dtype, tmp_path):
+    real = real_steps(*job_of(family, tmp_path, method, CPU, dtype=dtype))
+    vars(attention.kept).clear()
+    job, sequences = job_of(family, tmp_path, method, META, dtype=dtype)
+    found = run_on_meta(job, [sequences])
+    assert found.peak == pytest.approx(real.peak, rel=0.02)
+    assert sum(found.at_peak().values()) == found.peak
+    # an embedding's gradient is sparse on the CPU from the second micro-batch on, and its product no product
+    assert sum(found.flops.values()) == pytest.approx(sum(real.flops.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weights_moments_and_gradients_are_counted_to_the_byte(method, tmp_path):
+    job, sequences = job_of("bert", tmp_path, method, META)
+    kinds = run_on_meta(job, [sequences]).at_peak()
+    learned = 4 * sum(p.numel() for p in job.parameters)
+    every = 4 * sum(p.numel() for p in job.model.parameters())
+    assert kinds[TRAINED] == learned and kinds[FROZEN] == every - learned
+    assert kinds[MOMENTS] == 2 * learned + 4 * len(job.parameters)  # AdamW's, and its counts
+    assert 0 < kinds[GRADIENTS] + kinds[SAVED]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_flops_are_torchs_own_count(family, tmp_path, monkeypatch):
+    """Of everything but attention, which is a kernel of ours, or pieces of products in its reference."""
+    job, sequences = job_of(family, tmp_path, "full", CPU)
+    batch = pack(sequences)
+    ledger = Ledger(job.model)
+    with ledger:
+        accumulate(job, batch, Noise(1, 0, batch.keys), 1)
+    monkeypatch.setattr(native, "mode", "reference")
+    job.optimizer.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        accumulate(job, batch, Noise(1, 0, batch.keys), 1)
+    theirs = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    ours = sum(n for name, n in ledger.flops.items() if name != "attention")
+    assert ours == pytest.approx(sum(n for name, n in theirs.items() if name != "aten.bmm"), rel=0.01)
+
+
+def test_attentions_flops_by_hand(tmp_path):
+    """Two products forward and five backward, for each pair of tokens of a sequence; the last layer asks for few."""
+    job, _ = job_of("gpt2", tmp_path, "full", CPU)
+    sequences = examples("complete", [10])
+    sequences[0].rows, sequences[0].targets = sequences[0].rows[:0], sequences[0].targets[:0]
+    batch = pack(sequences)
+    ledger = Ledger(job.model)
+    with ledger, torch.no_grad():
+        job.model(batch)
+    layers = len(job.model.body.h) - 1
+    assert ledger.flops["attention"] == layers * 2 * 2 * 64 * (10 * 11 // 2)
+
+
+def test_what_is_saved_is_said_by_module(tmp_path):
+    job, sequences = job_of("bert", tmp_path, "full", CPU)
+    ledger = real_steps(job, sequences)
+    assert sum(ledger.saved.values()) > 0 and all(
+        name.startswith(("body", "head")) or not name for name in ledger.saved
+    )
+    mlp = {name: n for name, n in ledger.saved.items() if ".mlp" in name}
+    inner = job.model.config.intermediate_size
+    assert max(mlp.values()) >= 4 * sum(LENGTHS) * inner
+
+
+# ---- the heap
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(0, 9)), min_size=1, max_size=60))
+def test_blocks_of_the_heap_never_overlap(calls):
+    """Each call takes a block, and gives back one of those before it if its second number says so."""
+    heap, blocks = Heap(), []
+    for size, back in calls:
+        begin = heap.take(size)
+        assert all(begin + size <= b or b + n <= begin for b, n in blocks)
+        blocks.append((begin, size))
+        if back < len(blocks):
+            heap.give_back(*blocks.pop(back))
+    assert heap.most >= sum(n for _, n in blocks)
+    for block in blocks:
+        heap.give_back(*block)
+    assert heap.top == 0 and not heap.sizes and not heap.begins and not heap.ends
+
+
+def test_a_hole_is_held_and_used():
+    heap = Heap()
+    a, b = heap.take(1000), heap.take(1000)
+    heap.give_back(a, 1000)
+    assert heap.take(400) == a and heap.take(2000) > b
+    large = heap.take(1 << 26)
+    most = heap.most
+    heap.give_back(large, 1 << 26)
+    heap.take(1 << 26)
+    assert large == -1 and heap.most == most
+
+
+# ---- whole plans
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory):
+    """A model of a size that shows in a process, and data."""
+    folder = tmp_path_factory.mktemp("middling")
+    words = "a good film with a bad end and no plot at all but a lovely cast".split()
+    rows = [{"text": " ".join(words * 12), "label": i % 2} for i in range(32)]
+    write(folder / "data.jsonl", *rows)
+    write(folder / "text.txt", *(" ".join(words) for _ in range(40)))
+    works("new --data {f}/text.txt --out {f}/bert --width 384 --layers 6 --heads 6 --positions 256", f=folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--tokens 512", "--method lora", "--recompute"])
+def test_memory_of_a_process_is_as_planned(options, middling, tmp_path):
+    """Within five per cent, of a run from random weights in a process of its own."""
+    line = f"--model {middling}/bert --init random --data {middling}/data.jsonl --batch 16 --steps 3 {options}"
+    if "lora" in options:  # an adapter wants a base that can be loaded
+        works(
+            f"train --model {middling}/bert --init random --data {middling}/data.jsonl --steps 1 --out {tmp_path}/base"
+        )
+        line = line.replace(f"--model {middling}/bert --init random", f"--model {tmp_path}/base/last")
+    run = [sys.executable, "-m", "minift", "train", *line.split(), "--out", str(tmp_path / "run")]
+    subprocess.run(run, check=True, capture_output=True)
+    steps = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    code = f"""
+import json, sys
+from minift.config import PlanConfig, from_args
+from minift.cli import parse
+from minift.planning import forecast
+_, args = parse(["plan", *{line.split()!r}])
+print(forecast(from_args(PlanConfig, args)).memory)
+"""
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(told.stdout.split()[-1]) == pytest.approx(steps[-1]["train/peak_memory"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "pissa", "lora --base nf4", "loftq --base nf4", "head"])
+def test_every_method_has_a_plan(method, middling, tmp_path):
+    said = works(f"plan --data {middling}/data.jsonl --method {method}")
+    assert "all, at the peak" in said.out and "GFLOP" in said.out
+
+
+def test_a_plan_allocates_and_writes_nothing(middling, tmp_path, monkeypatch):
+    """Weights of 80 GB are planned for as any others."""
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((middling / "bert/config.json").read_text())
+    config |= {"hidden_size": 12288, "intermediate_size": 49152, "num_hidden_layers": 12, "num_attention_heads": 96}
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    for path in (middling / "bert").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = forecast(PlanConfig(model=str(folder), data=str(middling / "data.jsonl"), device="cpu"))
+    assert plan.kinds[TRAINED] > 80e9 and plan.memory > 4 * plan.kinds[TRAINED]
+    assert [path.name for path in tmp_path.iterdir()] == ["huge"]
+
+
+def test_bad_input_is_said_as_in_training(middling, tmp_path):
+    fails("plan --data {f}/none.jsonl", "none.jsonl", f=middling)
+    fails("plan", "--data is missing", code=2)
