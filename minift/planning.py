@@ -23,7 +23,7 @@ from .errors import table_lines
 from .measure.ledger import BATCH, GRADIENTS, MOMENTS, Ledger
 from .measure.track import resident
 from .models import check_length
-from .ops import native
+from .ops import native, sources
 from .ops.dropout import Noise
 from .ops.linear import product
 from .runs import read_training, set_aside, tokenise_texts
@@ -85,9 +85,9 @@ def forecast(config: TrainConfig) -> Plan:
     config = replace(config, tokens=config.tokens or default_tokens(model, device))
     job = make_job(model, config, Engine(META, dtype))
     micros = largest_step(job, sequences)
-    process = resident()
-    ledger = run_on_meta(job, micros)
     product_rate, copy_rate = rates(dtype, device)
+    process = resident_when_running(config)
+    ledger = run_on_meta(job, micros)
     return Plan(
         kinds=ledger.at_peak(),
         held=ledger.peak,
@@ -141,6 +141,14 @@ def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
                 ledger.own(MOMENTS, state.values())
             job.optimizer.zero_grad()
     return ledger
+
+
+def resident_when_running(config: TrainConfig) -> int:
+    """Bytes of this process with everything that a run loads: kernels, and libraries of products."""
+    if native.mode != "reference" and config.device != "cuda":
+        for path in sources.folder().glob("cpu/*.cpp"):
+            native.load_kernel(path.stem)
+    return resident()
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:

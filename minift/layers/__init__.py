@@ -8,11 +8,12 @@ Weights are created uninitialised: checkpoints/weights.py streams a checkpoint i
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops import norm
 from ..ops.dropout import SILENT, Noise
@@ -24,7 +25,57 @@ def recomputed(f: Callable, *args):
 
     Exact, dropout too: noise is an argument and no generator's state.
     """
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+    if not torch.is_grad_enabled():
+        return f(*args)
+    again = Again(f, args)
+    with saved_tensors_hooks(again.number, again.tensor):
+        return f(*args)
+
+
+class AllThere(Exception):
+    """What was to be saved is there: the rest need not be computed."""
+
+
+class Again:
+    """A computation whose saved tensors are numbers until backward asks for the first of them.
+
+    This is what torch.utils.checkpoint does, which also imports torch's compiler: 80 MB and a second.
+    """
+
+    def __init__(self, f: Callable, args: tuple):
+        self.f = f
+        self.args = args
+        self.count = 0  # of tensors that forward saved
+        self.made: dict[int, Tensor] = {}
+
+    def number(self, tensor: Tensor) -> int:
+        """What autograd keeps of a tensor that it saves."""
+        self.count += 1
+        return self.count - 1
+
+    def tensor(self, number: int) -> Tensor:
+        """What backward gets, once each."""
+        if number not in self.made:
+            self.compute()
+        return self.made.pop(number)
+
+    def compute(self) -> None:
+        """The same computation, whose saved tensors are kept in the same order."""
+        self.made = {}
+
+        def keep(tensor: Tensor) -> None:
+            self.made[len(self.made)] = tensor.detach()
+            if len(self.made) == self.count:
+                raise AllThere
+
+        args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in self.args]
+        with suppress(AllThere), torch.enable_grad(), saved_tensors_hooks(keep, no_backward):
+            self.f(*args)
+
+
+def no_backward(_) -> None:
+    """The computation that is made again has no backward of its own."""
+    raise RuntimeError("a computation that was made for its saved tensors has no backward pass")
 
 
 class Linear(nn.Module):
