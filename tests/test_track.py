@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import command, fails, losses, metrics, model_and_data, works
+from helpers import command, fails, losses, metrics, model_and_data, python, works
 
 import minift
 from minift.measure import track
@@ -105,3 +105,11 @@ def test_from_python(folder):
     assert minift.evaluate(model, tokenizer, minift.EvalConfig(data=data))["examples"] == 40
     (one,) = minift.predict(model, tokenizer, minift.PredictConfig(text="a great film"))
     assert set(one) == {"label", "scores"}
+
+
+def test_the_peak_is_this_processs_own():
+    """Not that of the process that started it, with which Linux begins to count ru_maxrss."""
+    code = "from minift.measure.track import peak_memory; print(peak_memory())"
+    large = bytearray(1 << 30)
+    large[:: 1 << 12] = b"x" * (1 << 18)  # every page of it
+    assert int(python(code)) < 512 << 20 < len(large)
