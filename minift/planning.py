@@ -43,6 +43,7 @@ class Plan:
     kinds: dict[str, int]  # bytes by kind
     held: int  # their sum
     heap: int  # what the heap grows to for them
+    loading: int  # bytes before the first step: the weights as they are loaded, and the largest of them once more
     process: int  # bytes of this process, without a model
     by_module: dict[str, int]  # of what is saved for backward, which module left how much
     flops: int  # of the products of the largest step
@@ -60,7 +61,7 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes of the process at its peak; on a GPU those of the GPU."""
-        return self.heap + self.process if self.device.type == "cpu" else self.held
+        return self.process + max(self.heap, self.loading) if self.device.type == "cpu" else self.held
 
     @property
     def seconds(self) -> float:
@@ -76,6 +77,7 @@ def forecast(config: TrainConfig) -> Plan:
     examples, _ = set_aside(config, whole)
     method = saved_as(config.method) if changes_base(config.method) else config.method  # the shapes are the same
     model, tokenizer = load_model(replace(config, init="shapes", method=method), labels)
+    weights = [t.nbytes for t in (*model.parameters(), *model.buffers())]
     tokenise_texts(tokenizer, ALONE, examples)
     sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
 
@@ -92,6 +94,7 @@ def forecast(config: TrainConfig) -> Plan:
         kinds=ledger.at_peak(),
         held=ledger.peak,
         heap=ledger.heap.most,
+        loading=sum(weights) + max(weights),
         process=process,
         by_module=dict(ledger.saved),
         flops=sum(ledger.flops.values()),
@@ -181,6 +184,9 @@ def describe(plan: Plan) -> list[str]:
     rows = [(name, megabytes(size), share(size, plan.memory)) for name, size in plan.kinds.items() if size]
     if plan.device.type == "cpu":
         rows.append(("holes in the heap", megabytes(plan.heap - plan.held), share(plan.heap - plan.held, plan.memory)))
+        if plan.loading > plan.heap:
+            more = plan.loading - plan.heap
+            rows.append(("more, while it loads", megabytes(more), share(more, plan.memory)))
         rows.append(("Python, torch, data", megabytes(plan.process), share(plan.process, plan.memory)))
     rows.append(("all, at the peak", megabytes(plan.memory), "100 %"))
     lines = table_lines((where, "MB", "share"), rows, "<>>")
