@@ -1,4 +1,4 @@
-"""The command line: minift train | eval | predict | generate | merge | check | inspect.
+"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | new | demo.
 
 Results go to standard output, progress and messages to standard error.
 Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.

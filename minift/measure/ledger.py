@@ -118,7 +118,7 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
-        packet = function.overloadpacket
+        packet = getattr(function, "overloadpacket", None)
         if packet in flop_registry:
             self.flops[str(packet)] += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
@@ -208,7 +208,7 @@ class Heap:
     LARGE = 1 << 25  # bytes, from which a block is mapped by itself (M_MMAP_THRESHOLD)
     PAGE = 4096
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.top = 0  # where the heap ends
         self.mapped = 0  # bytes of large blocks
         self.most = 0  # bytes of heap and large blocks together

