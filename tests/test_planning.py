@@ -43,9 +43,17 @@ def job_of(family, folder, method, device, width=64, dtype=torch.float32):
 
 
 @pytest.fixture(autouse=True)
-def no_scratch():
-    """Working memory of earlier calls would not be counted a second time."""
+def as_it_begins(monkeypatch):
+    """Whatever mode another test has left; and working memory of earlier calls would not be counted a second time."""
+    monkeypatch.setattr(native, "mode", "auto")
     vars(attention.kept).clear()
+
+
+@pytest.fixture
+def compiled():
+    """Only where kernels can be compiled: a reference's products are other ones."""
+    if native.load_kernel("attention") is None:
+        pytest.skip("there is no compiler")
 
 
 def real_steps(job, sequences) -> Ledger:
@@ -67,7 +75,7 @@ def real_steps(job, sequences) -> Ledger:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_a_step_without_memory_holds_what_a_real_one_does(family, method, dtype, tmp_path):
+def test_a_step_without_memory_holds_what_a_real_one_does(family, method, dtype, tmp_path, compiled):
     real = real_steps(*job_of(family, tmp_path, method, CPU, dtype=dtype))
     vars(attention.kept).clear()
     job, sequences = job_of(family, tmp_path, method, META, dtype=dtype)
@@ -90,7 +98,7 @@ def test_weights_moments_and_gradients_are_counted_to_the_byte(method, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_flops_are_torchs_own_count(family, tmp_path, monkeypatch):
+def test_flops_are_torchs_own_count(family, tmp_path, monkeypatch, compiled):
     """Of everything but attention, which is a kernel of ours, or pieces of products in its reference."""
     job, sequences = job_of(family, tmp_path, "full", CPU)
     batch = pack(sequences)
@@ -106,7 +114,7 @@ def test_flops_are_torchs_own_count(family, tmp_path, monkeypatch):
     assert ours == pytest.approx(sum(n for name, n in theirs.items() if name != "aten.bmm"), rel=0.01)
 
 
-def test_attentions_flops_by_hand(tmp_path):
+def test_attentions_flops_by_hand(tmp_path, compiled):
     """Two products forward and five backward, for each pair of tokens of a sequence; the last layer asks for few."""
     job, _ = job_of("gpt2", tmp_path, "full", CPU)
     sequences = examples("complete", [10])
