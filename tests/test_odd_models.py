@@ -387,7 +387,7 @@ def test_who_named_a_base_that_is_not_there(lora, tmp_path, bert):
     bert.rename(tmp_path / "moved")
     refuse(lora[0], lora[0] / "adapter_config.json", f"names {bert}: no such folder", "--base-model FOLDER")
     assert torch.allclose(logits(lora[0], base_model=tmp_path / "moved"), lora[1], atol=1e-5)
-    refuse(lora[0], "nowhere: no such folder", base_model="/nowhere")
+    refuse(lora[0], "nowhere: no such folder", base_model=str(tmp_path / "nowhere"))
     refuse(tmp_path / "moved", "is no adapter", base_model=tmp_path / "moved")
     configure(lora[0] / "adapter_config.json", base_model_name_or_path=None)
     refuse(lora[0], "no base_model_name_or_path; expected the model to adapt (or --base-model FOLDER)")
