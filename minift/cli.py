@@ -42,16 +42,19 @@ def train(config: TrainConfig) -> int:
     from .checkpoints.hub import default_model
     from .engine.distributed import leave
     from .measure.summary import summarize
-    from .measure.track import say, speaks
-    from .runs import Interrupted, check_out, read_training, set_aside
+    from .measure.track import peak_memory, say, speaks
+    from .planning import fit_aside, footprint, forecast_run, write_ledger
+    from .runs import Interrupted, check_out, prepare_run, read_training, set_aside
     from .setup import load_model
     from .tasks import task_named
-    from .training import train_on
+    from .training import loop
 
     check_out(config)
     if not config.model:
         config = replace(config, model=default_model(config.task))
         say(f"no --model: {config.model}, which ships with minift and is small; --model takes a folder or a hub id")
+    if config.fit:
+        config = fit_aside(config)
     task = task_named(config.task)
     whole = read_training(config, config.data)
     labels = task.label_names(whole, config.labels)  # before some are set aside
@@ -59,15 +62,21 @@ def train(config: TrainConfig) -> int:
     model, tokenizer = load_model(config, labels)
     need(tokenizer, config.model)
     try:
-        done = train_on(model, tokenizer, config, examples)
+        job, sequences, held_out = prepare_run(model, tokenizer, config, examples)
+        before = footprint(model)
+        done = loop(job, tokenizer, sequences, held_out)
     except Interrupted as e:
         say(f"{e}\nto go on: minift train --resume --out {shlex.quote(config.out)}")
         return 128 + e.number
     finally:
         leave()
     if speaks():
+        peak = peak_memory()
+        plan = forecast_run(job, sequences, before)
         print_metrics({f"valid {name}": value for name, value in done.metrics.items()}, done.details, task)
         folder = shlex.quote(config.out)
+        if plan:
+            write_ledger(Path(config.out), plan)
         lines = summarize(
             model,
             config.method,
@@ -76,6 +85,8 @@ def train(config: TrainConfig) -> int:
             done.model,
             done.metrics,
             len(examples[1]),
+            peak,
+            plan and {"memory": plan.memory, "seconds": plan.seconds},
             task.next_command(folder, examples[0][0], tokenizer),
         )
         say("\n".join(["", *lines]))
@@ -85,11 +96,14 @@ def train(config: TrainConfig) -> int:
 def plan(config: PlanConfig) -> None:
     """Prints what a run would take."""
     from .checkpoints.hub import default_model
-    from .planning import describe, forecast
+    from .planning import as_json, describe, fitted, forecast
 
     if not config.model:
         config = replace(config, model=default_model(config.task))
-    print("\n".join(describe(forecast(config))))
+    found = fitted(config) if config.fit else forecast(config)
+    print("\n".join(describe(found)))
+    if config.json:
+        print(json.dumps(as_json(found)))
 
 
 def demo(config: DemoConfig) -> None:

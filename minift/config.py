@@ -127,6 +127,17 @@ def is_number(text: str) -> bool:
     return True
 
 
+SIZES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def size_of(text: str) -> int:
+    """Bytes of a size such as 2GB, 900MB or 1.5GiB. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?b)", text.strip().lower())
+    if not found:
+        raise ValueError(f"--fit is {text!r}; expected a size, as 2GB, 900MB or 1.5GiB")
+    return round(float(found[1]) * SIZES[found[2]])
+
+
 def option(default, help: str, choices: tuple = (), at_least=None, heading: str = ""):
     """A dataclass field that is also a command-line option.
 
@@ -253,6 +264,7 @@ class TrainConfig(Config):
         at_least=0,
         heading="speed and memory",
     )
+    fit: str = option("", "memory that the run may take, as 2GB: chooses --tokens, --recompute and --base")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
     kernels: str = option("auto", "fused operators; auto: compiled where a C++ compiler is found", choices=KERNELS)
@@ -277,6 +289,8 @@ class TrainConfig(Config):
                 raise ValueError(f"--log is {self.log!r}; expected tensorboard, wandb, or both with a comma between")
         if is_number(self.valid) and not 0 < float(self.valid) < 1:  # nan is not above 0
             raise ValueError(f"--valid is {self.valid!r}; expected a file, or a fraction above 0 and below 1")
+        if self.fit:
+            size_of(self.fit)
         if self.patience and not self.valid:
             raise ValueError(f"--patience is {self.patience} without --valid; expected one, to tell what is better")
         method = method_named(self.method)
@@ -327,6 +341,7 @@ class PlanConfig(TrainConfig):
     """
 
     out: str = option("", "not looked at: nothing is written", heading="run")
+    json: bool = option(False, "one JSON object as the last line of standard output", heading="results")
 
 
 @dataclass

@@ -1,62 +1,75 @@
-"""What a run will take, before anything is allocated: `minift plan`.
+"""What a run will take, before anything is allocated: `minift plan`, and `--fit`, which makes it take less.
 
 The model is made without weights, on the meta device, where a tensor has a shape and no memory. Two steps of training
-run there, on the largest micro-batch of the first epoch, and a ledger (measure/ledger.py) sees what they hold and
-multiply. So nothing is computed by formulas that could be out of date: what the code does is what is counted.
+run there and a ledger (measure/ledger.py) sees what they hold and multiply. So nothing is computed by formulas that
+could be out of date: what the code does is what is counted.
 
-Memory is that of the process: Python, torch and the data as they are here, and the heap with its holes. Seconds are the
-products' and the kernels' bytes at the rates of a product and of a copy, both measured here.
+Memory is that of the process, at the largest micro-batch: Python, torch and the data as they are here, and the heap
+with its holes. Seconds are those of a step of the median size, whose parts are timed here (measure/rates.py).
 """
 
-import time
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from . import files
 from .adapters import changes_base, saved_as
-from .config import TrainConfig
+from .config import TrainConfig, size_of
 from .data.batch import Sequence, order, pack
+from .data.tokenizer import Tokenizer
+from .engine import memory
 from .engine.distributed import ALONE
 from .engine.precision import choose_device, choose_dtype
-from .errors import table_lines
-from .measure.ledger import BATCH, GRADIENTS, MOMENTS, Ledger
-from .measure.track import resident
-from .models import check_length
+from .errors import InputError, table_lines
+from .measure.ledger import BATCH, FROZEN, GRADIENTS, MOMENTS, TRAINED, Ledger
+from .measure.rates import best_product_rate, seconds_of
+from .measure.summary import measured
+from .measure.track import peak_memory, resident, say
+from .models import Model, check_length
 from .ops import native, sources
 from .ops.dropout import Noise
-from .ops.linear import product
 from .runs import read_training, set_aside, tokenise_texts
 from .setup import Engine, Job, default_tokens, load_model, make_job
+from .tables import method_named
 from .tasks import task_named
 from .training import accumulate, update
 
 LOOK = 1000  # steps whose micro-batches are looked at
 META = torch.device("meta")
-MEASURED = 0.5  # seconds for a rate
+STEP = 1.25  # between two numbers of tokens that --fit tries
+FITTED = ("tokens", "recompute", "base")  # the options that --fit chooses
+OFF = 1.05  # a forecast of memory may be off by so much, of which --fit leaves room
 
 
 @dataclass
 class Plan:
-    """What a run takes when it takes most; bytes, FLOPs, seconds."""
+    """What a run takes; bytes, FLOPs, seconds."""
 
-    kinds: dict[str, int]  # bytes by kind
+    config: TrainConfig
+    kinds: dict[str, int]  # bytes by kind, when most are held
     held: int  # their sum
     heap: int  # what the heap grows to for them
     loading: int  # bytes before the first step: the weights as they are loaded, and the largest of them once more
     process: int  # bytes of this process, without a model
     by_module: dict[str, int]  # of what is saved for backward, which module left how much
-    flops: int  # of the products of the largest step
-    moved: int  # bytes that its kernels read and write
-    tokens: int  # of the largest micro-batch
-    at_once: int  # the limit of tokens in a micro-batch, 0: none
-    micro_batches: int  # of the step
+    largest: int  # tokens of the largest micro-batch
+    tokens: int  # of a step of the median size
+    micro_batches: int  # of that step
+    flops: int  # of its products
+    seconds: float  # of that step
     trained: int  # weights that learn
     weights: int
     device: torch.device
     dtype: torch.dtype
-    product_rate: float  # FLOP/s
-    copy_rate: float  # bytes/s, read and written
 
     @property
     def memory(self) -> int:
@@ -64,56 +77,143 @@ class Plan:
         return self.process + max(self.heap, self.loading) if self.device.type == "cpu" else self.held
 
     @property
-    def seconds(self) -> float:
-        """Of the largest step."""
-        return self.flops / self.product_rate + self.moved / self.copy_rate
+    def bound(self) -> tuple[int, float]:
+        """(bytes, seconds) that no implementation could do with less of here: weights with the optimizer's state, and
+        the products alone at the highest rate that was measured.
+        """
+        kept = sum(self.kinds[kind] for kind in (FROZEN, TRAINED, MOMENTS))
+        return kept, self.flops / best_product_rate(self.dtype, self.device)
+
+
+@dataclass
+class Subject:
+    """What a plan is made of: examples, and a model without weights, which a plan prepares for training."""
+
+    model: Model
+    labels: list[str] | None
+    sequences: list[Sequence]
+    device: torch.device  # where the run is to be
+    dtype: torch.dtype
+    own: int  # bytes of this process that are not of files
+    loading: int  # bytes that reading the model takes: all weights, and the largest once more
 
 
 def forecast(config: TrainConfig) -> Plan:
     """The plan of a checked configuration. Raises InputError."""
+    return plan_for(read_subject(config), config)
+
+
+def read_subject(config: TrainConfig) -> Subject:
+    """Reads and encodes the examples. Raises InputError."""
     task = task_named(config.task)
     whole = read_training(config, config.data)
     labels = task.label_names(whole, config.labels)
     examples, _ = set_aside(config, whole)
-    method = saved_as(config.method) if changes_base(config.method) else config.method  # the shapes are the same
-    model, tokenizer = load_model(replace(config, init="shapes", method=method), labels)
-    weights = [t.nbytes for t in (*model.parameters(), *model.buffers())]
+    model, tokenizer = load_shapes(config, labels)
     tokenise_texts(tokenizer, ALONE, examples)
     sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
-
     device, _ = choose_device(config.device)
     dtype, _ = choose_dtype(config.precision, device)
     native.use(config.kernels, device)
-    config = replace(config, tokens=config.tokens or default_tokens(model, device))
-    job = make_job(model, config, Engine(META, dtype))
-    micros = largest_step(job, sequences)
-    product_rate, copy_rate = rates(dtype, device)
-    process = resident_when_running(config)
-    ledger = run_on_meta(job, micros)
+    if device.type == "cpu":
+        memory.keep_memory()
+    own, _ = resident()
+    return Subject(model, labels, sequences, device, dtype, own, loaded(model))
+
+
+def load_shapes(config: TrainConfig, labels: list[str] | None) -> tuple[Model, Tokenizer | None]:
+    """The model of a configuration without its weights, and the tokenizer."""
+    method = saved_as(config.method) if changes_base(config.method) else config.method  # the shapes are the same
+    return load_model(replace(config, init="shapes", method=method), labels)
+
+
+def plan_for(subject: Subject, config: TrainConfig) -> Plan:
+    """The plan of the subject with the options of `config`."""
+    job, steps = job_for(subject, config)
+    return plan_of(job, steps, subject.device, subject.dtype, subject.own, subject.loading)
+
+
+def job_for(subject: Subject, config: TrainConfig) -> tuple[Job, list]:
+    """(the job of a subject on the meta device, the micro-batches of each of its steps)."""
+    config = replace(config, tokens=config.tokens or default_tokens(subject.model, subject.device))
+    job = make_job(subject.model, config, Engine(META, subject.dtype))
+    return job, list(steps_of(job, subject.sequences))
+
+
+def footprint(model: Model) -> tuple[int, int]:
+    """(bytes of this process that are neither a file's nor the model's, bytes that loading has taken), before a run."""
+    own, libraries = resident()
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t.is_cpu)
+    own = max(0, own - weights)
+    return own, peak_memory() - own - libraries
+
+
+def forecast_run(job: Job, sequences: list[Sequence], before: tuple[int, int]) -> Plan | None:
+    """The plan of a run that has ended, from its configuration alone; None where processes share its weights.
+
+    Made afterwards, so that it takes none of the run's memory and time. before: its `footprint`.
+    """
+    if job.world.sharded:
+        return None
+    dtype = job.model.body.dtype
+    own, loading = before
+    steps = list(steps_of(job, sequences))
+    planned = make_job(without_memory(job.model), job.config, Engine(META, dtype))
+    return plan_of(planned, steps, job.model.device, dtype, own, loading)
+
+
+def without_memory(model: Model) -> Model:
+    """A copy on the meta device."""
+    memo: dict[int, object] = {id(model.family): model.family}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device=META), p.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device=META)
+    return copy.deepcopy(model, memo)
+
+
+def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own: int, loading: int) -> Plan:
+    """The plan of a job on the meta device. steps: the micro-batches of each; device: where it is to run; own, loading:
+    as in Subject.
+    """
+    largest = max(steps, key=lambda micros: max(map(count_tokens, micros)))
+    by_size = sorted(steps, key=lambda micros: sum(map(count_tokens, micros)))
+    median = by_size[len(by_size) // 2]
+    load_kernels(job.config, device)
+    typical = run_on_meta(job, median)
+    seconds = seconds_of(typical, dtype, device)
+    memory.trim()
+    ledger = typical if largest is median else run_on_meta(job, largest)
+    _, libraries = resident()  # of which the timing has read in as much as a run does
     return Plan(
+        config=job.config,
         kinds=ledger.at_peak(),
         held=ledger.peak,
         heap=ledger.heap.most,
-        loading=sum(weights) + max(weights),
-        process=process,
+        loading=loading,
+        process=own + libraries,
         by_module=dict(ledger.saved),
-        flops=sum(ledger.flops.values()),
-        moved=sum(ledger.moved.values()),
-        tokens=max(sum(map(len, micro)) for micro in micros),
-        at_once=config.tokens,
-        micro_batches=len(micros),
+        largest=max(map(count_tokens, largest)),
+        tokens=sum(map(count_tokens, median)),
+        micro_batches=len(median),
+        flops=sum(typical.flops.values()),
+        seconds=seconds,
         trained=sum(p.numel() for p in job.parameters),
-        weights=model.size(),
+        weights=job.model.size(),
         device=device,
         dtype=dtype,
-        product_rate=product_rate,
-        copy_rate=copy_rate,
     )
 
 
-def largest_step(job: Job, sequences: list[Sequence]) -> list[list[Sequence]]:
-    """The micro-batches of the step that has the largest of them, in the first epoch."""
-    return max(steps_of(job, sequences), key=lambda micros: max(sum(map(len, micro)) for micro in micros))
+def loaded(model: Model) -> int:
+    """Bytes that loading a model takes: its weights, and the largest of them once more."""
+    weights = [t.nbytes for t in (*model.parameters(), *model.buffers())]
+    return sum(weights) + max(weights)
+
+
+def count_tokens(micro: list[Sequence]) -> int:
+    """Tokens of a micro-batch."""
+    return sum(map(len, micro))
 
 
 def steps_of(job: Job, sequences: list[Sequence]) -> Iterator[list[list[Sequence]]]:
@@ -124,7 +224,8 @@ def steps_of(job: Job, sequences: list[Sequence]) -> Iterator[list[list[Sequence
         chosen = [sequences[i] for i in numbers.tolist()]
         if hasattr(job.task, "at_step"):
             chosen = job.task.at_step(chosen, config.seed, step)
-        yield job.world.micro_batches(chosen, config.tokens)
+        if micros := job.world.micro_batches(chosen, config.tokens):
+            yield micros
 
 
 def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
@@ -136,7 +237,7 @@ def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
             for micro in micros:
                 batch = pack(micro)
                 shapes = replace(batch.to(META), offsets=batch.offsets)  # whose values say how long sequences are
-                ledger.own(BATCH, (value for value in vars(shapes).values() if isinstance(value, torch.Tensor)))
+                ledger.own(BATCH, (value for value in vars(shapes).values() if isinstance(value, Tensor)))
                 accumulate(job, shapes, Noise(job.config.seed, step, shapes.keys), 1)
                 ledger.own(GRADIENTS, (p.grad for p in job.parameters if p.grad is not None))
             update(job, skip=torch.zeros((), device=META))
@@ -146,36 +247,151 @@ def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
     return ledger
 
 
-def resident_when_running(config: TrainConfig) -> int:
-    """Bytes of this process with everything that a run loads: kernels, and libraries of products."""
-    if native.mode != "reference" and config.device != "cuda":
+def load_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Loads every kernel that a run loads."""
+    if native.mode != "reference" and device.type == "cpu":
         for path in sources.folder().glob("cpu/*.cpp"):
             native.load_kernel(path.stem)
-    return resident()
 
 
-def rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """(FLOP/s of a product of the size that layers have, bytes/s of a copy)."""
-    x = torch.randn(512, 768, dtype=dtype, device=device)
-    w = torch.randn(3072, 768, dtype=dtype, device=device)
-    large = torch.zeros(1 << 24, device=device)
-    other = torch.zeros_like(large)
-    flops = 2 * x.shape[0] * w.numel() / best(lambda: product(x, w), device)
-    return flops, 2 * large.nbytes / best(lambda: other.copy_(large), device)
+def write_ledger(run: Path, plan: Plan) -> None:
+    """Writes ledger.json, the forecast of a run beside what was measured in it. Raises OSError."""
+    text = json.dumps({"forecast": as_json(plan), "measured": measured(run, plan.device)}, indent=2)
+    files.write_text(run / "ledger.json", text + "\n")
 
 
-def best(function, device: torch.device) -> float:
-    """Seconds of a function in its median run, out of those that fit into MEASURED."""
-    found = []
-    function()
-    end = time.perf_counter() + MEASURED
-    while time.perf_counter() < end or not found:
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - start)
-    return sorted(found)[len(found) // 2]
+def as_json(plan: Plan) -> dict:
+    """The plan for programs: bytes, FLOPs, seconds, and the options that --fit chooses."""
+    fields = ("memory", "seconds", "kinds", "held", "heap", "process", "largest", "tokens", "micro_batches", "flops")
+    found = {name: getattr(plan, name) for name in fields}
+    return found | {"options": {name: getattr(plan.config, name) for name in FITTED}}
+
+
+# ---- --fit
+
+
+def fitted(config: TrainConfig) -> Plan:
+    """The plan of a run that takes no more than --fit; its config has such --tokens, --recompute and --base.
+
+    What is chosen, and what it costs, is said. Raises InputError, before any weight is read, where nothing is enough.
+    """
+    limit = size_of(config.fit)
+    config = replace(config, fit="")
+    subject = read_subject(config)
+    asked = plan_for(subject, config)
+    if asked.memory * OFF <= limit:
+        say(f"--fit: it takes about {megabytes(asked.memory)} MB as it is")
+        return asked
+
+    _, libraries = resident()
+    room = limit - subject.own - libraries  # for model and step
+    least = asked.memory, asked.config
+    for base in bases(config):
+        if base != config.base:
+            subject.model, _ = load_shapes(replace(config, base=base), subject.labels)
+            subject.loading = loaded(subject.model)
+        found = []
+        for recompute in sorted({config.recompute, True}):
+            options, size = most_tokens(subject, replace(config, base=base, recompute=recompute), room)
+            least = min(least, (size + limit - room, options), key=lambda pair: pair[0])
+            if size * OFF <= room:
+                found.append(plan_for(subject, options))
+        if found:
+            best = min(found, key=lambda plan: plan.seconds)
+            say(f"--fit: {difference(asked, best)}")
+            return best
+    needed, options = least
+    raise InputError(
+        f"--fit: expected at least {megabytes(OFF * needed)} MB, which {options_of(options)} takes; "
+        f"found {megabytes(limit)}"
+    )
+
+
+def fit_aside(config: TrainConfig) -> TrainConfig:
+    """The configuration as `fitted` chooses it, in a process of its own, whose memory is not the run's.
+
+    Raises InputError.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--fit is for a run of one process; expected --tokens, which `minift plan --fit` finds")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text(config.to_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "minift", "plan", "--json", "--config", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    *_, last = done.stderr.strip().splitlines() or [""]
+    if done.returncode:
+        raise InputError(last.removeprefix("minift: error: "))
+    say(last)
+    chosen = json.loads(done.stdout.splitlines()[-1])
+    return replace(config, fit="", **chosen["options"])
+
+
+def bases(config: TrainConfig) -> list[str]:
+    """How frozen weights might be kept: as asked for, else in fewer bits, where what is frozen stays so."""
+    found = [config.base]
+    if method_named(config.method).base != "unpacked" and config.init != "random":
+        found += ["bf16"] * (config.base in ("auto", "fp32")) + ["nf4"] * (config.base != "nf4")
+    return found
+
+
+def most_tokens(subject: Subject, config: TrainConfig, room: int) -> tuple[TrainConfig, int]:
+    """(the options with the most --tokens whose model and step take no more than `room`, the bytes that they take).
+
+    Where nothing fits, those with the fewest tokens: as many as the longest sequence has.
+    """
+    _, whole = job_for(subject, replace(config, tokens=0))
+    _, single = job_for(subject, replace(config, tokens=1))
+    low = max(count_tokens(micro) for micros in single for micro in micros)
+    high = max(sum(map(count_tokens, micros)) for micros in whole)
+
+    # the least, then the most, then what is between; a step that was asked to be split is not made larger
+    best = replace(config, tokens=low)
+    size = bytes_for(subject, best)
+    if size * OFF > room:
+        return best, size
+    middle = min(high, config.tokens or high)
+    while middle > low * STEP or middle == high:
+        options = replace(config, tokens=middle)
+        found = bytes_for(subject, options)
+        if found * OFF <= room:
+            best, size, low = options, found, middle
+        else:
+            high = middle
+        if low >= high:
+            break
+        middle = round((low * high) ** 0.5)
+    return best, size
+
+
+def bytes_for(subject: Subject, config: TrainConfig) -> int:
+    """What model and step take, without the process: of the two largest micro-batches of the step with the largest."""
+    job, steps = job_for(subject, config)
+    largest = max(steps, key=lambda micros: max(map(count_tokens, micros)))
+    ledger = run_on_meta(job, sorted(largest, key=count_tokens)[-2:])
+    return max(ledger.heap.most, subject.loading) if subject.device.type == "cpu" else ledger.peak
+
+
+def difference(asked: Plan, chosen: Plan) -> str:
+    """What was chosen instead, and what it costs, in words."""
+    slower = 100 * (chosen.seconds / asked.seconds - 1)
+    return (
+        f"{options_of(chosen.config)} takes about {megabytes(chosen.memory)} MB instead of {megabytes(asked.memory)}, "
+        f"and {chosen.seconds:.2f} s a step instead of {asked.seconds:.2f} ({slower:+.0f} %)"
+    )
+
+
+def options_of(config: TrainConfig) -> str:
+    """The options that --fit chooses, as they are typed."""
+    words = [f"--tokens {config.tokens}"]
+    if config.recompute:
+        words.append("--recompute")
+    if config.base != "auto":
+        words.append(f"--base {config.base}")
+    return " ".join(words)
+
+
+# ---- in words
 
 
 def describe(plan: Plan) -> list[str]:
@@ -190,15 +406,16 @@ def describe(plan: Plan) -> list[str]:
         rows.append(("Python, torch, data", megabytes(plan.process), share(plan.process, plan.memory)))
     rows.append(("all, at the peak", megabytes(plan.memory), "100 %"))
     lines = table_lines((where, "MB", "share"), rows, "<>>")
-    limit = f"at most {plan.at_once:,}" if plan.at_once else "no limit"
-    parts = f"{plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''}"
-    rate = f"{plan.product_rate / 1e9:,.0f} a second in {str(plan.dtype)[6:]}"
+    at_once = f"at most {plan.config.tokens:,} at once" if plan.config.tokens else "all at once"
+    bytes_bound, seconds_bound = plan.bound
     lines += [
         "",
         f"weights   {plan.trained:,} of {plan.weights:,} learn",
-        f"tokens    {plan.tokens:,} at once ({limit}), in {parts} of the largest step",
-        f"products  {plan.flops / 1e9:,.1f} GFLOP in it, {rate}",
-        f"time      about {plan.seconds:.2f} s for it",
+        f"a step    {plan.tokens:,} tokens in the median, {at_once}",
+        f"products  {plan.flops / 1e9:,.1f} GFLOP a step, in {str(plan.dtype)[6:]}",
+        f"time      about {plan.seconds:.3g} s a step",
+        f"bound     {megabytes(bytes_bound)} MB of weights and optimizer, {seconds_bound:.3g} s of products at their",
+        "          best rate here: no implementation does with less",
     ]
     return lines
 

@@ -4,6 +4,7 @@ python -m pytest tests/test_planning.py
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import minift
-from minift.config import PlanConfig
+from minift.config import PlanConfig, size_of
 from minift.data.batch import pack
 from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Ledger
 from minift.ops import attention, native
@@ -207,6 +208,66 @@ print(forecast(from_args(PlanConfig, parse(["plan", *{line.split()!r}])[1])).mem
 def test_every_method_has_a_plan(method, middling, tmp_path):
     said = works(f"plan --data {middling}/data.jsonl --method {method}")
     assert "all, at the peak" in said.out and "GFLOP" in said.out
+
+
+@pytest.fixture(scope="module")
+def trained(middling):
+    """The same model with weights in its folder."""
+    works("train --model {f}/bert --init random --data {f}/data.jsonl --steps 1 --out {f}/trained", f=middling)
+    return middling / "trained/last"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, part", [("--batch 16", 0.8), ("--method lora --batch 32", 0.6)])
+def test_a_run_is_made_to_fit(options, part, trained, middling, tmp_path):
+    """It takes no more than it may, of which its forecast leaves a twentieth, and says what was chosen."""
+    line = f"--model {trained} --data {middling}/data.jsonl --steps 2 {options}"
+    command = [sys.executable, "-m", "minift"]
+    plan = subprocess.run([*command, "plan", *line.split(), "--json"], check=True, capture_output=True, text=True)
+    limit = round(json.loads(plan.stdout.splitlines()[-1])["memory"] * part / 1e6)
+    run = [*command, "train", *line.split(), "--fit", f"{limit}MB", "--out", str(tmp_path / "run")]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert metrics(tmp_path / "run")[-1]["train/peak_memory"] <= limit * 1e6
+    chosen = json.loads((tmp_path / "run/config.json").read_text())
+    assert chosen["fit"] == "" and f"--fit: --tokens {chosen['tokens']}" in done.stderr
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    assert ledger["measured"]["memory"] == pytest.approx(ledger["forecast"]["memory"], rel=0.05)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_read(middling, tmp_path):
+    line = f"train --model {middling}/bert --data {middling}/data.jsonl --out {tmp_path}/run --fit"
+    said = fails(f"{line} 20MB", "--fit: expected at least", "found 20.0")
+    assert "tensors loaded" not in said.err and not (tmp_path / "run").exists()
+    fails(f"{line} much", "--fit is 'much'; expected a size, as 2GB, 900MB or 1.5GiB", code=2)
+
+
+def test_products_are_told_apart_by_what_they_are_for(tmp_path, compiled):
+    """Each layer's three, of the sizes that it has; their FLOPs are those that torch counts."""
+    job, sequences = job_of("bert", tmp_path, "full", META)
+    ledger = run_on_meta(job, [sequences])
+    kinds = {product.kind for product in ledger.products}
+    assert kinds == {"layer", "input gradient", "weight gradient"}
+    counted = sum(product.flops * n for product, n in ledger.products.items())
+    assert counted == sum(n for name, n in ledger.flops.items() if name != "attention")
+    inner = job.model.config.intermediate_size
+    width = job.model.config.hidden_size
+    sides = {(p.inner, p.outer) for p in ledger.products if p.kind == "layer"}
+    assert {(width, inner), (inner, width), (width, width)} <= sides
+
+
+def test_seconds_grow_with_the_step(middling):
+    """And are of the order of those that a step takes: the machine that tests run on may be busy."""
+    small = forecast(PlanConfig(model=f"{middling}/bert", data=f"{middling}/data.jsonl", batch=2, init="random"))
+    large = forecast(PlanConfig(model=f"{middling}/bert", data=f"{middling}/data.jsonl", batch=16, init="random"))
+    assert 2 < large.seconds / small.seconds < 24 and large.flops == pytest.approx(8 * small.flops, rel=0.01)
+    assert large.bound[1] <= large.seconds * 1.5
+
+
+@pytest.mark.parametrize(
+    "text, size", [("2GB", 2 * 10**9), ("900 mb", 9 * 10**8), ("1.5GiB", 3 * 2**29), ("0.5kB", 500)]
+)
+def test_sizes(text, size):
+    assert size_of(text) == size
 
 
 def test_a_plan_allocates_and_writes_nothing(middling, tmp_path, monkeypatch):

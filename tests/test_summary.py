@@ -15,15 +15,15 @@ from minift import tables
 from minift.tasks import task_named
 
 TRAIN = "train --model {f}/model --data {f}/train.tsv --steps 6 --lr 2e-3 --kernels reference"
-NAMES = ["learned", "quality", "time", "memory", "model", "next"]
+NAMES = ["learned", "quality", "time", "memory", "forecast", "model", "next"]
 
 
 def last_lines(said: Said) -> dict[str, str]:
     """The summary by the first word of each line."""
     lines = said.err.splitlines()[-len(NAMES) :]
     assert [line.split()[0] for line in lines] == NAMES, said.err
-    assert max(map(len, lines[:4])) <= 80
-    return {line.split()[0]: line[9:] for line in lines}
+    assert max(map(len, lines[:5])) <= 80
+    return {line.split()[0]: line[10:] for line in lines}
 
 
 def follow(found: dict[str, str]) -> dict:
@@ -114,7 +114,7 @@ def test_how_to_go_on_is_a_command_for_a_shell(folder, monkeypatch):
     def stop(*_):
         raise Interrupted(2, folder)
 
-    monkeypatch.setattr(training, "train_on", stop)
+    monkeypatch.setattr(training, "loop", stop)
     said = cli(f"{TRAIN} --out {{f}}/stopped", f=folder)
     line = said.err.splitlines()[-1].removeprefix("to go on: ")
     assert said.code == 130 and shlex.split(line)[-1] == str(folder / "stopped")

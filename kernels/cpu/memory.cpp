@@ -72,6 +72,13 @@ class LargeBlocks {
         free_oldest(most);
     }
 
+    // Frees all that are kept, and begins anew: only what is in use now has been in use before.
+    void forget() {
+        const std::lock_guard<std::mutex> guard(lock);
+        free_oldest(0);
+        most = asked;
+    }
+
    private:
     // Frees those that have been kept longest, until all blocks together have `limit` bytes.
     void free_oldest(size_t limit) {
@@ -127,3 +134,5 @@ const uint8_t PRIORITY = 100;  // over other allocators
 
 // From now on, until the process ends. What torch allocated before is freed as it was allocated.
 extern "C" void use_malloc() { c10::SetCPUAllocator(new Malloc, PRIORITY); }
+
+extern "C" void forget_large_blocks() { large_blocks().forget(); }

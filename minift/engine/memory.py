@@ -48,6 +48,15 @@ def returned_memory() -> Iterator[None]:
         mallopt(-3, 2**25)
 
 
+def trim() -> None:
+    """Gives back all that is kept for later, once."""
+    library = native.loaded.get(("memory", native.CPU))
+    if library is not None:
+        library.forget_large_blocks()
+    with suppress(OSError, AttributeError):
+        process().malloc_trim(0)
+
+
 def mapping(tensor: Tensor) -> range:
     """The addresses of the mapped file that a tensor lies in; empty where it lies elsewhere, or /proc does not say."""
     with suppress(OSError):

@@ -12,6 +12,7 @@ since it is they who hold it. On another device the same numbers are a measureme
 """
 
 import bisect
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..ops import native
+
+aten = torch.ops.aten
 
 FROZEN = "frozen weights"
 TRAINED = "trained weights"
@@ -43,6 +46,53 @@ class Held:
     kind: str
     maker: str  # the module in whose forward pass it was made, or ""
     place: int  # in the heap
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a linear layer: y = x W^T ("layer"), dx = dy W ("input gradient"), dW = dy^T x ("weight gradient").
+
+    rows: tokens; inner and outer: the other two sides, of which W in "layer" is (outer, inner).
+    """
+
+    kind: str
+    rows: int
+    inner: int
+    outer: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        """A multiplication and an addition each."""
+        return 2 * self.rows * self.inner * self.outer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All of a tensor but its numbers."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.dtype.itemsize * math.prod(self.sizes)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A call of one of minift's kernels on tensors without memory."""
+
+    library: object
+    function: str
+    given: dict  # its arguments, with a Shape for each of these tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it reads and writes."""
+        return sum(value.nbytes for value in tree_leaves(self.given) if isinstance(value, Shape))
 
 
 class Ledger(TorchDispatchMode):
@@ -68,7 +118,10 @@ class Ledger(TorchDispatchMode):
         self.snapshot: list[Held] = []  # what was held at the peak, as soon as it is over
         self.saved: Counter[str] = Counter()  # bytes that the last forward pass left for backward, by module
         self.flops: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()  # bytes that kernels read and write, by their name
+        self.moved: Counter[str] = Counter()  # bytes read and written outside of products: by kernels, by "pytorch"
+        self.products: Counter[Product] = Counter()
+        self.kernels: dict[tuple, tuple[Kernel, int]] = {}  # of a forecast: different calls, and how many there are
+        self.calls = 0  # of operators and kernels
 
     def own(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Says of what kind tensors are, which were there before or were made meanwhile."""
@@ -108,7 +161,7 @@ class Ledger(TorchDispatchMode):
 
     # what it sees
 
-    def __torch_dispatch__(self, function: Callable, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: torch._ops.OpOverload, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self.in_backward:
@@ -118,10 +171,30 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
-        packet = getattr(function, "overloadpacket", None)
+        self.calls += 1
+        packet = IN_PLACE.get(function.overloadpacket, function.overloadpacket)
         if packet in flop_registry:
             self.flops[str(packet)] += flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet in PRODUCTS:
+            self.products[product_of(packet, args)] += 1
+        elif not is_free(function):
+            self.moved["pytorch"] += bytes_moved(function, args, kwargs, out)
         return out
+
+    def saw(self, name: str, library, function: str, given: dict) -> bool:
+        """A call of a kernel. Returns whether it is one on tensors without memory, which is not made."""
+        self.calls += 1
+        self.moved[name] += nbytes(given)
+        if function in FLOPS:
+            self.flops[name] += FLOPS[function](given)
+        shapes = tree_map(shape_of, given)
+        described = [value for value in tree_leaves(shapes) if isinstance(value, Shape | bool)]
+        if not any(isinstance(value, Shape) for value in described):
+            return False
+        key = name, function, *described
+        _, count = self.kernels.get(key, (None, 0))
+        self.kernels[key] = Kernel(library, function, shapes), count + 1
+        return True
 
     def turn(self) -> None:
         """Where a backward pass begins: what is passing is what was saved for it."""
@@ -166,14 +239,66 @@ class Seen:
 
     def __getattr__(self, function: str) -> Callable:
         def call(**given) -> None:
-            tensors = [value for value in given.values() if isinstance(value, Tensor)]
-            self.ledger.moved[self.name] += sum(t.nbytes for t in tensors)
-            if function in FLOPS:
-                self.ledger.flops[self.name] += FLOPS[function](given)
-            if not any(t.is_meta for t in tensors):
+            if not self.ledger.saw(self.name, self.library, function, given):
                 getattr(self.library, function)(**given)
 
         return call
+
+
+def shape_of(value) -> object:
+    """The shape of a tensor without memory; anything else as it is, such as where sequences begin."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return Shape(value.dtype, tuple(value.shape), value.stride())
+    return value
+
+
+def product_of(packet, args: tuple) -> Product:
+    """The product of an operator of PyTorch, the several of `bmm` as one; of `addmm` without the first argument."""
+    a, b = args[:2] if packet in (aten.mm, aten.bmm) else args[1:3]
+    rows, inner = math.prod(a.shape[:-1]), a.shape[-1]
+    outer = b.shape[-1]
+    if a.dim() == 2 and a.stride(0) == 1 and a.stride(1) > 1:
+        return Product("weight gradient", inner, outer, rows, a.dtype)
+    if b.dim() == 2 and b.stride(1) == 1 and b.stride(0) > 1:
+        return Product("input gradient", rows, inner, outer, a.dtype)
+    return Product("layer", rows, inner, outer, a.dtype)
+
+
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch's own count does not see
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+
+# operators that touch some rows of their first argument, as many as they give or take
+SOME_ROWS = {"embedding", "index_select", "index", "gather", "index_add_", "index_put_"}
+
+
+def is_free(function) -> bool:
+    """Whether an operator touches no memory: it gives another view of what is there, or memory as it is."""
+    name = function._schema.name.partition("::")[2]
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+    return is_view or name.startswith(("empty", "new_empty"))
+
+
+def bytes_moved(function, args: tuple, kwargs: dict, out) -> int:
+    """Bytes that an operator of PyTorch reads and writes."""
+    schema = function._schema
+    touched = args
+    if schema.name.partition("::")[2] in SOME_ROWS:
+        touched = args[1:]
+    read = nbytes(touched)
+    if not schema.is_mutable:
+        return read + nbytes(out)
+    if len(touched) < len(args):
+        return 2 * read
+    changed = 0
+    for argument, value in zip(schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            changed += nbytes(value)
+    return read + changed
+
+
+def nbytes(tree) -> int:
+    """Bytes of all tensors in lists, tuples and dictionaries."""
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def attention_flops(given: dict) -> int:

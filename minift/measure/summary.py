@@ -10,20 +10,28 @@ import torch
 from ..errors import printable
 from ..models import Model
 from ..tasks import task_of
-from .track import peak_memory
 
 FEW = 12  # labels that a line names
 
 
 def summarize(
-    model: Model, method: str, steps: int, seconds: float, folder: Path, best: dict, n_valid: int, next_command: str
+    model: Model,
+    method: str,
+    steps: int,
+    seconds: float,
+    folder: Path,
+    best: dict,
+    n_valid: int,
+    peak: int,
+    forecast: dict | None,
+    next_command: str,
 ) -> list[str]:
     """The lines. folder: the model to take away; best: its metrics, of n_valid examples that were held out, or empty.
 
-    Speed and losses are read from the run's metrics.jsonl, which also has what came before a resume.
+    peak: bytes of the process, at most; forecast: memory and seconds a step as planned, or None. Speed and losses are
+    read from the run's metrics.jsonl, which also has what came before a resume.
     """
-    with open(folder.parent / "metrics.jsonl", encoding="utf-8") as file:
-        history = [json.loads(line) for line in file]
+    history = read_history(folder.parent)
     time = f"{steps:,} step{'s' if steps > 1 else ''} in {seconds:.1f} s"
     if history:
         speed = statistics.median(step["train/tokens_per_second"] for step in history)
@@ -34,11 +42,42 @@ def summarize(
         "learned": f"{learned(model)} ({method}: {trained:,} of {model.size():,} parameters)",
         "quality": quality(model, best, n_valid, history),
         "time": time,
-        "memory": memory(model),
-        "model": f"{folder} ({kind})",
-        "next": next_command,
+        "memory": memory(model, peak),
     }
-    return [printable(f"{name:<7}  {text}") for name, text in rows.items()]
+    if forecast and history:
+        rows["forecast"] = beside(forecast, measured(folder.parent, model.device))
+    rows |= {"model": f"{folder} ({kind})", "next": next_command}
+    return [printable(f"{name:<8}  {text}") for name, text in rows.items()]
+
+
+def read_history(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    with open(run / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def measured(run: Path, device: torch.device) -> dict:
+    """What the steps of a run took: bytes at the peak, of a GPU where there is one, and seconds of the median step.
+
+    The first step does not count, where there are others: it also makes what later ones find.
+    """
+    history = read_history(run)
+    peak = history[-1]["train/peak_memory"]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    seconds = [step["train/tokens"] / step["train/tokens_per_second"] for step in history]
+    return {"memory": peak, "seconds": statistics.median(seconds[1:] or seconds)}
+
+
+def beside(forecast: dict, found: dict) -> str:
+    """A forecast and what was measured, in words."""
+    memory, seconds = forecast["memory"], forecast["seconds"]
+    real_memory, real_seconds = found["memory"], max(found["seconds"], 1e-9)
+    more, slower = memory / real_memory - 1, seconds / real_seconds - 1
+    return (
+        f"{memory / 1e6:,.0f} MB, {seconds:.3g} s a step; "
+        f"it took {real_memory / 1e6:,.0f} MB ({more:+.0%}), {real_seconds:.3g} s ({slower:+.0%})"
+    )
 
 
 def learned(model: Model) -> str:
@@ -63,9 +102,9 @@ def quality(model: Model, best: dict, n_valid: int, history: list[dict]) -> str:
     return f"training loss {first:.3f}, {last:.3f} at the end; none held out (see --valid)"
 
 
-def memory(model: Model) -> str:
-    """What was held at once, at most."""
-    host = f"{peak_memory() / 1e6:,.0f} MB at the peak"
+def memory(model: Model, peak: int) -> str:
+    """What was held at once, at most. peak: bytes of the process."""
+    host = f"{peak / 1e6:,.0f} MB at the peak"
     if model.device.type != "cuda":
         return host
     return f"{torch.cuda.max_memory_allocated(model.device) / 1e6:,.0f} MB on the GPU, {host} beside it"

@@ -51,13 +51,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident() -> int:
-    """The resident size of this process now, in bytes; 0 where the system does not say."""
+def resident() -> tuple[int, int]:
+    """Bytes of this process that are in memory now: (its own, those of files, such as libraries); 0 where unknown."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
     except (OSError, ValueError):
-        return 0
-    return pages * resource.getpagesize()
+        return 0, 0
+    return (pages - shared) * resource.getpagesize(), shared * resource.getpagesize()
 
 
 class Progress:

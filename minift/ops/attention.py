@@ -137,7 +137,7 @@ def strided(t: Tensor | None) -> tuple:
     if t is None:
         return 0, 0, 0
     row, head, _ = t.stride()
-    return t.data_ptr(), row, head
+    return t, row, head
 
 
 def scratch(size: int) -> Tensor:
@@ -197,7 +197,12 @@ def dropout_words(settings: Settings, offsets: Tensor, n_heads: int) -> tuple[Te
 
 def pieces(offsets: Tensor, rows: Tensor | None, n_heads: int) -> Iterator[tuple[slice, slice, slice]]:
     """The work, one piece at a time: query rows, key tokens and heads. A sequence without queries has none."""
-    ends = offsets if rows is None else torch.searchsorted(rows, offsets.to(rows.dtype))
+    if rows is None:
+        ends = offsets
+    elif rows.is_meta:  # without values (planning.py): as if all sequences asked for the same share
+        ends = offsets * len(rows) // offsets[-1].clamp(min=1)
+    else:
+        ends = torch.searchsorted(rows, offsets.to(rows.dtype))
     offsets = offsets.tolist()
     ends = ends.tolist()
     for s in range(len(offsets) - 1):

@@ -141,7 +141,7 @@ def for_kernels(drop: Drop | None) -> tuple:
     """`struct Drop` of kernels/shared.h; its row is null where nothing is dropped."""
     if drop is None:
         return 0, 0, 0, 0.0
-    return drop.row.data_ptr(), drop.col.data_ptr(), threshold(drop.p), 1 / (1 - drop.p)
+    return drop.row, drop.col, threshold(drop.p), 1 / (1 - drop.p)
 
 
 class Dropout(torch.autograd.Function):

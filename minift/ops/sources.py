@@ -78,7 +78,8 @@ def aligned(codes: str) -> str:
 
 
 def packed(wanted: Arguments, given: dict) -> bytes:
-    """The struct with these fields. A tensor stands for its address, None for null, a tuple for a struct within it.
+    """The struct with these fields. A tensor stands for its address, None for null, a tuple for a struct within it,
+    whose fields are tensors and numbers.
 
     All fields have to be given, and no others (KeyError).
     """
@@ -91,7 +92,7 @@ def packed(wanted: Arguments, given: dict) -> bytes:
         elif kind in PLAIN:
             values.append(value.data_ptr())
         elif kind is tuple:
-            values += value
+            values += [part.data_ptr() if type(part) in PLAIN else part for part in value]
         else:
             values.append(0 if value is None else value)
     return wanted.layout.pack(*values)

@@ -1,0 +1,143 @@
+"""How long the parts of a step take on this machine: each product and each kernel is made, with numbers of no meaning.
+
+    seconds_of(ledger, dtype, device)      of all that a ledger saw
+
+A ledger on the meta device knows the shape of every product and the arguments of every kernel (ledger.py). Layers of a
+model are alike, so a step has two dozen different ones, and all of them together take a tenth of it. What else
+PyTorch does moves memory: its bytes, at the rate of a copy. To that comes what each call costs in Python.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ..ops.linear import product, weight_gradient
+from .ledger import Kernel, Ledger, Product, Shape
+
+WORTH = 0.01  # seconds for one part
+REPEATS = 4  # at most
+ROWS = 128  # products of so many tokens more or less have one rate
+LARGEST = 4096  # of a product's sides, and twice its tokens: a larger one has the rate of this
+COLD = 1 << 26  # bytes of copies of a product's matrices
+MOST = 1 << 28  # bytes of a kernel's arguments: with more it is not called, and they move at the rate of a copy
+
+
+def seconds_of(ledger: Ledger, dtype: torch.dtype, device: torch.device) -> float:
+    """What all that a ledger saw would take: products, kernels, memory, and calls."""
+    copies = copy_rate(device)
+    total = ledger.moved["pytorch"] / copies + ledger.calls * call_seconds()
+    for what, count in ledger.products.items():
+        if not what.flops:
+            continue
+        total += count * what.flops / product_rate(what, device)
+    for key, (kernel, count) in ledger.kernels.items():
+        if key not in rates:
+            rates[key] = kernel_seconds(kernel, device)
+        total += count * rates[key]
+    return total
+
+
+rates: dict[tuple, float] = {}  # what was measured: FLOP/s, bytes/s, seconds of a kernel
+
+
+def product_rate(what: Product, device: torch.device) -> float:
+    """FLOP/s of a product of this kind and size."""
+    rows = min(LARGEST // 2, -(-what.rows // ROWS) * ROWS)
+    inner, outer = min(LARGEST, what.inner), min(LARGEST, what.outer)
+    key = what.kind, rows, inner, outer, what.dtype, device.type
+    if key not in rates:
+        multiply = product
+        first, second = (rows, inner), (outer, inner)
+        if what.kind == "weight gradient":
+            multiply = weight_gradient
+            first, second = (rows, outer), (rows, inner)
+        # of each another, for in a step nothing is in the cache from the product before
+        bytes_of_one = what.dtype.itemsize * (rows * inner + outer * inner + rows * outer)
+        copies = max(2, min(REPEATS + 1, COLD // bytes_of_one))
+        pairs = []
+        for _ in range(copies):
+            x = torch.full(first, 0.5, dtype=what.dtype, device=device)
+            w = torch.full(second, 0.5, dtype=what.dtype, device=device)
+            if what.kind == "input gradient":
+                w = w.t().contiguous().t()
+            pairs.append((x, w))
+        numbers = itertools.cycle(range(copies))
+        results = [None] * copies
+
+        def multiply_next() -> None:
+            i = next(numbers)
+            results[i] = None
+            results[i] = multiply(*pairs[i])
+
+        seconds = median_seconds(multiply_next, device)
+        rates[key] = 2 * rows * inner * outer / seconds
+    return rates[key]
+
+
+def kernel_seconds(kernel: Kernel, device: torch.device) -> float:
+    """Seconds of a call of one of minift's kernels with arguments like these."""
+    if kernel.nbytes > MOST or device.type == "cuda":  # a plan is made with the kernels of the CPU
+        return kernel.nbytes / copy_rate(device)
+    given = tree_map(lambda value: stand_in(value, device), kernel.given)
+    call = getattr(kernel.library, kernel.function)
+    return median_seconds(lambda: call(**given), device)
+
+
+def stand_in(value, device: torch.device):
+    """For a Shape a tensor of halves, or of zeros where it has whole numbers; anything else as it is."""
+    if not isinstance(value, Shape):
+        return value
+    tensor = torch.empty_strided(value.sizes, value.strides, dtype=value.dtype, device=device)
+    return tensor.fill_(0.5) if tensor.is_floating_point() else tensor.zero_()
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy, those that are read and those that are written."""
+    key = "copy", device.type
+    if key not in rates:
+        large = torch.zeros(1 << 24, device=device)
+        other = torch.zeros_like(large)
+        rates[key] = 2 * large.nbytes / median_seconds(lambda: other.copy_(large), device)
+    return rates[key]
+
+
+def best_product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """The highest FLOP/s of all products that were measured, a large one among them."""
+    product_rate(Product("layer", 1024, 1024, 4096, dtype), device)
+    return max(rate for key, rate in rates.items() if key[-2:] == (dtype, device.type))
+
+
+def call_seconds() -> float:
+    """Seconds of a call of PyTorch that has hardly anything to compute, as autograd makes it."""
+    key = ("call",)
+    if key not in rates:
+        x = torch.ones(1, requires_grad=True)
+
+        def few_calls() -> None:
+            y = x
+            for _ in range(50):
+                y = y * 2
+            y.backward()
+
+        rates[key] = median_seconds(few_calls, torch.device("cpu")) / 100
+    return rates[key]
+
+
+def median_seconds(function: Callable, device: torch.device) -> float:
+    """Seconds of a call, the median of as many as are worth it, after a first that does not count."""
+    found: list[float] = []
+    total = 0.0
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+        total += found[-1]
+        if total > WORTH and len(found) > 2:
+            break
+    counted = sorted(found[1:])
+    return counted[len(counted) // 2]
