@@ -58,7 +58,7 @@ class Plan:
     kinds: dict[str, int]  # bytes by kind, when most are held
     held: int  # their sum
     heap: int  # what the heap grows to for them
-    loading: int  # bytes before the first step: the weights as they are loaded, and the largest of them once more
+    loading: int  # bytes that the model takes until it is ready for the first step
     process: int  # bytes of this process, without a model
     by_module: dict[str, int]  # of what is saved for backward, which module left how much
     largest: int  # tokens of the largest micro-batch
@@ -97,7 +97,7 @@ class Subject:
     device: torch.device  # where the run is to be
     dtype: torch.dtype
     own: int  # bytes of this process that are not of files
-    loading: int  # bytes that reading the model takes: all weights, and the largest once more
+    loading: int  # bytes that the model takes until it is ready: all weights as they are read, and a copy of one
 
 
 def forecast(config: TrainConfig) -> Plan:
@@ -126,7 +126,7 @@ def read_subject(config: TrainConfig) -> Subject:
     if device.type == "cpu":
         memory.keep_memory()
     own, _ = resident()
-    return Subject(model, labels, sequences, device, dtype, own, loaded(model))
+    return Subject(model, labels, sequences, device, dtype, own, sum(sizes(model)))
 
 
 def load_shapes(config: TrainConfig, labels: list[str] | None) -> tuple[Model, Tokenizer | None]:
@@ -144,7 +144,10 @@ def plan_for(subject: Subject, config: TrainConfig) -> Plan:
 def job_for(subject: Subject, config: TrainConfig) -> tuple[Job, list]:
     """(the job of a subject on the meta device, the micro-batches of each of its steps)."""
     config = replace(config, tokens=config.tokens or default_tokens(subject.model, subject.device))
+    before = sum(sizes(subject.model))
     job = make_job(subject.model, config, Engine(META, subject.dtype))
+    if sum(sizes(job.model)) < before:  # frozen weights are cast when all have been read
+        subject.loading = before + max(sizes(job.model))
     return job, list(steps_of(job, subject.sequences))
 
 
@@ -213,10 +216,9 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
     )
 
 
-def loaded(model: Model) -> int:
-    """Bytes that loading a model takes: its weights, and the largest of them once more."""
-    weights = [t.nbytes for t in (*model.parameters(), *model.buffers())]
-    return sum(weights) + max(weights)
+def sizes(model: Model) -> list[int]:
+    """Bytes of each weight."""
+    return [t.nbytes for t in (*model.parameters(), *model.buffers())]
 
 
 def count_tokens(micro: list[Sequence]) -> int:
@@ -297,7 +299,7 @@ def fitted(config: TrainConfig) -> Plan:
     for base in bases(config):
         if base != config.base:
             subject.model, _ = load_shapes(replace(config, base=base), subject.labels)
-            subject.loading = loaded(subject.model)
+            subject.loading = sum(sizes(subject.model))
         found = []
         for recompute in sorted({config.recompute, True}):
             options, size = most_tokens(subject, replace(config, base=base, recompute=recompute), limit, process)
