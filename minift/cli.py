@@ -1,4 +1,4 @@
-"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | new | demo.
+"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | diff | new | demo.
 
 Results go to standard output, progress and messages to standard error.
 Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.
@@ -22,6 +22,7 @@ from .config import (
     CheckConfig,
     Config,
     DemoConfig,
+    DiffConfig,
     EvalConfig,
     GenerateConfig,
     InspectConfig,
@@ -260,6 +261,14 @@ def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str
     print("\n".join(table_lines(head, rows, sides)))
 
 
+def diff(config: DiffConfig) -> None:
+    """Prints how two runs differ."""
+    from .diffing import compare
+
+    for line in compare(config):
+        print(line)
+
+
 def row_of(name: str, p) -> tuple[str, ...]:
     """The cells of a parameter's row."""
     return name, "x".join(map(str, p.shape)), str(p.dtype)[6:], f"{p.nbytes:,}", "yes" if p.requires_grad else "no"
@@ -315,6 +324,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "merge": (MergeConfig, merge),
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
+    "diff": (DiffConfig, diff),
     "new": (NewConfig, new),
     "demo": (DemoConfig, demo),
 }

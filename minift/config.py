@@ -145,7 +145,7 @@ def numbers_of(text: str) -> set[int]:
         first, dash, last = part.strip().partition("-")
         if not dash:
             last = first
-        if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and int(first) <= int(last)):
+        if not (re.fullmatch(r"[0-9]{1,9}", first) and re.fullmatch(r"[0-9]{1,9}", last) and int(first) <= int(last)):
             raise ValueError(f"--without is {text!r}; expected numbers of examples, as 17,203 or 5-9")
         found.update(range(int(first), int(last) + 1))
     return found
@@ -158,6 +158,12 @@ def option(default, help: str, choices: tuple = (), at_least=None, heading: str 
     """
     metadata = {"help": help, "choices": choices, "at_least": at_least, "heading": heading}
     return field(default=default, metadata=metadata)
+
+
+def positional(metavar: str, help: str):
+    """A dataclass field of one word or several that stand behind the command, without a flag."""
+    metadata = {"help": help, "choices": (), "at_least": None, "heading": "", "positional": metavar}
+    return field(default_factory=list, metadata=metadata)
 
 
 def choice(default: str, help: str, table: dict[str, str]):
@@ -543,6 +549,25 @@ class InspectConfig(Config):
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
 
 
+@dataclass
+class DiffConfig(Config):
+    """Show how two runs differ.
+
+    Layer by layer in their weights and, with --data, in what they say of the lines of a file. A run and the same run
+    --without some examples show what these taught.
+
+    minift diff runs/a runs/b --data test.csv
+    """
+
+    runs: list = positional("RUN", "two run folders, models or adapters (required)")
+    task: str = choice("classify", "what they are for", TASKS)
+    data: str = option("", "file of labelled examples to ask both about", heading="data")
+    columns: str = option("", "columns or keys to read, as text,label or text=sentence1,pair=sentence2,label=label")
+    header: str = option(**HEADER)
+    max_length: int = option(0, "longest sequence in tokens; 0: as in training", at_least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), heading="speed and memory")
+
+
 NESTED = 100  # levels of a JSON file; a model's or a tokenizer's has about ten
 
 
@@ -572,6 +597,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
     for f in dataclasses.fields(cls):
         if f.metadata["heading"]:
             group = parser.add_argument_group(f.metadata["heading"])
+        if "positional" in f.metadata:
+            group.add_argument(
+                f.name, nargs="*", metavar=f.metadata["positional"], default=argparse.SUPPRESS, help=f.metadata["help"]
+            )
+            continue
         # the value's own check says more than argparse's: Config.check knows what is accepted
         if f.type is bool:
             how: dict[str, Any] = {"action": "store_true"}
@@ -628,7 +658,7 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     config.check()
     for f in dataclasses.fields(cls):
         if f.metadata["help"].endswith("(required)") and not getattr(config, f.name):
-            raise ValueError(f"--{f.name} is missing")
+            raise ValueError(f"{f.metadata.get('positional', '--' + f.name)} is missing")
     return config
 
 
