@@ -1,4 +1,4 @@
-"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | new | demo.
+"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | report | new | demo.
 
 Results go to standard output, progress and messages to standard error.
 Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.
@@ -29,6 +29,7 @@ from .config import (
     NewConfig,
     PlanConfig,
     PredictConfig,
+    ReportConfig,
     TrainConfig,
     add_options,
     from_args,
@@ -260,6 +261,13 @@ def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str
     print("\n".join(table_lines(head, rows, sides)))
 
 
+def report(config: ReportConfig) -> None:
+    """Writes the page, and says where it is."""
+    from .reporting import write_report
+
+    print(write_report(config))
+
+
 def row_of(name: str, p) -> tuple[str, ...]:
     """The cells of a parameter's row."""
     return name, "x".join(map(str, p.shape)), str(p.dtype)[6:], f"{p.nbytes:,}", "yes" if p.requires_grad else "no"
@@ -315,6 +323,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "merge": (MergeConfig, merge),
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
+    "report": (ReportConfig, report),
     "new": (NewConfig, new),
     "demo": (DemoConfig, demo),
 }

@@ -147,6 +147,12 @@ def option(default, help: str, choices: tuple = (), at_least=None, heading: str 
     return field(default=default, metadata=metadata)
 
 
+def positional(metavar: str, help: str):
+    """A dataclass field of one word or several that stand behind the command, without a flag."""
+    metadata = {"help": help, "choices": (), "at_least": None, "heading": "", "positional": metavar}
+    return field(default_factory=list, metadata=metadata)
+
+
 def choice(default: str, help: str, table: dict[str, str]):
     """An option that takes a name from a table of tables.py; its help lists them."""
     listed = "; ".join(f"{name}: {what}" for name, what in table.items())
@@ -528,6 +534,27 @@ class InspectConfig(Config):
     base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
 
 
+@dataclass
+class ReportConfig(Config):
+    """Write what runs did as one HTML page.
+
+    Curves of one run or several, speed, memory, what each layer learned, examples before and after, and those that were
+    hardest to learn. It opens without a network; pictures take the extra `plots`.
+
+      minift report runs/a --out report.html
+      minift report runs/a runs/b --trace step.json --out report.html
+    """
+
+    runs: list = positional("RUN", "run folder, one or several (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
+    trace: str = option(
+        "", "a step as `minift trace --out FILE.json` wrote it, for a flame graph", heading="what is shown"
+    )
+    examples: int = option(6, "examples that the models before and after are asked about; 0: none", at_least=0)
+    out: str = option("", "file for the page (required)", heading="results")
+    overwrite: bool = option(False, "replace the file in --out if it is there")
+
+
 NESTED = 100  # levels of a JSON file; a model's or a tokenizer's has about ten
 
 
@@ -557,6 +584,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
     for f in dataclasses.fields(cls):
         if f.metadata["heading"]:
             group = parser.add_argument_group(f.metadata["heading"])
+        if "positional" in f.metadata:
+            group.add_argument(
+                f.name, nargs="*", metavar=f.metadata["positional"], default=argparse.SUPPRESS, help=f.metadata["help"]
+            )
+            continue
         # the value's own check says more than argparse's: Config.check knows what is accepted
         if f.type is bool:
             how: dict[str, Any] = {"action": "store_true"}
