@@ -645,7 +645,7 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     config.check()
     for f in dataclasses.fields(cls):
         if f.metadata["help"].endswith("(required)") and not getattr(config, f.name):
-            raise ValueError(f"--{f.name} is missing")
+            raise ValueError(f"{f.metadata.get('positional', '--' + f.name)} is missing")
     return config
 
 

@@ -3,6 +3,7 @@
 A run may be old, interrupted or half lost: whatever cannot be read is a sentence in the report, not an error.
 """
 
+import csv
 import dataclasses
 import io
 import json
@@ -14,7 +15,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from .adapters import adapt, saved_as
 from .adapters.learned import learned, learned_in_full
 from .checkpoints import loading
 from .config import ReportConfig, TrainConfig, parse_json
@@ -28,12 +31,12 @@ from .measure.report import NO_PLOTS, Asked, Hard, Seen, can_draw, page
 from .measure.track import result_columns, say
 from .models import Model, check_length
 from .runs import read_examples
-from .tables import TASKS
+from .tables import TASKS, method_named
 from .tasks import task_named
 
 SEED = 0  # of the draw of examples that are asked about
 WORDS = 48  # tokens of a completion
-HARD = 20  # examples in the list of the hardest
+HARD = 12  # examples in the list of the hardest
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -191,8 +194,6 @@ def read_steps(run: Seen, task: ModuleType | None) -> list[dict]:
 
 def read_results(path: Path, task: ModuleType | None) -> Iterator[dict]:
     """The rows of a results.csv by the names of metrics.jsonl."""
-    import csv
-
     names = result_columns(task) if task else {"train_loss": "train/loss", "valid_loss": "eval/loss"}
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
@@ -223,7 +224,7 @@ def read_trace(path: Path) -> dict:
     return checked_node(root, path, expected)
 
 
-def checked_node(node: object, path: Path, expected: str) -> dict:
+def checked_node(node: Any, path: Path, expected: str) -> dict:
     """A node and all below it, with the fields that the page reads."""
     children = node.get("children", []) if isinstance(node, dict) else None
     if not isinstance(children, list) or not is_finite(node.get("ms")):
@@ -257,9 +258,8 @@ def ask_models(run: Seen, config: ReportConfig) -> None:
     if model is None:
         return
     run.labels = list(model.labels or [])
-    trained = run.config.get("method")
     before = load_base(run, model, config)
-    run.weights = weights_of(model, trained)
+    run.weights = weights_of(model, run.config.get("method"))
     if model.adapter:
         run.learned = list(learned(model))
     elif before:
@@ -272,10 +272,8 @@ def ask_models(run: Seen, config: ReportConfig) -> None:
 
 def weights_of(model: Model, method: str | None) -> tuple[int, int]:
     """(how many weights learned, how many there are)."""
-    from .adapters import adapt
-
-    if method and not model.adapter:  # a model without an adapter does not say what of it was frozen
-        adapt(model, method)
+    if not model.adapter and method_named(method or "") and not saved_as(method):
+        adapt(model, method)  # a model without an adapter does not say what of it was frozen
     return sum(p.numel() for p in model.parameters() if p.requires_grad), model.size()
 
 
@@ -315,9 +313,9 @@ def ask(
     run: Seen, model: Model, before: Model | None, tokenizer: Tokenizer | None, examples: tuple[list, list], most: int
 ) -> None:
     """Asks about some examples, both models where there are two."""
-    task = task_named(model.task)
+    task = task_of_run(run)
     if not hasattr(task, "question"):
-        return run.lacks("asked", f"the task {model.task} does not say how an example is asked about")
+        return run.lacks("asked", "it is not known how an example is asked about")
     found, where = (examples[1], "held out") if examples[1] else (examples[0], "that it was trained on: none held out")
     chosen = sample(found, min(most, len(found)), SEED) if found else []
     pairs = [pair for example in chosen if (pair := task.question(example, tokenizer))]
@@ -326,7 +324,8 @@ def ask(
             run.lacks("asked", "running text has no questions: nothing is asked")
         return
     run.asked_of = f"{len(pairs)} examples {where}, drawn at random; the most likely answer of each model."
-    fresh = before and (before.report.fresh or before.report.reshaped or before.report.relabelled)
+    loaded: Any = before and before.report
+    fresh = loaded and (loaded.fresh or loaded.reshaped or loaded.relabelled)
     if fresh:
         run.lacks("asked", f"no “before”: in the model that it began with, {shortened(fresh)} is new, drawn at random")
     questions = [question for question, _ in pairs]

@@ -23,6 +23,7 @@ ROOMS = [
     "__main__",
     "cli",
     "demo",
+    "reporting",
     "planning",
     "training",
     "runs",
@@ -34,7 +35,7 @@ ROOMS = [
 ]
 ROOMS += ["measure", "tasks", "adapters", "models", "layers", "data", "ops", "config", "tables", "files", "errors"]
 OUTSIDE = {"torch", "tokenizers", "safetensors", "numpy", "tqdm", "huggingface_hub"}
-EXTRAS = {"measure": {"wandb"}}  # imported where an option asks for them
+EXTRAS = {"measure": {"wandb", "matplotlib"}}  # imported where an option asks for them
 
 
 def imports(path: Path, tree: ast.AST | None = None) -> set[str]:

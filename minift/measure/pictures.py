@@ -16,7 +16,7 @@ from typing import Any
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("", "7 2.5", "1.5 2", "7 2 1.5 2", "3 2 1 2")  # as SVG writes them; 35 pairs with seven colours
 GREY = "#595959"
-FILLS = (*((colour, "") for colour in COLOURS), ("#C4C4C4", ""), ("#E6E6E6", "...."), ("#FFFFFF", "////"))
+FILLS = (*((colour, "") for colour in COLOURS), ("#B8B8B8", ""), ("#E6E6E6", ""), ("#FFFFFF", "////"))
 PANEL = (4.7, 2.9)  # inches of a picture; the page lays two side by side where there is room
 WIDE = 9.7  # inches of one that takes the whole page
 DEEPEST = 14  # levels of a flame graph
@@ -187,9 +187,9 @@ def stacked_bars(rows: list[tuple[str, list[float]]], places: list[int]) -> Any:
         for kind, place in enumerate(places):
             size = segments[kind]
             colour, hatch = fill_of(place)
-            edge = GREY if hatch else "white"
+            edge = GREY if hatch else "white"  # in which the hatching is drawn, too
             axes.barh(row, size, left=left, height=0.7, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.6)
-            if size / longest > 0.022:
+            if size / longest > 0.03:
                 dark = colour in ("#000000", "#0072B2")
                 box = {"boxstyle": "round,pad=0.12", "facecolor": colour, "edgecolor": "none"}
                 axes.text(
@@ -227,7 +227,8 @@ KINDS = {
     "module": "#F3C98B",
     "operator": "#9BD3BF",
     "kernel": "#E8B7D0",
-}  # pale, so that dark text is read on each; other kinds are white
+    "other": "#FFFFFF",
+}  # pale, so that dark text is read on each
 
 
 def flame_graph(root: dict) -> Any:
@@ -235,8 +236,8 @@ def flame_graph(root: dict) -> Any:
     from matplotlib.patches import Rectangle
 
     total = root["ms"]
-    boxes = list(boxes_of(root, 0.0, 0, total))
-    levels = 1 + max(level for _, _, level in boxes)
+    boxes = list(boxes_of(root, "", 0.0, 0, total))
+    levels = 1 + max(level for *_, level in boxes)
     figure = new_figure(WIDE, 0.7 + 0.25 * levels)
     figure.told = {}
     axes = figure.add_subplot()
@@ -247,28 +248,31 @@ def flame_graph(root: dict) -> Any:
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     inches = WIDE - 0.3  # of the axes
-    for number, (node, start, level) in enumerate(boxes):
+    for number, (node, name, start, level) in enumerate(boxes):
         width = node["ms"]
-        colour = KINDS.get(node["kind"], "#FFFFFF")
+        colour = KINDS.get(node["kind"], KINDS["other"])
         patch = Rectangle((start, level), width, 1, facecolor=colour, edgecolor=GREY, linewidth=0.4)
         patch.set_gid(f"node{number}")
         axes.add_patch(patch)
         figure.told[f"node{number}"] = f"{node['name']} ({node['kind']}), {width:.3g} ms, {width / total:.1%}"
         letters = int(inches * width / total * 72 / (7.5 * LETTER)) - 1
         if letters >= 4:
-            words = shortened(node["name"], letters)
+            words = name if len(name) <= letters else name[: letters - 1] + "…"
             axes.text(start + width / 2, level + 0.52, words, ha="center", va="center", fontsize=7.5, clip_on=True)
     return figure
 
 
-def boxes_of(node: dict, start: float, level: int, total: float) -> Iterator[tuple[dict, float, int]]:
-    """(node, where it begins in ms, level) of all that are wide enough to be seen; children one after another."""
-    yield node, start, level
+def boxes_of(node: dict, around: str, start: float, level: int, total: float) -> Iterator[tuple]:
+    """(node, its name, where it begins in ms, level) of all that are wide enough to be seen.
+
+    Children come one after another. around: the name of the node above, which is left out where a name begins with it.
+    """
+    yield node, node["name"].removeprefix(f"{around}."), start, level
     if level + 1 == DEEPEST:
         return
     for child in node["children"]:
         if child["ms"] >= NARROW * total:
-            yield from boxes_of(child, start, level + 1, total)
+            yield from boxes_of(child, node["name"], start, level + 1, total)
         start += child["ms"]
 
 

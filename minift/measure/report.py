@@ -21,7 +21,8 @@ from .pictures import Curve, Panel, finite
 
 NO_PLOTS = 'no pictures: matplotlib is not installed; `pip install "minift[plots]"` installs it'
 POINTS = 1000  # of a curve; of longer ones every n-th is drawn
-LAYERS = 24  # rows of the table of what layers learned
+LAYERS = 24  # rows of the table of what layers learned, where there is one run
+FEW = 8  # where there are several
 LONG = 600  # signs of a text that are shown
 SHORT = 200  # of one in a table
 
@@ -390,28 +391,36 @@ def ledger(runs: list[Seen]) -> str:
     if not parts:
         return lacking("ledger", runs)
     found = dict.fromkeys(kind for _, _, segments in parts for kind in segments)
-    kinds = [kind for kind in ORDER if kind in found] + [kind for kind in found if kind not in ORDER]
+    kinds = sorted(found, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(KINDS) - 0.5)
     # a kind has one look in every report, whatever others are there
     places = [ORDER.index(kind) if kind in ORDER else i for i, kind in enumerate(kinds)]
-    rows = []
+    bars, columns = [], []
     for run, which, segments in parts:
-        name = f"{pictures.shortened(run.name, 30)}, {which}" if len(runs) > 1 else which
-        rows.append((name, [segments.get(kind, 0) / 1e6 for kind in kinds]))
+        whose = f"{pictures.shortened(run.name, 30)}, " if len(runs) > 1 else ""
+        sizes = [segments.get(kind, 0) / 1e6 for kind in kinds]
+        bars.append((whose + which, sizes))
+        if WHOLE not in segments:
+            columns.append((run, whose + which, sizes))
     drawn = ""
     if can_draw():
-        svg = pictures.as_svg("ledger", pictures.stacked_bars, rows, places)
+        svg = pictures.as_svg("ledger", pictures.stacked_bars, bars, places)
         drawn = figure(svg, "memory by kind, forecast and measured", wide=True)
-    cells = []
-    for i, kind in enumerate(kinds):
-        fill = pictures.fill_of(places[i])
-        sizes = [f"{sizes[i]:,.1f}" if sizes[i] else "" for _, sizes in rows]
-        cells.append((f'<span class="swatch" style="{swatch(*fill)}"></span>{i + 1}. {shown(kind)}', *sizes))
-    cells.append(("all, MB", *(f"{sum(sizes):,.1f}" for _, sizes in rows)))
-    head = ["kind, MB", *(shown(name) for name, _ in rows)]
     words = "The numbers in the bars are those of the table. A run measures the whole at its peak, not its parts."
-    return (
-        lacking("ledger", runs) + drawn + table(head, cells, "<" + ">" * len(rows), "sums") + paragraph(words, "note")
-    )
+    numbers = ledger_table(kinds, places, columns) if columns else ""
+    return lacking("ledger", runs) + drawn + numbers + paragraph(words, "note")
+
+
+def ledger_table(kinds: list[str], places: list[int], columns: list[tuple[Seen, str, list[float]]]) -> str:
+    """The sizes in the bars of `ledger` that have parts, each (run, what the bar is, its sizes in MB)."""
+    names = [f'<span class="swatch" style="{swatch(*pictures.fill_of(place))}"></span>' for place in places]
+    names = [f"{name}{i + 1}. {shown(kind)}" for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
+    rows = [(name, [sizes[i] for _, _, sizes in columns]) for i, name in enumerate(names) if kinds[i] != WHOLE]
+    rows.append(("all of these", [sum(sizes) for _, _, sizes in columns]))
+    if WHOLE in kinds:
+        measured = [run.ledger["measured"].get("memory", 0) / 1e6 for run, _, _ in columns]
+        rows.append((names[kinds.index(WHOLE)], measured))
+    cells = [(name, *(f"{size:,.1f}" if size else "" for size in sizes)) for name, sizes in rows]
+    return table(["kind, MB", *(shown(name) for _, name, _ in columns)], cells, "<" + ">" * len(columns), "sums")
 
 
 PROCESS = "Python, torch, data"
@@ -496,7 +505,7 @@ def learned(runs: list[Seen]) -> str:
         drawn = panels(f"learned{number}-", found)
         if drawn:
             told += [legend(kinds), drawn]
-        most = sorted(run.learned, key=lambda update: -update.norm)[:LAYERS]
+        most = sorted(run.learned, key=lambda update: -update.norm)[: LAYERS if len(runs) == 1 else FEW]
         rows = []
         for update in most:
             values = " ".join(f"{s:.2g}" for s in update.singular[:6])
@@ -552,10 +561,10 @@ def asked(runs: list[Seen]) -> str:
         told.append(paragraph(shown(where), "note"))
     for (question, right), lines in cards.items():
         said = "".join(
-            f"<dt>{shown(what)}</dt><dd>{shown(cut(text, LONG)) or '<i>nothing</i>'}</dd>"
+            f"<dt>{shown(what)}</dt><dd>{shown(cut(text.strip(), LONG)) or '<i>nothing</i>'}</dd>"
             for what, text in [("right", right), *lines]
         )
-        told.append(f'<article><p class="quote">{shown(cut(question, LONG))}</p><dl>{said}</dl></article>')
+        told.append(f'<article><p class="quote">{shown(cut(question.strip(), LONG))}</p><dl>{said}</dl></article>')
     return "".join(told)
 
 
@@ -572,7 +581,14 @@ def hard(runs: list[Seen]) -> str:
             first, last = f"{one.losses[0]:.3f}", f"{one.losses[-1]:.3f}"
             never = "<b>never learned</b>" if one.never else "learned late"
             rows.append(
-                (f"{one.number}", never, first, last, shown(cut(one.right, 60)), shown(cut(one.question, SHORT)))
+                (
+                    f"{one.number}",
+                    never,
+                    first,
+                    last,
+                    shown(cut(one.right.strip(), 60)),
+                    shown(cut(one.question, SHORT)),
+                )
             )
         head = ("example", "", "loss, first epoch", "last epoch", "right", "text")
         told.append(table(head, rows, "><>><?", "hard"))
@@ -606,7 +622,8 @@ body{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 3rem}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem}
 h2{font-size:1.3rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:2px solid #1a1a1a}
 h3{font-size:1.05rem;margin:1.5rem 0 .5rem}
-h3,header p,th,td{overflow-wrap:anywhere}
+h1,h3,header p,.facts th,.facts td,.missing{overflow-wrap:anywhere}
+th,td{overflow-wrap:break-word}
 p{margin:.5rem 0;max-width:45rem}
 .note{color:#4a4a4a;font-size:.875rem}
 .missing{border-left:4px solid #D55E00;padding:.25rem .75rem;background:#fbf3ee;font-size:.9375rem}
@@ -619,11 +636,12 @@ thead th{border-bottom:2px solid #777;vertical-align:bottom}
 tbody th{font-weight:400}
 table.facts tbody th{font-weight:600;min-width:9rem}
 table.facts td{min-width:8.5rem}
-table.sums tbody th{min-width:12rem}
-table.sums tbody tr:last-child>*{font-weight:700;border-top:2px solid #777}
-table.layers th,table.layers td{overflow-wrap:normal;white-space:nowrap}
+table.sums tbody th{white-space:nowrap}
+table.sums tbody tr:nth-last-child(-n+2)>*{font-weight:700;border-top:2px solid #777}
+table.layers th,table.layers td,table.hard b{white-space:nowrap}
+table.sums thead th,table.hard td{max-width:14rem}
 td.number,th.number{text-align:right}
-td.text{min-width:18rem}
+table.hard td.text{min-width:18rem;max-width:none}
 th.number+td:not(.number){padding-left:.5rem}
 figure{margin:0}
 figure svg{display:block;width:100%;height:auto}
@@ -647,7 +665,7 @@ dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 body{max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 a{color:inherit;text-decoration:none}
-h2,h3{break-after:avoid}
+h2,h3,ul.legend{break-after:avoid}
 figure,article,tr,ul.legend{break-inside:avoid}
 .scroll,figure.wide{overflow:visible}
 figure.wide svg{min-width:0}
