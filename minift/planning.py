@@ -47,7 +47,7 @@ LOOK = 1000  # steps whose micro-batches are looked at
 META = torch.device("meta")
 STEP = 1.25  # between two numbers of tokens that --fit tries
 FITTED = ("tokens", "recompute", "base")  # the options that --fit chooses
-OFF = 1.05  # a forecast of memory may be off by so much, of which --fit leaves room
+OFF, ALWAYS = 1.05, 16e6  # a forecast of memory may be off by a twentieth and so many bytes: --fit leaves that room
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Plan:
     kinds: dict[str, int]  # bytes by kind, when most are held
     held: int  # their sum
     heap: int  # what the heap grows to for them
-    loading: int  # bytes before the first step: the weights as they are loaded, and the largest of them once more
+    loading: int  # bytes that the model takes until it is ready for the first step
     process: int  # bytes of this process, without a model
     by_module: dict[str, int]  # of what is saved for backward, which module left how much
     largest: int  # tokens of the largest micro-batch
@@ -70,6 +70,8 @@ class Plan:
     weights: int
     device: torch.device
     dtype: torch.dtype
+    free: int = 0  # bytes that this machine has for it
+    most: int = 0  # tokens at once that fit into them, at most; 0: none do
 
     @property
     def memory(self) -> int:
@@ -95,12 +97,18 @@ class Subject:
     device: torch.device  # where the run is to be
     dtype: torch.dtype
     own: int  # bytes of this process that are not of files
-    loading: int  # bytes that reading the model takes: all weights, and the largest once more
+    loading: int  # bytes that the model takes until it is ready: all weights as they are read, and a copy of one
 
 
 def forecast(config: TrainConfig) -> Plan:
     """The plan of a checked configuration. Raises InputError."""
-    return plan_for(read_subject(config), config)
+    subject = read_subject(config)
+    plan = plan_for(subject, config)
+    plan.free = memory.available(subject.device)
+    options, size = most_tokens(subject, replace(config, tokens=0), plan.free, plan.process)
+    if with_room(plan.process + size) <= plan.free:
+        plan.most = options.tokens
+    return plan
 
 
 def read_subject(config: TrainConfig) -> Subject:
@@ -118,7 +126,7 @@ def read_subject(config: TrainConfig) -> Subject:
     if device.type == "cpu":
         memory.keep_memory()
     own, _ = resident()
-    return Subject(model, labels, sequences, device, dtype, own, loaded(model))
+    return Subject(model, labels, sequences, device, dtype, own, sum(sizes(model)))
 
 
 def load_shapes(config: TrainConfig, labels: list[str] | None) -> tuple[Model, Tokenizer | None]:
@@ -136,7 +144,10 @@ def plan_for(subject: Subject, config: TrainConfig) -> Plan:
 def job_for(subject: Subject, config: TrainConfig) -> tuple[Job, list]:
     """(the job of a subject on the meta device, the micro-batches of each of its steps)."""
     config = replace(config, tokens=config.tokens or default_tokens(subject.model, subject.device))
+    before = sum(sizes(subject.model))
     job = make_job(subject.model, config, Engine(META, subject.dtype))
+    if sum(sizes(job.model)) < before:  # frozen weights are cast when all have been read
+        subject.loading = before + max(sizes(job.model))
     return job, list(steps_of(job, subject.sequences))
 
 
@@ -205,10 +216,9 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
     )
 
 
-def loaded(model: Model) -> int:
-    """Bytes that loading a model takes: its weights, and the largest of them once more."""
-    weights = [t.nbytes for t in (*model.parameters(), *model.buffers())]
-    return sum(weights) + max(weights)
+def sizes(model: Model) -> list[int]:
+    """Bytes of each weight."""
+    return [t.nbytes for t in (*model.parameters(), *model.buffers())]
 
 
 def count_tokens(micro: list[Sequence]) -> int:
@@ -279,22 +289,22 @@ def fitted(config: TrainConfig) -> Plan:
     config = replace(config, fit="")
     subject = read_subject(config)
     asked = plan_for(subject, config)
-    if asked.memory * OFF <= limit:
+    if with_room(asked.memory) <= limit:
         say(f"--fit: it takes about {megabytes(asked.memory)} MB as it is")
         return asked
 
     _, libraries = resident()
-    room = limit - subject.own - libraries  # for model and step
+    process = subject.own + libraries
     least = asked.memory, asked.config
     for base in bases(config):
         if base != config.base:
             subject.model, _ = load_shapes(replace(config, base=base), subject.labels)
-            subject.loading = loaded(subject.model)
+            subject.loading = sum(sizes(subject.model))
         found = []
         for recompute in sorted({config.recompute, True}):
-            options, size = most_tokens(subject, replace(config, base=base, recompute=recompute), room)
-            least = min(least, (size + limit - room, options), key=lambda pair: pair[0])
-            if size * OFF <= room:
+            options, size = most_tokens(subject, replace(config, base=base, recompute=recompute), limit, process)
+            least = min(least, (process + size, options), key=lambda pair: pair[0])
+            if with_room(process + size) <= limit:
                 found.append(plan_for(subject, options))
         if found:
             best = min(found, key=lambda plan: plan.seconds)
@@ -302,7 +312,7 @@ def fitted(config: TrainConfig) -> Plan:
             return best
     needed, options = least
     raise InputError(
-        f"--fit: expected at least {megabytes(OFF * needed)} MB, which {options_of(options)} takes; "
+        f"--fit: expected at least {megabytes(with_room(needed))} MB, which {options_of(options)} takes; "
         f"found {megabytes(limit)}"
     )
 
@@ -335,32 +345,35 @@ def bases(config: TrainConfig) -> list[str]:
     return found
 
 
-def most_tokens(subject: Subject, config: TrainConfig, room: int) -> tuple[TrainConfig, int]:
-    """(the options with the most --tokens whose model and step take no more than `room`, the bytes that they take).
+def with_room(memory: float) -> float:
+    """What a run may take whose forecast is `memory`."""
+    return OFF * memory + ALWAYS
 
-    Where nothing fits, those with the fewest tokens: as many as the longest sequence has.
+
+def most_tokens(subject: Subject, config: TrainConfig, limit: int, process: int) -> tuple[TrainConfig, int]:
+    """(the options with the most --tokens that fit into `limit` bytes, what model and step take with them).
+
+    process: bytes of everything else. Where nothing fits, the fewest tokens: as many as the longest sequence has.
     """
-    _, whole = job_for(subject, replace(config, tokens=0))
-    _, single = job_for(subject, replace(config, tokens=1))
-    low = max(count_tokens(micro) for micros in single for micro in micros)
-    high = max(sum(map(count_tokens, micros)) for micros in whole)
+    _, steps = job_for(subject, replace(config, tokens=1))
+    low = max(count_tokens(micro) for micros in steps for micro in micros)
+    high = max(sum(map(count_tokens, micros)) for micros in steps)
+    if config.tokens:  # a step that was asked to be split is not made larger
+        high = max(low, min(high, config.tokens))
 
-    # the least, then the most, then what is between; a step that was asked to be split is not made larger
     best = replace(config, tokens=low)
     size = bytes_for(subject, best)
-    if size * OFF > room:
+    if with_room(process + size) > limit:
         return best, size
-    middle = min(high, config.tokens or high)
-    while middle > low * STEP or middle == high:
+    middle = high
+    while middle > low:
         options = replace(config, tokens=middle)
         found = bytes_for(subject, options)
-        if found * OFF <= room:
+        if with_room(process + found) <= limit:
             best, size, low = options, found, middle
         else:
             high = middle
-        if low >= high:
-            break
-        middle = round((low * high) ** 0.5)
+        middle = round((low * high) ** 0.5) if high > low * STEP else low
     return best, size
 
 
@@ -414,10 +427,21 @@ def describe(plan: Plan) -> list[str]:
         f"a step    {plan.tokens:,} tokens in the median, {at_once}",
         f"products  {plan.flops / 1e9:,.1f} GFLOP a step, in {str(plan.dtype)[6:]}",
         f"time      about {plan.seconds:.3g} s a step",
+        *room_for(plan),
         f"bound     {megabytes(bytes_bound)} MB of weights and optimizer, {seconds_bound:.3g} s of products at their",
         "          best rate here: no implementation does with less",
     ]
     return lines
+
+
+def room_for(plan: Plan) -> list[str]:
+    """Whether it fits, and with how many tokens at once at most: a line, where that was looked at."""
+    if not plan.free:
+        return []
+    free = f"the {megabytes(plan.free)} MB that are free here"
+    if not plan.most:
+        return [f"room      none in {free}: --fit tells what would do"]
+    return [f"room      up to --tokens {plan.most} in {free}"]
 
 
 def megabytes(size: int) -> str:

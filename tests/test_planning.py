@@ -4,7 +4,6 @@ python -m pytest tests/test_planning.py
 """
 
 import json
-import re
 import subprocess
 import sys
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..ops import native
@@ -55,6 +56,21 @@ def trim() -> None:
         library.forget_large_blocks()
     with suppress(OSError, AttributeError):
         process().malloc_trim(0)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that a process may still take there: of the machine, and of the control group that the process is in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for folder in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")):
+            with suppress(OSError, ValueError):  # "max" is no number
+                found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+    return max(0, min(found, default=0))
 
 
 def mapping(tensor: Tensor) -> range:

@@ -35,6 +35,8 @@ MOMENTS = "optimizer state"
 BATCH = "batch"
 SAVED = "saved for backward"
 PASSING = "in passing"
+CASTS = "casts"
+OTHERS = "other operators"
 KINDS = (FROZEN, TRAINED, GRADIENTS, MOMENTS, BATCH, SAVED, PASSING)
 
 
@@ -118,7 +120,7 @@ class Ledger(TorchDispatchMode):
         self.snapshot: list[Held] = []  # what was held at the peak, as soon as it is over
         self.saved: Counter[str] = Counter()  # bytes that the last forward pass left for backward, by module
         self.flops: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()  # bytes read and written outside of products: by kernels, by "pytorch"
+        self.moved: Counter[str] = Counter()  # bytes read and written outside of products: by kernels, CASTS and OTHERS
         self.products: Counter[Product] = Counter()
         self.kernels: dict[tuple, tuple[Kernel, int]] = {}  # of a forecast: different calls, and how many there are
         self.calls = 0  # of operators and kernels
@@ -178,7 +180,8 @@ class Ledger(TorchDispatchMode):
         if packet in PRODUCTS:
             self.products[product_of(packet, args)] += 1
         elif not is_free(function):
-            self.moved["pytorch"] += bytes_moved(function, args, kwargs, out)
+            what = CASTS if packet is aten._to_copy else OTHERS
+            self.moved[what] += bytes_moved(function, args, kwargs, out)
         return out
 
     def saw(self, name: str, library, function: str, given: dict) -> bool:

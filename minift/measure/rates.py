@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..ops.linear import product, weight_gradient
-from .ledger import Kernel, Ledger, Product, Shape
+from .ledger import CASTS, OTHERS, Kernel, Ledger, Product, Shape
 
 WORTH = 0.01  # seconds for one part
 REPEATS = 4  # at most
@@ -27,8 +27,8 @@ MOST = 1 << 28  # bytes of a kernel's arguments: with more it is not called, and
 
 def seconds_of(ledger: Ledger, dtype: torch.dtype, device: torch.device) -> float:
     """What all that a ledger saw would take: products, kernels, memory, and calls."""
-    copies = copy_rate(device)
-    total = ledger.moved["pytorch"] / copies + ledger.calls * call_seconds()
+    total = ledger.moved[OTHERS] / copy_rate(device) + ledger.moved[CASTS] / cast_rate(device)
+    total += ledger.calls * call_seconds()
     for what, count in ledger.products.items():
         if not what.flops:
             continue
@@ -101,6 +101,15 @@ def copy_rate(device: torch.device) -> float:
         large = torch.zeros(1 << 24, device=device)
         other = torch.zeros_like(large)
         rates[key] = 2 * large.nbytes / median_seconds(lambda: other.copy_(large), device)
+    return rates[key]
+
+
+def cast_rate(device: torch.device) -> float:
+    """Bytes/s of a cast of a layer's weights between float32 and bfloat16, read and written."""
+    key = "cast", device.type
+    if key not in rates:
+        x = torch.zeros(1 << 22, device=device)
+        rates[key] = 1.5 * x.nbytes / median_seconds(lambda: x.to(torch.bfloat16), device)
     return rates[key]
 
 

@@ -139,12 +139,15 @@ def can_draw() -> bool:
 
 
 def lacking(section: str, runs: list[Seen]) -> str:
-    """What the runs lack in a section, a line each."""
-    lines = []
+    """What the runs lack in a section, a line for each lack."""
+    names: dict[str, list[str]] = {}
     for run in runs:
         for sentence in run.missing.get(section, []):
-            who = f"<b>{shown(run.name)}</b>: " if len(runs) > 1 else ""
-            lines.append(paragraph(f"{who}{shown(sentence)}", "missing"))
+            names.setdefault(sentence, []).append(f"<b>{shown(run.name)}</b>")
+    lines = []
+    for sentence, whose in names.items():
+        who = f"{', '.join(whose)}: " if len(runs) > 1 else ""
+        lines.append(paragraph(f"{who}{shown(sentence)}", "missing"))
     return "".join(lines)
 
 
@@ -553,7 +556,7 @@ def asked(runs: list[Seen]) -> str:
     for run in runs:
         for one in run.asked:
             lines = cards.setdefault((one.question, one.right), [])
-            whose = f", {run.name}" if len(runs) > 1 else ""
+            whose = f", {pictures.shortened(run.name, 30)}" if len(runs) > 1 else ""
             if one.before is not None:
                 lines.append((f"before{whose}", one.before))
             lines.append((f"after{whose}", one.after))
