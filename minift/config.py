@@ -138,6 +138,19 @@ def size_of(text: str) -> int:
     return round(float(found[1]) * SIZES[found[2]])
 
 
+def numbers_of(text: str) -> set[int]:
+    """The numbers of a list such as 17,203,5-9. Raises ValueError."""
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, dash, last = part.strip().partition("-")
+        if not dash:
+            last = first
+        if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and int(first) <= int(last)):
+            raise ValueError(f"--without is {text!r}; expected numbers of examples, as 17,203 or 5-9")
+        found.update(range(int(first), int(last) + 1))
+    return found
+
+
 def option(default, help: str, choices: tuple = (), at_least=None, heading: str = ""):
     """A dataclass field that is also a command-line option.
 
@@ -221,6 +234,7 @@ class TrainConfig(Config):
     max_line: int = option(**MAX_LINE)
     labels: str = option("", "names of the classes in the order of their numbers, as negative,positive")
     limit: int = option(0, "train on N examples drawn at random; 0: all", at_least=0)
+    without: str = option("", "examples to leave out, counted from 0, as 17,203 or 5-9; all others keep their order")
     max_length: int = option(
         0, "longest sequence in tokens, the rest is cut; 0: 512 or the model's own limit", at_least=0
     )
@@ -297,6 +311,7 @@ class TrainConfig(Config):
             raise ValueError(f"--valid is {self.valid!r}; expected a file, or a fraction above 0 and below 1")
         if self.fit:
             size_of(self.fit)
+        numbers_of(self.without)
         if self.patience and not self.valid:
             raise ValueError(f"--patience is {self.patience} without --valid; expected one, to tell what is better")
         method = method_named(self.method)

@@ -170,7 +170,11 @@ def forecast_run(job: Job, sequences: list[Sequence], before: tuple[int, int]) -
     own, loading = before
     steps = list(steps_of(job, sequences))
     planned = make_job(without_memory(job.model), job.config, Engine(META, dtype))
-    return plan_of(planned, steps, job.model.device, dtype, own, loading)
+    try:
+        return plan_of(planned, steps, job.model.device, dtype, own, loading)
+    except InputError as e:
+        say(f"no forecast: {e}")
+        return None
 
 
 def without_memory(model: Model) -> Model:
@@ -239,8 +243,22 @@ def steps_of(job: Job, sequences: list[Sequence]) -> Iterator[list[list[Sequence
 
 
 def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
-    """Two steps on these micro-batches; of the second, in which the optimizer's state is there, the ledger."""
+    """Two steps on these micro-batches; of the second, in which the optimizer's state is there, the ledger.
+
+    Raises InputError for a task or a model that asks for numbers, which tensors without memory have not.
+    """
     ledger = Ledger(job.model)
+    try:
+        two_steps(job, micros, ledger)
+    except (NotImplementedError, RuntimeError) as e:
+        if "meta" not in str(e).lower():
+            raise
+        raise InputError(f"--task {job.config.task} reads the numbers of a batch, and has no plan ({e})") from e
+    return ledger
+
+
+def two_steps(job: Job, micros: list[list[Sequence]], ledger: Ledger) -> None:
+    """On tensors without memory, while the ledger looks on."""
     with ledger:
         for step in range(2):
             ledger.restart()
@@ -254,7 +272,6 @@ def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
             for state in job.optimizer.state.values():
                 ledger.own(MOMENTS, state.values())
             job.optimizer.zero_grad()
-    return ledger
 
 
 def load_kernels(config: TrainConfig, device: torch.device) -> None:

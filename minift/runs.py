@@ -13,9 +13,9 @@ import torch
 from . import files
 from .adapters import changes_base, method_file, saved_as
 from .checkpoints import resume, saving
-from .config import TrainConfig, is_number
+from .config import TrainConfig, is_number, numbers_of
 from .data import corpus
-from .data.batch import Sequence
+from .data.batch import Sequence, order
 from .data.examples import sample, split
 from .data.tokenizer import Tokenizer
 from .engine.distributed import World, local
@@ -87,6 +87,7 @@ def prepare_run(
     examples, valid = examples or read_examples(config)
     tokenise_texts(tokenizer, engine.world, examples, valid)
     sequences = task.encode(examples, model, tokenizer, max_length)
+    left_out(config, len(sequences))
     held_out = task.encode(valid, model, tokenizer, max_length) if valid else []
     if valid and not any(len(sequence.targets) for sequence in held_out):
         raise InputError("--valid: none of the tokens is asked about; expected more text to validate on")
@@ -167,6 +168,31 @@ def announce(model: Model, config: TrainConfig, sequences: list[Sequence], valid
         f"{len(sequences):,} examples to train on, {len(valid):,} to validate on; {mean:.1f} tokens each on average, "
         f"{config.batch * mean:,.0f} a step{limit}; {cut:,} cut to {max_length} tokens"
     )
+
+
+def left_out(config: TrainConfig, n: int) -> set[int]:
+    """The numbers of --without. Raises InputError where there is no such example, or where a step has no other.
+
+    n: training examples, counted from 0.
+    """
+    numbers = numbers_of(config.without)
+    if numbers and max(numbers) >= n:
+        raise InputError(f"--without {max(numbers)}: there are {n:,} examples to train on, counted from 0")
+    for epoch in range(config.epochs if numbers else 0):
+        for step, chosen in enumerate(order(n, config.seed, epoch).split(config.batch)):
+            if numbers.issuperset(chosen.tolist()):
+                where = f"step {step + 1} of epoch {epoch + 1}"
+                raise InputError(f"--without leaves nothing of {where}; expected fewer, or a larger --batch")
+    return numbers
+
+
+def count_seen(config: TrainConfig, n: int, steps: int) -> int:
+    """The lines of examples.jsonl after so many steps on n examples."""
+    left = torch.tensor(sorted(numbers_of(config.without)), dtype=torch.int64)
+    per_epoch = math.ceil(n / config.batch)
+    epochs, more = divmod(steps, per_epoch)
+    last = order(n, config.seed, epochs)[: more * config.batch]
+    return epochs * (n - len(left)) + len(last) - int(torch.isin(last, left).sum())
 
 
 # the folder

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checkpoints import saving
 from .config import TrainConfig
-from .data.batch import Batch, Sequence, order, pack
+from .data.batch import Batch, Sequence, mean_losses, order, pack
 from .data.tokenizer import Tokenizer
 from .engine.graph import Graphs
 from .engine.optim import clip, schedule, warmup_steps
@@ -29,8 +29,10 @@ from .runs import (
     Interrupted,
     begin_state,
     check_finite,
+    count_seen,
     from_lists,
     last_checkpoint,
+    left_out,
     prepare_run,
     save_checkpoint,
     validate,
@@ -75,6 +77,7 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
     per_epoch = math.ceil(len(sequences) / config.batch)
     total = config.steps or per_epoch * config.epochs
     warmup = warmup_steps(config.warmup, total)
+    without = left_out(config, len(sequences))
     state = begin_state(job, sequences, valid, total)  # or that of the latest checkpoint, with --resume
 
     def due(every: str) -> bool:
@@ -85,7 +88,9 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
     # a signal only leaves a note: the step that is under way is finished and saved before the run stops
     loggers = make_loggers(config, out) if world.first else []
     columns = result_columns(job.task)
-    with Tracker(out, total, columns, state["step"], world.first, loggers) as tracker, stop_signals() as job.caught:
+    seen = count_seen(config, len(sequences), state["step"])
+    tracker = Tracker(out, total, columns, state["step"], seen, world.first, loggers)
+    with tracker, stop_signals() as job.caught:
         for step in range(state["step"], total):
             if config.patience and state["stale"] >= config.patience:
                 say(f"no better for {state['stale']} validations: stopped after step {step}")
@@ -95,7 +100,7 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
             epoch, i = divmod(step, per_epoch)
             shuffled = order(len(sequences), config.seed, epoch)
             numbers = shuffled[i * config.batch : (i + 1) * config.batch].tolist()
-            chosen = [sequences[j] for j in numbers]
+            chosen = [sequences[j] for j in numbers if j not in without]
             lr = config.lr * schedule(config.schedule, step, total, warmup)
             values, stop = train_step(job, chosen, step, lr)
             state["step"] = step + 1
@@ -104,8 +109,10 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
             evaluated = None
             if valid and due(config.eval_every):
                 evaluated = validate(job, tokenizer, valid, state)
+            losses = values.pop("losses", {})
             values |= {"train/epoch": (step + 1) / per_epoch, "train/global_step": step + 1}
             tracker.step(values, evaluated)
+            tracker.examples(epoch, losses)
             if stop or due(config.save_every):
                 save_checkpoint(job, state)
             world.wait()
@@ -137,7 +144,8 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
     if job.config.graph and job.graphs is None:
         job.graphs = Graphs(job, accumulate, update)
     take_step = job.graphs.step if job.graphs else plain_step
-    loss, counted, norm, stop = take_step(job, micros, step, n_targets, lr)
+    places = {s.number: i for i, s in enumerate(sequences)}
+    loss, counted, norm, stop, losses = take_step(job, micros, step, n_targets, lr, places)
     if not math.isfinite(loss):
         numbers = ", ".join(str(s.number) for s in sequences)
         raise FloatingPointError(
@@ -153,22 +161,28 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
         "train/tokens_per_second": n_tokens / (time.perf_counter() - start),
         "train/peak_memory": peak_memory(),
     }
+    if losses:
+        values["losses"] = {s.number: losses[places[s.number]] for s in sequences if len(s.targets)}
     if job.scaler.is_enabled():
         values["train/loss_scale"] = job.scaler.get_scale()
     return values, stop
 
 
 def plain_step(
-    job: Job, micros: list[list[Sequence]], step: int, n_targets: int, lr: float
-) -> tuple[float, float, float, int]:
-    """(loss summed, what the task counts beside it, norm of the gradients, signal to stop by or 0) of one update.
+    job: Job, micros: list[list[Sequence]], step: int, n_targets: int, lr: float, places: dict[int, int]
+) -> tuple[float, float, float, int, list[float]]:
+    """One update: (loss summed, what the task counts beside it, norm of the gradients, signal to stop by or 0, losses).
+
+    places: of the step's examples, by their numbers; the losses, each the mean over an example's targets, are in them.
 
     All numbers stay on the device until the end, where they are read at once: each reading waits for a GPU.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=job.model.device)
+    sums = torch.zeros(4 + len(places), dtype=torch.float64, device=job.model.device)
     for micro in micros:
         batch = pack(micro).to(job.model.device)
+        batch.losses = sums.new_full((batch.n_targets,), torch.nan, dtype=torch.float32)  # of a task that leaves none
         sums[:2] += accumulate(job, batch, Noise(job.config.seed, step, batch.keys), n_targets)
+        mean_losses(batch.losses, micro, places, onto=sums[4:])
 
     # a signal that reached one process travels beside the sums, so that all stop after the same step
     sums[2] = signal.SIGINT in job.caught
@@ -179,8 +193,8 @@ def plain_step(
         group["lr"] = lr * group["ratio"]
     norm = update(job, skip=(~sums[0].isfinite()).float())
     job.optimizer.zero_grad()
-    loss, counted, interrupted, terminated, norm = torch.cat([sums, norm.double()[None]]).tolist()
-    return loss, counted, norm, stop_signal(interrupted, terminated)
+    loss, counted, interrupted, terminated, *losses, norm = torch.cat([sums, norm.double()[None]]).tolist()
+    return loss, counted, norm, stop_signal(interrupted, terminated), losses
 
 
 def accumulate(job: Job, batch: Batch, noise: Noise, n_targets: int | Tensor) -> Tensor:

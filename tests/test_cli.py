@@ -36,7 +36,8 @@ def run(tmp_path_factory):
 
 def test_training_learns_and_writes_the_run_folder(run):
     out = run / "runs/a"
-    assert names_in(out) == ["best", "checkpoints", "config.json", "last", "ledger.json", "metrics.jsonl", "results.csv"]
+    files = ["config.json", "examples.jsonl", "ledger.json", "metrics.jsonl", "results.csv"]
+    assert names_in(out) == sorted(["best", "checkpoints", "last", *files])
     steps = metrics(out)
     assert [s["train/global_step"] for s in steps] == list(range(1, 105))  # 205 of 256 to train on: 13 steps an epoch
     names = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second")

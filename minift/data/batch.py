@@ -44,6 +44,7 @@ class Batch:
     targets: Tensor  # (T, ...) the task's own; int64 of (M,) in most
     n_targets: int  # T
     n_examples: int  # sequences that were packed, whatever pieces they have
+    losses: Tensor | None = None  # (T,) float32: where a task's loss leaves that of each target, if somebody asks
 
     def to(self, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`."""
@@ -85,6 +86,17 @@ def pack(sequences: list[Sequence]) -> Batch:
         n_targets=len(targets),
         n_examples=len(sequences),
     )
+
+
+def mean_losses(losses: Tensor, sequences: list[Sequence], places: dict[int, int], onto: Tensor) -> None:
+    """Adds the mean loss of each example's targets to its place in `onto`.
+
+    losses: (T,) of the targets of these sequences; places: by the example's number.
+    """
+    counts = np.array([len(s.targets) for s in sequences])
+    place_of_each = np.repeat([places[s.number] for s in sequences], counts)
+    shares = torch.from_numpy(1 / np.repeat(counts, counts)).to(losses.device, non_blocking=True)
+    onto.index_add_(0, torch.from_numpy(place_of_each).to(losses.device, non_blocking=True), losses * shares)
 
 
 def token_keys(numbers: Tensor, indices: Tensor) -> Tensor:

@@ -87,9 +87,12 @@ class Graphs:
             group["lr"] = torch.zeros((), device=device)
 
     def step(
-        self, job, micros: list[list[Sequence]], step: int, n_targets: int, lr: float
-    ) -> tuple[float, float, float, int]:
-        """What training.plain_step does and returns. Nothing is updated where the loss is not finite."""
+        self, job, micros: list[list[Sequence]], step: int, n_targets: int, lr: float, _: dict
+    ) -> tuple[float, float, float, int, list[float]]:
+        """What training.plain_step does and returns, but no loss of each example.
+
+        Nothing is updated where the loss is not finite.
+        """
         word = Noise(job.config.seed, step).word()
         self.word.fill_(signed(word))
         self.n_targets.fill_(n_targets)
@@ -105,7 +108,7 @@ class Graphs:
             self.replay_update = self.record(lambda: self.finish(job))
         self.replay_update()
         loss, counted, norm = self.found.tolist()  # the one place where the host waits
-        return loss, counted, norm, stop_signal(signal.SIGINT in job.caught, signal.SIGTERM in job.caught)
+        return loss, counted, norm, stop_signal(signal.SIGINT in job.caught, signal.SIGTERM in job.caught), []
 
     def replay_for(self, job, batch: Batch) -> Callable[[], None]:
         """What replays forward and backward of batches of this size, with this one in the memory that it reads."""

@@ -12,8 +12,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..layers import LayerNorm, Linear
+from ..ops.dropout import Noise
+from ..ops.gelu import gelu_tanh
 from ..ops.linear import product, weight_gradient
 from .ledger import CASTS, OTHERS, Kernel, Ledger, Product, Shape
 
@@ -120,18 +124,24 @@ def best_product_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def call_seconds() -> float:
-    """Seconds of a call of PyTorch that has hardly anything to compute, as autograd makes it."""
+    """Seconds of a call of an operator that has hardly anything to compute, with the Python around it."""
     key = ("call",)
     if key not in rates:
-        x = torch.ones(1, requires_grad=True)
+        layers = nn.ModuleList([Linear(8, 8), LayerNorm(8, 1e-5)])
+        linear, norm = layers
+        for p in layers.parameters():
+            p.data.fill_(0.5)
+        noise = Noise(keys=torch.zeros(1, dtype=torch.int32))
 
         def few_calls() -> None:
-            y = x
-            for _ in range(50):
-                y = y * 2
-            y.backward()
+            h = x = torch.ones(1, 8)
+            for site in range(20):
+                h, x = norm.add(gelu_tanh(linear(x)), h, 0.1, noise, site)
+            x.sum().backward()
 
-        rates[key] = median_seconds(few_calls, torch.device("cpu")) / 100
+        with Ledger(layers) as ledger:
+            few_calls()
+        rates[key] = median_seconds(few_calls, torch.device("cpu")) / ledger.calls
     return rates[key]
 
 

@@ -110,24 +110,28 @@ def result_columns(task: ModuleType) -> dict[str, str]:
 class Tracker:
     """Writes the files of a run folder, a line a step, flushed at once: what is written survives a crash.
 
-    columns: of results.csv. done: the steps of a resumed run; what was written of later ones, lost with them, is
-    removed. active: whether this process is the one that writes. loggers: what else hears of each step.
+    columns: of results.csv. done: the steps of a resumed run, seen: the examples in them; what was written of later
+    ones, lost with them, is removed. active: whether this process is the one that writes. loggers: what else hears of
+    each step.
     """
 
-    def __init__(self, out: Path, steps: int, columns: dict[str, str], done: int, active: bool, loggers: Sequence):
+    def __init__(
+        self, out: Path, steps: int, columns: dict[str, str], done: int, seen: int, active: bool, loggers: Sequence
+    ):
         self.active = active
         self.columns = columns
         self.loggers = loggers
         self.smooth: float | None = None  # the loss, averaged over some steps
         if not active:
             return
-        self.paths = out / "metrics.jsonl", out / "results.csv"
-        for path, lines in zip(self.paths, (done, done + 1), strict=True):
+        self.paths = out / "metrics.jsonl", out / "results.csv", out / "examples.jsonl"
+        for path, lines in zip(self.paths, (done, done + 1, seen), strict=True):
             found = keep_lines(path, lines)
             if done and found < lines:
                 say(f"{path}: has {found} of the {lines} lines of the steps before; it goes on with what comes now")
         self.jsonl = open(self.paths[0], "a", encoding="utf-8", buffering=1)
         self.file = open(self.paths[1], "a", encoding="utf-8", newline="", buffering=1)
+        self.losses = open(self.paths[2], "a", encoding="utf-8", buffering=1)
         self.csv = csv.DictWriter(self.file, ["step", *columns])
         if self.file.tell() == 0:
             self.csv.writeheader()
@@ -153,6 +157,14 @@ class Tracker:
             self.csv.writerow(row)
         self.progress.add(1, f"loss {self.smooth:.3f}  {values['train/tokens_per_second']:,.0f} tok/s")
 
+    def examples(self, epoch: int, losses: dict[int, float]) -> None:
+        """The loss that each example of a step had in it, by the example's number; NaN where the task does not say."""
+        if not self.active:
+            return
+        rows = ({"epoch": epoch, "example": n, "loss": loss} for n, loss in losses.items() if math.isfinite(loss))
+        with naming(self.paths[2]):
+            self.losses.writelines(json.dumps(row) + "\n" for row in rows)
+
     def finish(self, model: Path) -> None:
         """Hands over the finished model's folder."""
         for logger in self.loggers:
@@ -166,6 +178,7 @@ class Tracker:
             self.progress.close()
             self.jsonl.close()
             self.file.close()
+            self.losses.close()
 
 
 class TensorBoard:

@@ -21,21 +21,26 @@ CHUNK = 1 << 24  # logits at hand at once: 64 MB in float32; with 16 MB the prod
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    each: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, correct): the loss summed over rows in float32, and the number of rows whose largest logit is the target.
 
     x (M, C), weight (V, C), bias (V,) or None, smoothing in [0, 1); targets (M,) int64 in [0, V), or -1 for a row that
-    only fills up the batch: its loss and gradients are 0.
+    only fills up the batch: its loss and gradients are 0. each (M,): where the loss of each row is written, or None.
     """
-    return LinearCrossEntropy.apply(x, weight, bias, targets, smoothing)
+    return LinearCrossEntropy.apply(x, weight, bias, targets, smoothing, each)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Keeps the gradients of its inputs, nothing of size M x V; backward hands them over."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, smoothing) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, weight, bias, targets, smoothing, each) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -55,8 +60,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             z = product(xs, w)  # (m, V)
             if needs_bias:
                 z = z.to(wide)  # so that its gradient is summed over rows in float32
-            part, hits, dz = cross_entropy(z, bias, targets[i : i + n], smoothing, grad)
-            loss += part
+            losses, hits, dz = cross_entropy(z, bias, targets[i : i + n], smoothing, grad)
+            loss += losses.sum()
+            if each is not None:
+                each[i : i + n] = losses
             correct += hits
             if needs_bias:
                 db += dz.sum(0)
@@ -86,7 +93,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         _, dw, _ = gradients
         if dw is not None and ctx.heads_gradient is not None:
             ctx.heads_gradient.append(dw)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def grown(dw: Tensor | None, dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +110,10 @@ def grown(dw: Tensor | None, dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tenso
 def cross_entropy(
     z: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, correct, dz) of the logits z (m, V) before their bias, which are overwritten; dz is None without grad."""
+    """(losses, correct, dz) of the logits z (m, V) before their bias, which are overwritten; dz is None without grad.
+
+    losses: (m,), that of each row.
+    """
     lib = native.kernel("loss", z)
     if lib is None:
         return reference(z, bias, targets, smoothing, grad)
@@ -117,7 +127,7 @@ def cross_entropy(
     M, V = z.shape
     inputs = dict(z=z, bias=bias, targets=targets, smoothing=smoothing, grad=grad)
     lib.cross_entropy(**inputs, loss=losses, hits=hits, M=M, V=V, dtype=native.CODES[z.dtype])
-    return losses.sum(), hits.sum().long(), z if grad else None
+    return losses, hits.sum().long(), z if grad else None
 
 
 def reference(
@@ -133,11 +143,11 @@ def reference(
     target = target.clamp(min=0)
     lse = torch.logsumexp(z, -1, keepdim=True)
     loss = lse - (1 - smoothing) * z.gather(1, target) - smoothing * z.mean(-1, keepdim=True)
-    loss = loss.masked_fill(~asked, 0).sum()
+    losses = loss.masked_fill(~asked, 0).squeeze(-1)
     if not grad:
-        return loss, correct, None
+        return losses, correct, None
     dz = z.sub_(lse).exp_()
     dz.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=dz.dtype))
     if smoothing:
         dz -= smoothing / z.shape[1]
-    return loss, correct, dz.masked_fill_(~asked, 0)
+    return losses, correct, dz.masked_fill_(~asked, 0)

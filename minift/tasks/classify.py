@@ -191,7 +191,7 @@ def summary(model: Model, sequences: list[Sequence]) -> list[str]:
 def loss(model: Model, batch: Batch, noise: Noise, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(cross-entropy summed over the batch's targets, number of targets predicted right)."""
     h = model.head.features(model(batch, noise), noise.at(batch.rows))  # (M, C)
-    return linear_cross_entropy(h, model.last.weight, model.last.bias, batch.targets, smoothing)
+    return linear_cross_entropy(h, model.last.weight, model.last.bias, batch.targets, smoothing, batch.losses)
 
 
 class Metrics:
