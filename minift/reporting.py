@@ -321,13 +321,14 @@ def ask(
     pairs = [pair for example in chosen if (pair := task.question(example, tokenizer))]
     if not pairs or tokenizer is None:
         if found:
-            run.lacks("asked", "running text has no questions: nothing is asked")
+            run.lacks("asked", "of running text nothing is asked: it has no questions")
         return
     run.asked_of = f"{len(pairs)} examples {where}, drawn at random; the most likely answer of each model."
     loaded: Any = before and before.report
     fresh = loaded and (loaded.fresh or loaded.reshaped or loaded.relabelled)
     if fresh:
-        run.lacks("asked", f"no “before”: in the model that it began with, {shortened(fresh)} is new, drawn at random")
+        why = "drawn at random when the run began, and before it their answers meant nothing"
+        run.lacks("asked", f"there is no “before”: {shortened(fresh)} were {why}")
     questions = [question for question, _ in pairs]
     try:
         after = said(model, tokenizer, questions)
@@ -339,8 +340,8 @@ def ask(
 
 
 def shortened(names: list[str]) -> str:
-    """The first of some names."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    """Some names, or the first of many."""
+    return ", ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} others"
 
 
 def said(model: Model, tokenizer: Tokenizer, questions: list) -> list[str]:

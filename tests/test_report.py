@@ -122,9 +122,19 @@ def test_a_full_run_and_a_lora_run(runs):
         "--rank",
     ):
         assert words in page.words, words
-    assert "no “before”" in page.words  # the head is new
+    assert (
+        "there is no “before”: classifier.weight, classifier.bias were drawn at random" in page.words
+    )  # the head is new
     assert "before, gpt" in page.words and "A <b>bold</b> question & its" in page.words
-    assert page.words.count("never learned") == 1  # the one whose loss stayed at 3
+
+
+def test_the_example_that_was_never_learned(runs):
+    """The one whose loss stayed at 3 comes first, with its text and its label."""
+    page = page_of(runs / "full", options="--examples 0")
+    assert page.words.count("never learned") == 1
+    text, label = (runs / "train.tsv").read_text().splitlines()[5].split("\t")
+    at = page.text.index("never learned")
+    assert page.text[at - 1 : at + 5] == ["5", "never learned", "3.000", "3.000", label, text]
 
 
 def test_one_run_says_what_the_others_would(runs):
@@ -136,6 +146,19 @@ def test_one_run_says_what_the_others_would(runs):
     ledger = json.loads((runs / "lora/ledger.json").read_text())
     for size in (ledger["forecast"]["kinds"]["frozen weights"], ledger["measured"]["memory"]):
         assert f"{size / 1e6:,.1f}" in page.text
+
+
+def test_masked_words_and_running_text(runs, tmp_path):
+    """A masked word is asked about before and after; of running text nothing is."""
+    write(tmp_path / "texts.jsonl", *[{"text": "the film was great and the plot is fine"}] * 8)
+    write(tmp_path / "book.txt", *["the film was great and the plot is fine"] * 40)
+    works("train --model {r}/model --task fill --data {t}/texts.jsonl --steps 2 --out {t}/fill", r=runs, t=tmp_path)
+    works("train --model {r}/gpt2 --task complete --data {t}/book.txt --steps 2 --out {t}/book", r=runs, t=tmp_path)
+    page = page_of(tmp_path / "fill", options="--examples 1")
+    assert "the film was great [MASK] the plot is fine" in page.text and "and" in page.text
+    assert "none held out" in page.words and "nothing was held out" in page.words
+    page = page_of(tmp_path / "book")
+    assert "of running text nothing is asked" in page.words
 
 
 def test_names_and_texts_are_not_markup(runs, tmp_path):

@@ -44,6 +44,7 @@ class Panel:
     curves: list[Curve | None]
     log: bool = False  # the y axis
     whole: bool = False  # the x axis has whole numbers alone
+    reach: float = 0.0  # the x axis goes from 0 to this; 0: as far as the curves
 
 
 def style(i: int) -> tuple[str, str]:
@@ -156,6 +157,8 @@ def curves(panel: Panel) -> Any:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=steps, integer=panel.whole))
     axes.xaxis.set_major_formatter(FuncFormatter(short_number))
     axes.margins(x=0.02)
+    if panel.reach:
+        axes.set_xlim(0, 1.02 * panel.reach)
     return figure
 
 

@@ -343,6 +343,7 @@ def curves(runs: list[Seen]) -> str:
     """Every metric over the steps."""
     names = dict.fromkeys(name for run in runs for step in run.steps for name in step if name not in ELSEWHERE)
     others = [name for name in names if name not in FIRST and name not in LAST and not counts(runs, name)]
+    last = max((run.steps[-1]["step"] for run in runs if run.steps), default=0)
     found = []
     for name in (*FIRST, *others, *LAST):
         short = name.partition("/")[2]
@@ -352,7 +353,7 @@ def curves(runs: list[Seen]) -> str:
         title = f"{what}, {where}" if name not in LAST else what
         smooth = name.startswith("train/") and name not in EXACT
         drawn = [curve_of(run, name, smooth) for run in runs]
-        found.append(Panel(title[0].upper() + title[1:], "optimizer step", unit, drawn, whole=True))
+        found.append(Panel(title[0].upper() + title[1:], "optimizer step", unit, drawn, whole=True, reach=last))
     drawn = panels("curves", found)
     if not drawn:
         return lacking("curves", runs)
@@ -378,7 +379,10 @@ def speed(runs: list[Seen]) -> str:
         peaks.append(curve_of(run, "train/peak_memory", unit=1e6, x=at))
     drawn = panels(
         "speed",
-        [Panel("Throughput", x, "tokens/s", rates), Panel("Largest memory so far", x, "resident, MB", peaks)],
+        [
+            Panel("Throughput", x, "tokens/s", rates, reach=longest / scale),
+            Panel("Largest memory so far", x, "resident, MB", peaks, reach=longest / scale),
+        ],
     )
     if not drawn:
         return lacking("speed", runs)

@@ -219,12 +219,11 @@ def next_command(folder: str, example: Passage, tokenizer: Tokenizer) -> str:
     return f'minift generate --model {folder} --prompt "..."'
 
 
-def question(passage: Passage, tokenizer: Tokenizer | None) -> tuple[Passage, str] | None:
+def question(passage: Passage | Piece, tokenizer: Tokenizer | None) -> tuple[Passage, str] | None:
     """What stands before the last part that is learned, and that part; None for running text."""
-    learned = [i for i, (_, is_learned) in enumerate(passage.parts) if is_learned]
-    if passage.plain or not learned:
+    if isinstance(passage, Piece):
         return None
-    last = learned[-1]
+    last = max(i for i, (_, is_learned) in enumerate(passage.parts) if is_learned)
     return replace(passage, parts=passage.parts[:last]), passage.parts[last][0]
 
 

@@ -255,8 +255,10 @@ def next_command(folder: str, example: Example | Passage, tokenizer: Tokenizer) 
     return f'minift predict --task fill --model {folder} --text "... {tokenizer.token(tokenizer.mask)} ..."'
 
 
-def question(example: Example | Passage, tokenizer: Tokenizer | None) -> tuple[Example, str] | None:
-    """The text with the word in its middle behind a mask, and that word; None where it has no words."""
+def question(example: Example | Piece, tokenizer: Tokenizer | None) -> tuple[Example, str] | None:
+    """The text with the word in its middle behind a mask, and that word; None of running text, and without words."""
+    if isinstance(example, Piece):
+        return None
     words = list(re.finditer(r"\w+", text_of(example)[:SHOWN]))
     if not words:
         return None
