@@ -8,10 +8,13 @@ their numbers.
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from ..errors import printable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("", "7 2.5", "1.5 2", "7 2 1.5 2", "3 2 1 2")  # as SVG writes them; 35 pairs with seven colours
@@ -107,7 +110,9 @@ def as_svg(name: str, make, *arguments) -> str:
 
     figure = draw(make, *arguments)
     file = io.StringIO()
-    with matplotlib.rc_context(settings() | {"svg.hashsalt": name}):  # the same picture has the same text
+    with matplotlib.rc_context(settings() | {"svg.hashsalt": name}), warnings.catch_warnings():
+        # the salt: the same picture has the same text; signs that this font lacks are in one of the browser's
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
 
@@ -133,9 +138,9 @@ def curves(panel: Panel) -> Any:
 
     figure = new_figure(*PANEL)
     axes = figure.add_subplot()
-    axes.set_title(panel.title)
+    axes.set_title(printable(panel.title))
     axes.set_xlabel(panel.x)
-    axes.set_ylabel(panel.y)
+    axes.set_ylabel(printable(panel.y))
     for i, curve in enumerate(panel.curves):
         if curve is None:
             continue
@@ -216,6 +221,7 @@ def fill_of(kind: int) -> tuple[str, str]:
 
 def shortened(name: str, most: int) -> str:
     """A name in at most so many signs, its middle left out: the ends of paths tell runs apart."""
+    name = printable(name)
     if len(name) <= most:
         return name
     half = (most - 1) // 2
@@ -260,6 +266,7 @@ def flame_graph(root: dict) -> Any:
         figure.told[f"node{number}"] = f"{node['name']} ({node['kind']}), {width:.3g} ms, {width / total:.1%}"
         letters = int(inches * width / total * 72 / (7.5 * LETTER)) - 1
         if letters >= 4:
+            name = printable(name)
             words = name if len(name) <= letters else name[: letters - 1] + "…"
             axes.text(start + width / 2, level + 0.52, words, ha="center", va="center", fontsize=7.5, clip_on=True)
     return figure
