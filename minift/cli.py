@@ -1,4 +1,4 @@
-"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | diff | new | demo.
+"""The command line: `minift COMMAND`, of which COMMANDS at the end of this file has the list.
 
 Results go to standard output, progress and messages to standard error.
 Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.
@@ -30,6 +30,7 @@ from .config import (
     NewConfig,
     PlanConfig,
     PredictConfig,
+    ReportConfig,
     TrainConfig,
     add_options,
     from_args,
@@ -269,6 +270,13 @@ def diff(config: DiffConfig) -> None:
         print(line)
 
 
+def report(config: ReportConfig) -> None:
+    """Writes the page, and says where it is."""
+    from .reporting import write_report
+
+    print(write_report(config))
+
+
 def row_of(name: str, p) -> tuple[str, ...]:
     """The cells of a parameter's row."""
     return name, "x".join(map(str, p.shape)), str(p.dtype)[6:], f"{p.nbytes:,}", "yes" if p.requires_grad else "no"
@@ -325,6 +333,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "check": (CheckConfig, check),
     "inspect": (InspectConfig, inspect),
     "diff": (DiffConfig, diff),
+    "report": (ReportConfig, report),
     "new": (NewConfig, new),
     "demo": (DemoConfig, demo),
 }

@@ -568,6 +568,27 @@ class DiffConfig(Config):
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), heading="speed and memory")
 
 
+@dataclass
+class ReportConfig(Config):
+    """Write what runs did as one HTML page.
+
+    Curves of one run or several, speed, memory, what each layer learned, examples before and after, and those that were
+    hardest to learn. It opens without a network; pictures take the extra `plots`.
+
+      minift report runs/a --out report.html
+      minift report runs/a runs/b --trace step.json --out report.html
+    """
+
+    runs: list = positional("RUN", "run folder, one or several (required)")
+    base_model: str = option("", "of an adapter whose base has moved: folder or hub id of the model that it adapts")
+    trace: str = option(
+        "", "a step as `minift trace --out FILE.json` wrote it, for a flame graph", heading="what is shown"
+    )
+    examples: int = option(6, "examples that the models before and after are asked about; 0: none", at_least=0)
+    out: str = option("", "file for the page (required)", heading="results")
+    overwrite: bool = option(False, "replace the file in --out if it is there")
+
+
 NESTED = 100  # levels of a JSON file; a model's or a tokenizer's has about ten
 
 

@@ -23,6 +23,8 @@ ROOMS = [
     "__main__",
     "cli",
     "demo",
+    "reporting",
+    "diffing",
     "planning",
     "training",
     "runs",
@@ -34,7 +36,7 @@ ROOMS = [
 ]
 ROOMS += ["measure", "tasks", "adapters", "models", "layers", "data", "ops", "config", "tables", "files", "errors"]
 OUTSIDE = {"torch", "tokenizers", "safetensors", "numpy", "tqdm", "huggingface_hub"}
-EXTRAS = {"measure": {"wandb"}}  # imported where an option asks for them
+EXTRAS = {"measure": {"wandb", "matplotlib"}}  # imported where an option asks for them
 
 
 def imports(path: Path, tree: ast.AST | None = None) -> set[str]:

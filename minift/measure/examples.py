@@ -4,7 +4,7 @@ A run's examples.jsonl has the loss that each example had when it was trained on
 moment, with dropout. Swayamdipta et al. (https://arxiv.org/abs/2009.10795) read such curves as easy, hard or in doubt.
 
 An example is never learned if in no epoch after the first its label was the likelier half: its loss stays above ln 2.
-Among them are the wrong labels; benchmarks/labels.py says how many.
+Among them are the wrong labels, and what is in doubt.
 """
 
 import json

@@ -41,6 +41,8 @@ shares with another task from that one's file (`from . import classify`). The fi
     predictions(model, batch, tokenizer) -> a JSON object for each sequence; None where a task is told by `generate`
     next_command(folder, example, tokenizer) -> the command line that asks the model in a folder, which is written as a
         shell reads it; example: the first of the training examples
+    question(example, tokenizer) -> (what is asked about an example, as `predict` or `generate` take it; what is right),
+        for reports; None where nothing is asked about it; tokenizer: None if it is only to be shown
     summary(model, sequences) -> sentences said before a training, beside the counts that are said of every task
 """
 

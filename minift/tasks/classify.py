@@ -4,6 +4,7 @@ M rows, one a sequence; V labels. What each name below is for: tasks/__init__.py
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -239,6 +240,11 @@ def next_command(folder: str, example: Example, tokenizer: Tokenizer) -> str:
     """The label of another text, or of another pair."""
     command = f'minift predict --model {folder} --text "..."'
     return command if example.pair is None else command + ' --pair "..."'
+
+
+def question(example: Example, tokenizer: Tokenizer | None) -> tuple[Example, str]:
+    """The texts without their label, and the label."""
+    return replace(example, label=None), "" if example.label is None else str(example.label)
 
 
 def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:

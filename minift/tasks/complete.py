@@ -9,6 +9,7 @@ M rows, V vocabulary. What each name below is for: tasks/__init__.py.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -216,6 +217,14 @@ def ends_of_text(model: Model | None, tokenizer: Tokenizer) -> list[int]:
 def next_command(folder: str, example: Passage, tokenizer: Tokenizer) -> str:
     """The completion of another prompt."""
     return f'minift generate --model {folder} --prompt "..."'
+
+
+def question(passage: Passage | Piece, tokenizer: Tokenizer | None) -> tuple[Passage, str] | None:
+    """What stands before the last part that is learned, and that part; None for running text."""
+    if isinstance(passage, Piece):
+        return None
+    last = max(i for i, (_, is_learned) in enumerate(passage.parts) if is_learned)
+    return replace(passage, parts=passage.parts[:last]), passage.parts[last][0]
 
 
 class Metrics:

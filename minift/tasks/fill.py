@@ -11,6 +11,7 @@ nothing of them is lost. In `predict` the masks are those in the text.
 N tokens, M rows, V vocabulary. What each name below is for: tasks/__init__.py.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -47,6 +48,7 @@ SITES = 1 << 20  # numbers of the draws' places in the hash, above those of any 
 HELD_OUT = (0, WORD)  # (seed, step) of the draw that held-out texts have; no run comes to that step
 
 CHUNK = 1000  # texts tokenised at once
+SHOWN = 400  # characters of a text that a report asks about
 BEST = 5  # tokens that `predict` tells of each mask
 
 read = read_texts
@@ -251,6 +253,19 @@ def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
 def next_command(folder: str, example: Example | Passage, tokenizer: Tokenizer) -> str:
     """What stands behind the mask of another text."""
     return f'minift predict --task fill --model {folder} --text "... {tokenizer.token(tokenizer.mask)} ..."'
+
+
+def question(example: Example | Piece, tokenizer: Tokenizer | None) -> tuple[Example, str] | None:
+    """The text with the word in its middle behind a mask, and that word; None of running text, and without words."""
+    if isinstance(example, Piece):
+        return None
+    words = list(re.finditer(r"\w+", text_of(example)[:SHOWN]))
+    if not words:
+        return None
+    word = words[len(words) // 2]
+    mask = word[0] if tokenizer is None else tokenizer.token(rules_of(tokenizer).mask)
+    text = word.string[: word.start()] + mask + word.string[word.end() :]
+    return Example(text, None, None, example.where), word[0]
 
 
 def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
