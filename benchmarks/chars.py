@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import command, fresh, machine, make_parser, table, told, write_section
+from common import command, fresh, machine, make_parser, parse, table, told, write_section
 from torch import Tensor, nn
 
 import minift
@@ -144,15 +144,18 @@ def main() -> None:
     p = make_parser(__doc__)
     p.add_argument("--steps", type=int, default=2000, help="(default %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="of each engine (default %(default)s)")
-    a = p.parse_args()
+    p.add_argument("--engines", default=",".join(ENGINES), help="what to run (default %(default)s)")
+    a = parse(p, steps=WARMUP + 10, rounds=1, engines="minift,plain")
     text = (a.assets / "data/tinyshakespeare/input.txt").read_text()
+    if a.quick:
+        text = text[:50_000]
     cut = len(text) * 9 // 10
     if a.here:
         engine = a.here["engine"]
         given = text[:cut], text[cut:], a.steps
         print(json.dumps(run_minift(ENGINES[engine], *given) if ENGINES[engine] else run_plain(*given)))
         return
-    found: dict[str, list[dict]] = {engine: [] for engine in ENGINES}
+    found: dict[str, list[dict]] = {engine: [] for engine in a.engines.split(",")}
     for _ in range(a.rounds):
         for engine, runs in found.items():
             runs.append(told({"engine": engine} | fresh({"engine": engine})))

@@ -19,7 +19,15 @@ from pathlib import Path
 
 SEED = 42
 PEERS = ("transformers", "peft", "bitsandbytes")
-UNTOLD = {"assets", "write", "here", "rows", "note", "work"}  # options that a reader of the results need not repeat
+UNTOLD = {
+    "assets",
+    "write",
+    "here",
+    "rows",
+    "note",
+    "work",
+    "quick",
+}  # options that a reader of the results need not repeat
 TOKENIZERS = {
     "bert": ("bert-base-uncased", ("vocab.txt", "tokenizer.json", "tokenizer_config.json")),
     "gpt2": ("gpt2", ("vocab.json", "merges.txt")),
@@ -40,16 +48,35 @@ def make_parser(doc: str, needs_assets: bool = True) -> argparse.ArgumentParser:
         help="the folder with data/ and weights/ that assets.py fills (default: MINIFT_ASSETS)",
     )
     p.add_argument("--write", type=Path, help="the results file whose section to replace, as benchmarks/RESULTS.md")
+    p.add_argument("--quick", action="store_true", help="small shapes and few steps, under a minute: does it run?")
     p.add_argument("--here", type=json.loads, help=argparse.SUPPRESS)  # a case; how a script calls itself
     return p
 
 
-def fresh(case: dict, **options) -> dict:
-    """The JSON object that this script prints for `--here case`, in a process of its own.
+def parse(p: argparse.ArgumentParser, **quick) -> argparse.Namespace:
+    """The options given; with --quick, those that are not given are those of `quick`."""
+    if "--quick" in sys.argv:
+        p.set_defaults(**quick)
+    a = p.parse_args()
+    if a.quick and a.write:
+        p.error("--quick is given with --write; its figures are of small shapes, and no results")
+    return a
+
+
+def launcher(processes: int) -> list[str]:
+    """The words that a script, or -m and a module, follow; they start it in so many processes of one run."""
+    if processes == 1:
+        return [sys.executable]
+    here = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *here]
+
+
+def fresh(case: dict, processes: int = 1, **options) -> dict:
+    """The JSON object that this script prints for `--here case`, in a process of its own, or in several.
 
     options: for subprocess.run. Raises subprocess.CalledProcessError if the process fails.
     """
-    command = [sys.executable, *sys.argv, "--here", json.dumps(case)]
+    command = [*launcher(processes), *sys.argv, "--here", json.dumps(case)]
     options = {"stdout": subprocess.PIPE, "text": True, "check": True} | options
     return json.loads(subprocess.run(command, **options).stdout.strip().splitlines()[-1])
 

@@ -1,7 +1,7 @@
 """On an NVIDIA GPU: every CUDA test, then training steps of minift, of transformers, and of both in fewer launches.
 
     python benchmarks/gpu.py --write benchmarks/RESULTS.md              about ten minutes
-    python benchmarks/gpu.py --dry-run --engines minift,eager           small, on the CPU: does it run?
+    python benchmarks/gpu.py --quick --engines minift,graph,eager,compiled   small, on the CPU: does it run?
 
 bert-128    BERT-base, one label a sequence, 32 sequences of 128 random tokens: no padding, the peers' best case
 bert-imdb   the same on 32 IMDB reviews, cut at 512 tokens: the peers pad each batch to its longest (needs --assets)
@@ -40,6 +40,7 @@ from common import (
     fresh,
     machine,
     make_parser,
+    parse,
     peer_model,
     random_model,
     read_rows,
@@ -78,13 +79,13 @@ def batches(case: dict, steps: int, a: argparse.Namespace) -> list[list[np.ndarr
         rows = [np.array(e.ids, np.int32) for e in tokenizer.encode_batch([texts[i] for i in chosen])]
     else:
         rows = [rng.integers(5, VOCABULARY[case["family"]], length, dtype=np.int32) for _ in range(n)]
-    if a.dry_run:
+    if a.quick:
         rows = [row[:16] for row in rows]
     return [rows[i : i + case["batch"]] for i in range(0, n, case["batch"])]
 
 
 def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, graph: bool) -> Step:
-    """Steps by minift's own train_step. (On the CPU, in a dry run, a graph is the function that it would record.)"""
+    """Steps by minift's own train_step. (On the CPU, in a quick run, a graph is the function that it would record.)"""
     import minift
     from minift.data.batch import Sequence
     from minift.ops import native
@@ -188,7 +189,7 @@ def launches(f: Callable) -> int:
 
 def measure(name: str, method: str, engine: str, folder: Path, a: argparse.Namespace) -> dict:
     """One engine on one case, in this process."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() and not a.dry_run else torch.device("cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() and not a.quick else torch.device("cpu")
     case, steps = CASES[name], a.steps + 1
     rows = batches(case, steps, a)
     given = case, method, folder / case["family"], rows, device
@@ -241,7 +242,7 @@ def failures(rows: list[dict]) -> str:
 def plan(a: argparse.Namespace) -> list[tuple[str, str, str]]:
     """The runs, what matters most first: compiling takes longest."""
     engines, cases, methods = (x.split(",") for x in (a.engines, a.cases, a.methods))
-    skipped = set() if a.assets or a.dry_run else {"bert-imdb"}
+    skipped = set() if a.assets or a.quick else {"bert-imdb"}
     return [(c, m, e) for e in engines for c in cases for m in methods if c not in skipped]
 
 
@@ -275,26 +276,24 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=20, help="timed, each on its batch (default %(default)s)")
     p.add_argument("--minutes", type=float, default=10, help="after which no further run begins (default %(default)s)")
     p.add_argument("--ahead", type=int, default=4, help="runs in preparation at a time (default %(default)s)")
-    p.add_argument("--dry-run", action="store_true", help="small models on the CPU, two steps each, no tests")
-    a = p.parse_args()
-    a.steps = min(a.steps, 2) if a.dry_run else a.steps
+    a = parse(p, cases="bert-128,gpt2-1024", methods="lora", engines="minift,eager", steps=2, ahead=1)
     if a.here:
         print(json.dumps(measure(a.here["case"], a.here["method"], a.here["engine"], Path(a.here["work"]), a)))
         return
-    if not a.dry_run and not torch.cuda.is_available():
-        p.error("torch finds no CUDA device; expected one, or --dry-run")
+    if not a.quick and not torch.cuda.is_available():
+        p.error("torch finds no CUDA device; expected one, or --quick")
     until = time.monotonic() + 60 * a.minutes
-    tests = "not run" if a.dry_run else run_tests()
+    tests = "not run" if a.quick else run_tests()
     with tempfile.TemporaryDirectory() as work:
         for family in VOCABULARY:
-            random_model(family, Path(work, family), small=a.dry_run)
+            random_model(family, Path(work, family), small=a.quick)
         planned = [dict(zip(COLUMNS, names, strict=False)) for names in plan(a)]
         with ThreadPoolExecutor(a.ahead) as pool:
             rows = list(pool.map(lambda row: run_one(row, work, until), planned))
     found = table(COLUMNS, [figures(row) for row in rows], left=3) + failures(rows)
     print(found)
     if a.write:
-        device = "CPU" if a.dry_run else torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name()
         text = f"`{command(p, a)}` on {machine(device)}. bfloat16, dropout 0.1.\nTests: {tests}\n\n{found}"
         write_section(
             a.write, "gpu", "On a GPU: minift, minift as graphs, transformers, and transformers compiled", text

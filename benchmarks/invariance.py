@@ -14,11 +14,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import command, copy_tokenizer, machine, make_parser, read_rows, table, write_rows, write_section
+from common import (
+    command,
+    copy_tokenizer,
+    launcher,
+    machine,
+    make_parser,
+    parse,
+    read_rows,
+    table,
+    told,
+    write_rows,
+    write_section,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 CASES = [(1, 64, []), (1, 512, []), (2, 0, []), (3, 0, []), (2, 64, []), (2, 0, ["--shard"]), (3, 64, ["--shard"])]
+QUICK = [(1, 64, []), (2, 64, ["--shard"])]
 
 
 def prepare(task: str, folder: Path, assets: Path) -> list[str]:
@@ -38,10 +51,8 @@ def run(options: list[str], out: Path, processes: int) -> tuple[list[float], dic
     """Losses and final weights."""
     from safetensors.torch import load_file
 
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "127.0.0.1:0"]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", "minift", "train", *options, "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    line = [*launcher(processes), "-m", "minift", "train", *options, "--out", str(out)]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     losses = [json.loads(line)["train/loss"] for line in open(out / "metrics.jsonl")]
     weights = load_file(out / "last/model.safetensors")
     return losses, {k: v for k, v in weights.items() if not k.endswith(("key.bias", "c_attn.bias"))}
@@ -49,21 +60,25 @@ def run(options: list[str], out: Path, processes: int) -> tuple[list[float], dic
 
 def main() -> None:
     p = make_parser(__doc__)
-    a = p.parse_args()
+    p.add_argument("--tasks", default="classify,complete")
+    p.add_argument("--steps", type=int, default=12, help="(default %(default)s)")
+    a = parse(p, tasks="classify", steps=3)
+    cases = QUICK if a.quick else CASES
     rows = []
-    for task in ("classify", "complete"):
+    for task in a.tasks.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            fixed = ["--task", task, "--model", str(folder / "model"), "--steps", "12", "--lr", "1e-3"]
+            fixed = ["--task", task, "--model", str(folder / "model"), "--steps", str(a.steps), "--lr", "1e-3"]
             options = fixed + prepare(task, folder, a.assets)
             losses, weights = run(options, folder / "one", 1)
-            for n, tokens, more in CASES:
+            for n, tokens, more in cases:
                 found, theirs = run([*options, "--tokens", str(tokens), *more], folder / f"{n}-{tokens}{more}", n)
                 loss = max(abs(x - y) for x, y in zip(losses, found, strict=True))
                 weight = max((weights[k] - theirs[k]).abs().max().item() for k in weights)
-                rows.append([task, str(n), str(tokens or "all"), " ".join(more), f"{loss:.1e}", f"{weight:.1e}"])
-                print(*rows[-1], flush=True)
-    found = table(["task", "processes", "--tokens", "", "loss", "weights"], rows, left=1)
+                case = {"task": task, "processes": n, "tokens": tokens or "all", "options": " ".join(more)}
+                rows.append(told(case | {"loss": loss, "weights": weight}))
+    lines = [[str(value) if type(value) is not float else f"{value:.1e}" for value in row.values()] for row in rows]
+    found = table(["task", "processes", "--tokens", "", "loss", "weights"], lines)
     print(found)
     if a.write:
         write_section(

@@ -10,7 +10,7 @@ Every case in a fresh process; time and memory are as in peers.py, whose data th
 import json
 from pathlib import Path
 
-from common import command, machine, with_lora, write_section
+from common import command, machine, parse, with_lora, write_section
 from peers import accuracies_and_costs, run_all, run_minift, run_trainer, seeds_parser
 
 OPTIONS = {
@@ -28,7 +28,7 @@ def main() -> None:
     p = seeds_parser(__doc__, "lora,qlora,head,bias,peft-lora")
     p.add_argument("--rows", type=Path, help="with --write: JSON lines of earlier runs, to put with those of this one")
     p.add_argument("--note", default="", help="with --write: what a reader should know of the circumstances")
-    a = p.parse_args()
+    a = parse(p, engines="qlora,peft-lora")
     if a.here:
         engine, seed = a.here["engine"], a.here["seed"]
         if engine == "peft-lora":

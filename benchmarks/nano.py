@@ -21,16 +21,19 @@ from pathlib import Path
 
 import numpy as np
 from builtin import HELD_OUT, reviews, write_text
-from common import command, machine, make_parser, read_rows, table, told, write_rows, write_section
+from common import command, machine, make_parser, parse, read_rows, table, told, write_rows, write_section
 from ngrams import kneser_ney, perplexity
 
 import minift
 
 TRAIN, TEST, TEXTS = 2000, 2000, 1000
-SEEDS = 1, 2, 3
 FINE_TUNED = "--precision auto --batch 16 --epochs 4 --lr 5e-4 --optimizer muon"
 FROM_RANDOM = "--precision auto --batch 16 --epochs 6 --lr 2e-4"
-COLUMNS = ["what", "measure", *(f"seed {seed}" for seed in SEEDS), "mean"]
+QUICK = "--precision auto --batch 16 --epochs 1 --max-length 64 --lr 5e-4"
+
+
+def seeds_of(a: argparse.Namespace) -> list[int]:
+    return [int(seed) for seed in a.seeds.split(",")]
 
 
 def balanced(rows: list[dict], n: int, seed: int) -> list[dict]:
@@ -68,7 +71,7 @@ def on_reviews(a: argparse.Namespace, work: Path) -> list[dict]:
     """Accuracies of the three, seed by seed."""
     every, tests = read_rows(a.assets, "imdb"), read_rows(a.assets, "imdb", "test")
     found = []
-    for seed in SEEDS:
+    for seed in seeds_of(a):
         train, test = balanced(every, a.train, seed), balanced(tests, a.test, seed)
         files = [write_rows(work / f"{name}-{seed}.jsonl", rows) for name, rows in (("train", train), ("test", test))]
         accuracies = {
@@ -97,11 +100,14 @@ def stream(tokenizer, texts: list[str], work: Path) -> np.ndarray:
 def on_text(a: argparse.Namespace, work: Path) -> list[dict]:
     """Perplexities of the two, seed by seed."""
     model, tokenizer = minift.load("builtin:gpt2-nano", task="complete")
-    orders = kneser_ney(stream(tokenizer, reviews(a.assets / "data/imdb")[:-HELD_OUT], work), 5)
+    learned = reviews(a.assets / "data/imdb")[:-HELD_OUT]
+    if a.quick:
+        learned = learned[:500]
+    orders = kneser_ney(stream(tokenizer, learned, work), 5)
     tests = [row["text"] for row in read_rows(a.assets, "imdb", "test")]
     found = []
-    for seed in SEEDS:
-        texts = random.Random(seed).sample(tests, TEXTS)
+    for seed in seeds_of(a):
+        texts = random.Random(seed).sample(tests, a.texts)
         path = work / f"held-out-{seed}.txt"
         write_text(texts, "txt", path)
         ours = minift.evaluate(model, tokenizer, minift.EvalConfig(data=str(path), task="complete"))["perplexity"]
@@ -126,10 +132,13 @@ def main() -> None:
     p.add_argument("--test", type=int, default=TEST, help="reviews (default %(default)s)")
     p.add_argument("--fine-tuned", default=FINE_TUNED, help="options of the training (default %(default)s)")
     p.add_argument("--from-random", default=FROM_RANDOM, help="the same (default %(default)s)")
-    a = p.parse_args()
+    p.add_argument("--texts", type=int, default=TEXTS, help="reviews to read (default %(default)s)")
+    p.add_argument("--seeds", default="1,2,3")
+    a = parse(p, train=64, test=32, texts=20, seeds="1", fine_tuned=QUICK, from_random=QUICK)
     with tempfile.TemporaryDirectory() as work:
         rows = lines(on_reviews(a, Path(work)), "accuracy", ".1%") + lines(on_text(a, Path(work)), "perplexity", ".1f")
-    found = table(COLUMNS, rows, left=2)
+    columns = ["what", "measure", *(f"seed {seed}" for seed in seeds_of(a)), "mean"]
+    found = table(columns, rows, left=2)
     print(found)
     if a.write:
         text = f"`{command(p, a)}` on {machine()}.\nFine-tuned: {a.fine_tuned}; from random weights: {a.from_random}."

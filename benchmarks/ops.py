@@ -9,12 +9,11 @@ them stands what the native one amounts to: GB/s of the tensors that have to be 
 matrix products alone. The ceilings, a copy and a product by torch.mm and by minift, are measured in the same run.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from common import in_turns, machine
+from common import command, in_turns, machine, make_parser, parse, table, told, write_section
 from torch import Tensor
 
 from minift.data.batch import token_keys
@@ -28,6 +27,7 @@ from minift.ops.loss import linear_cross_entropy
 from minift.ops.norm import add_norm
 
 TOKENS, P, EPS = (512, 2048), 0.1, 1e-5
+ENGINES = ("native", "reference", "plain")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # a case: (operator, shape, ours, plain, bytes, FLOPs); both functions do forward and backward
@@ -145,7 +145,7 @@ def torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def fastest(functions: list[Callable], seconds: float) -> list[float]:
     """The shortest time of each, in seconds; they take turns."""
-    return [min(times) for times in in_turns(functions, rounds=1, at_least=seconds)]
+    return [min(times) for times in in_turns(functions, at_least=seconds)]
 
 
 def in_mode(mode: str, f: Callable) -> Callable:
@@ -164,27 +164,43 @@ def ceilings(dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
     return 2 * x.nbytes / copy, *(2 * 512 * 768 * 3072 / t for t in products)
 
 
+def measure(op: str, shape: str, ours: Callable, plain: Callable, size: float, work: float, seconds: float) -> dict:
+    """The row of one case."""
+    times = fastest([in_mode("native", ours), in_mode("reference", ours), plain], seconds)
+    row = {"operator": op, "shape": shape} | dict(zip(ENGINES, (1e3 * t for t in times), strict=True))
+    if size:
+        return row | {"gb_s": size / times[0] / 1e9}
+    return row | {"gflop_s": work / times[0] / 1e9}
+
+
+def shown(row: dict) -> list[str]:
+    """A line of the table."""
+    times = [f"{row[engine]:.3f}" for engine in ENGINES]
+    achieved = f"{row['gb_s']:.1f} GB/s" if "gb_s" in row else f"{row['gflop_s']:.1f} GFLOP/s"
+    return [row["operator"], row["shape"], *times, f"{row['plain'] / row['native']:.2f}", achieved]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="operators (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--seconds", type=float, default=2.0, help="spent on each case (default %(default)s)")
-    args = parser.parse_args()
+    p = make_parser(__doc__, needs_assets=False)
+    p.add_argument("--only", default=",".join(CASES), help="operators (default %(default)s)")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--dtype", choices=DTYPES, default="fp32")
+    p.add_argument("--seconds", type=float, default=2.0, help="spent on each case, at least (default %(default)s)")
+    a = parse(p, seconds=0.0)
+    dtype = DTYPES[a.dtype]
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(a.threads)
     memory.keep_memory()  # as in training
-    print(f"{machine()}; {args.threads} threads, {args.dtype}; {native.use('native')}")
-    copy, mm, ours = (rate / 1e9 for rate in ceilings(DTYPES[args.dtype], args.seconds))
-    print(f"ceilings: copy {copy:.1f} GB/s; matrix product {mm:.1f} GFLOP/s by torch.mm, {ours:.1f} by minift\n")
-    columns = ("native", "reference", "plain", "plain/native", "achieved")
-    print(f"{'operator':10}{'shape':24}" + "".join(f"{c:>14}" for c in columns))
-    for name in args.only.split(","):
-        for op, shape, ours, plain, size, work in CASES[name](DTYPES[args.dtype]):
-            times = fastest([in_mode("native", ours), in_mode("reference", ours), plain], args.seconds)
-            rate = f"{size / times[0] / 1e9:.1f} GB/s" if size else f"{work / times[0] / 1e9:.1f} GFLOP/s"
-            shown = [f"{t * 1e3:.3f} ms" for t in times] + [f"{times[2] / times[0]:.2f}", rate]
-            print(f"{op:10}{shape:24}" + "".join(f"{s:>14}" for s in shown))
+    kernels = native.use("native")
+    copy, mm, ours = (rate / 1e9 for rate in ceilings(dtype, a.seconds))
+    rows = [told(measure(*case, a.seconds)) for name in a.only.split(",") for case in CASES[name](dtype)]
+    found = f"{a.threads} threads, {a.dtype}; {kernels}. Milliseconds. Ceilings: copy {copy:.1f} GB/s; matrix product "
+    found += f"{mm:.1f} GFLOP/s by torch.mm, {ours:.1f} by minift.\n\n"
+    found += table(["operator", "shape", *ENGINES, "plain / native", "achieved"], list(map(shown, rows)), left=2)
+    print(found)
+    if a.write:
+        text = f"`{command(p, a)}` on {machine()}. {found}"
+        write_section(a.write, f"ops {a.dtype}", f"Each operator, forward and backward, {a.dtype}", text)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from common import (
     machine,
     make_parser,
     make_trainer,
+    parse,
     peak_mb,
     read_rows,
     table,
@@ -40,13 +41,21 @@ CASES = {
     "sst2": dict(epochs=2, batch=32, lr=5e-5, max_length=128, padding="longest"),
     "imdb": dict(epochs=1, batch=8, lr=5e-5, max_length=512, padding="max_length"),
 }
+QUICK = dict(epochs=1, batch=16, max_length=64)  # of 64 rows
 COSTS = {"step_s": ".3f", "train_s": ".0f", "total_s": ".0f", "peak_mb": ",.0f"}
 HEAD = ["engine", "seed", "test accuracy", "s a step", "training s", "whole job s", "peak MB"]
 
 
-def train_and_test(data: str, assets: Path) -> tuple[list[dict], list[dict]]:
+def case_of(data: str, quick: bool) -> dict:
+    """The settings of a job."""
+    return CASES[data] | (QUICK if quick else {})
+
+
+def train_and_test(data: str, a: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """The rows to train on and to test on."""
-    train, test = read_rows(assets, data), read_rows(assets, data, "test")
+    train, test = read_rows(a.assets, data), read_rows(a.assets, data, "test")
+    if a.quick:
+        return draw(train, 64), draw(test, 32)
     return (draw(train, 2000), draw(test, 500)) if data == "imdb" else (train, test)
 
 
@@ -55,12 +64,12 @@ def run_trainer(data: str, a: argparse.Namespace, seed: int, adapt: Callable = l
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-    case, folder = CASES[data], a.assets / "weights/all-MiniLM-L6-v2"
+    case, folder = case_of(data, a.quick), a.assets / "weights/all-MiniLM-L6-v2"
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = adapt(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32))
     pad = case["padding"] == "max_length"
-    train, test = (classified(tokenizer, rows, case["max_length"], pad) for rows in train_and_test(data, a.assets))
+    train, test = (classified(tokenizer, rows, case["max_length"], pad) for rows in train_and_test(data, a))
     with tempfile.TemporaryDirectory() as out:
         trainer = make_trainer(
             model,
@@ -92,8 +101,8 @@ def run_minift(data: str, a: argparse.Namespace, seed: int, **options) -> dict:
     import minift
     from minift.setup import load_model
 
-    case = CASES[data]
-    train, test = train_and_test(data, a.assets)
+    case = case_of(data, a.quick)
+    train, test = train_and_test(data, a)
     with tempfile.TemporaryDirectory() as temporary:
         common = {key: case[key] for key in ("epochs", "batch", "lr", "max_length")}
         config = minift.TrainConfig(
@@ -156,7 +165,7 @@ def run_all(a: argparse.Namespace) -> list[dict]:
 def main() -> None:
     p = seeds_parser(__doc__, "minift,trainer")
     p.add_argument("--data", choices=CASES, required=True)
-    a = p.parse_args()
+    a = parse(p)
     if a.here:
         run = {"minift": run_minift, "trainer": run_trainer}[a.here["engine"]]
         print(json.dumps(run(a.data, a, a.here["seed"])))

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common import (
     SEED,
@@ -37,6 +38,7 @@ from common import (
     machine,
     make_parser,
     make_trainer,
+    parse,
     peak_mb,
     peer_model,
     random_model,
@@ -58,7 +60,33 @@ CASES = {
 }
 CASES["bert-qlora-imdb-768"] = CASES["bert-qlora-imdb"] | dict(tokens=768, like="bert-qlora-imdb")
 ENGINES = ("floor", "minift", "peer")
-RANK, LAYERS, WIDTH, INNER, HEADS, VOCABULARY = 8, 12, 768, 3072, 12, 50257
+QUICK = dict(max_length=64)
+RANK = 8
+
+
+class Sizes(NamedTuple):
+    """Of a model: layers, C, the feed-forward part, H, V."""
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    vocabulary: int
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """Those that stand in the folder's config.json."""
+    read = json.loads((folder / "config.json").read_text())
+    if read["model_type"] == "gpt2":
+        inner = read.get("n_inner") or 4 * read["n_embd"]
+        return Sizes(read["n_layer"], read["n_embd"], inner, read["n_head"], read["vocab_size"])
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    return Sizes(*(read[name] for name in names))
+
+
+def case_of(name: str, quick: bool) -> dict:
+    """A case by its name."""
+    return CASES[name] | (QUICK if quick else {})
 
 
 def data_file(case: dict, work: Path) -> Path:
@@ -186,22 +214,23 @@ def lora(n: int, width: int, out: int, dx: bool) -> list[Product]:
     return [*linear(n, width, RANK, dx, True), *linear(n, RANK, out, True, True)]
 
 
-def products(case: dict, n: int, m: int) -> list[Product]:
+def products(case: dict, sizes: Sizes, n: int, m: int) -> list[Product]:
     """All products with weights in a step of n tokens, m of which are asked about."""
     full, found = case["method"] == "full", []
-    for layer in range(LAYERS):
-        below, at = full or layer > 0, n if layer < LAYERS - 1 else m
+    layers, c, inner, _, vocabulary = sizes
+    for layer in range(layers):
+        below, at = full or layer > 0, n if layer < layers - 1 else m
         if case["family"] == "bert":
             for tokens, adapted in ((at, True), (n, False), (n, True)):  # query, key, value
-                found += linear(tokens, WIDTH, WIDTH, below, full)
-                found += lora(tokens, WIDTH, WIDTH, below) if adapted and not full else []
+                found += linear(tokens, c, c, below, full)
+                found += lora(tokens, c, c, below) if adapted and not full else []
         else:
-            fits = [(n, 3 * WIDTH)] if at == n else [(at, WIDTH), (n, 2 * WIDTH)]
-            found += [p for tokens, out in fits for p in linear(tokens, WIDTH, out, below, full)]
-            found += [] if full else lora(n, WIDTH, 3 * WIDTH, below)
-        for width, out in ((WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH)):
+            fits = [(n, 3 * c)] if at == n else [(at, c), (n, 2 * c)]
+            found += [p for tokens, out in fits for p in linear(tokens, c, out, below, full)]
+            found += [] if full else lora(n, c, 3 * c, below)
+        for width, out in ((c, c), (c, inner), (inner, c)):
             found += linear(at, width, out, True, full)
-    return found + linear(m, WIDTH, WIDTH if case["family"] == "bert" else VOCABULARY, True, full)
+    return found + linear(m, c, c if case["family"] == "bert" else vocabulary, True, full)
 
 
 def product_seconds(kind: str, m: int, k: int, n: int) -> tuple[float, float]:
@@ -215,15 +244,15 @@ def product_seconds(kind: str, m: int, k: int, n: int) -> tuple[float, float]:
     return usual, min(usual, fastest(lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")))
 
 
-def attention_seconds(case: dict, lengths: list[int]) -> float:
+def attention_seconds(case: dict, sizes: Sizes, lengths: list[int]) -> float:
     """The time of attention's products in the layers that compute all tokens: Q K^T, P V, and four for gradients."""
     import torch
 
-    total, few, size = 0.0, case["data"] != "text", WIDTH // HEADS
+    total, few, heads, size = 0.0, case["data"] != "text", sizes.heads, sizes.width // sizes.heads
     for n in lengths:
-        q, p = torch.randn(HEADS, n, size), torch.randn(HEADS, n, n)
+        q, p = torch.randn(heads, n, size), torch.randn(heads, n, n)
         one = fastest(lambda q=q: torch.bmm(q, q.transpose(1, 2))) + fastest(lambda q=q, p=p: torch.bmm(p, q))
-        total += one * 3 * (LAYERS - few) * (1 if case["family"] == "bert" else 0.5)
+        total += one * 3 * (sizes.layers - few) * (1 if case["family"] == "bert" else 0.5)
     return total
 
 
@@ -239,14 +268,14 @@ def run_floor(case: dict, model: Path, data: Path, steps: int) -> dict:
     """
     from minift import training
 
-    step, found = training.train_step, []
+    step, found, sizes = training.train_step, [], sizes_of(model)
 
     def both(job, sequences: list, *rest):
         lengths, rows = [len(s) for s in sequences], sum(len(s.rows) for s in sequences)
-        shapes = products(case, sum(lengths), rows)
+        shapes = products(case, sizes, sum(lengths), rows)
         times = {shape: product_seconds(*shape) for shape in set(shapes)}
         usual, floor = (sum(times[shape][i] for shape in shapes) for i in (0, 1))
-        attention = attention_seconds(case, lengths)
+        attention = attention_seconds(case, sizes, lengths)
         start = time.perf_counter()
         values = step(job, sequences, *rest)
         took = time.perf_counter() - start
@@ -299,9 +328,9 @@ def run_all(a: argparse.Namespace, work: Path) -> dict[str, dict[str, dict]]:
     """Case -> engine -> its figures, each by a process of its own; `work` keeps models and data."""
     rows: dict[str, dict[str, dict]] = {}
     for name in a.cases.split(","):
-        case = CASES[name]
+        case = case_of(name, a.quick)
         if not (work / case["family"]).is_dir():
-            random_model(case["family"], work / case["family"], a.assets)
+            random_model(case["family"], work / case["family"], a.assets, small=a.quick)
         make_data(case, a.steps, data_file(case, work), a.assets)
         rows[name] = {}
         for engine in a.engines.split(","):
@@ -319,9 +348,9 @@ def main() -> None:
     p.add_argument("--engines", default=",".join(ENGINES))
     p.add_argument("--steps", type=int, default=6, help="at least 3 (default %(default)s)")
     p.add_argument("--work", type=Path, help="where models and data are kept; a temporary folder if none is named")
-    a = p.parse_args()
+    a = parse(p, cases="bert-full-imdb,gpt2-qlora-webnlg", steps=3)
     if a.here:
-        case, work = CASES[a.here["case"]], Path(a.here["work"])
+        case, work = case_of(a.here["case"], a.quick), Path(a.here["work"])
         run = {"minift": run_minift, "peer": run_peer, "floor": run_floor}[a.here["engine"]]
         print(json.dumps(run(case, work / case["family"], data_file(case, work), a.steps)))
         return
