@@ -4,10 +4,10 @@
 #include "shared.h"
 
 struct CrossEntropy {
-    void* z;                 // (M, V), with `grad` overwritten by dz
+    void* z;                 // (M, V), with `grad` overwritten by dz; rows begin `stride` elements apart
     const float* bias;       // (V,), or null
     const int64_t* targets;  // (M,) in [0, V), or -1: not asked about, so that loss, hit and dz are 0
     float smoothing;
     float *loss, *hits;  // (M,)
-    int64_t grad, M, V, dtype;
+    int64_t grad, M, V, stride, dtype;
 };

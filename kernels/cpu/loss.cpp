@@ -61,7 +61,7 @@ void all_rows(const CrossEntropy& a) {
     const int64_t V = a.V;
     parallel(a.M, at_least_1(GRAIN / at_least_1(V)), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m++) {
-            T* z = zs + m * V;
+            T* z = zs + m * a.stride;
             const int64_t target = a.targets[m];
             if (target < 0) {
                 a.loss[m] = a.hits[m] = 0;

@@ -96,7 +96,7 @@ template <class T>
 __device__ void all_rows(const CrossEntropy& a) {
     auto z = static_cast<T*>(a.z);
     for (int64_t m = blockIdx.x; m < a.M; m += gridDim.x)
-        row(z + m * a.V, a.bias, a.targets[m], a.smoothing, a.loss + m, a.hits + m, a.grad != 0, a.V);
+        row(z + m * a.stride, a.bias, a.targets[m], a.smoothing, a.loss + m, a.hits + m, a.grad != 0, a.V);
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
-        return linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -53,4 +53,5 @@ class Rows(torch.autograd.Function):
         if ctx.heads_gradient:
             ctx.heads_gradient.pop().index_add_(0, found, few)
             return None, None
-        return None, torch.sparse_coo_tensor(found[None], few, weight.shape, is_coalesced=True, check_invariants=False)
+        with torch.sparse.check_sparse_tensor_invariants(False):  # the argument of that name warns in torch 2.11
+            return None, torch.sparse_coo_tensor(found[None], few, weight.shape, is_coalesced=True)

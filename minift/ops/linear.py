@@ -31,8 +31,22 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None) -> Tensor:
-    """dy^T x, (out, in), without gradients; added to `onto` in place, if there is one. dy (N, out), x (N, in)."""
+def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """dy^T x, (out, in), without gradients; added to `onto` in place, if there is one. dy (N, out), x (N, in).
+
+    dtype: of the result, and of `onto`, where it is another than that of dy and x.
+    """
+    wider = dtype is not None and dtype != x.dtype
+    if wider and x.is_cuda:  # the sums are float32 on the way there, and are not rounded
+        if onto is None:
+            return torch.mm(dy.t(), x, out_dtype=dtype)
+        return torch.addmm(onto, dy.t(), x, out_dtype=dtype, out=onto)
+    if wider:
+        part = (dy.t() @ x).to(dtype)
+        if onto is None:
+            return part
+        return onto.add_(part)
+
     out = dy.shape[1]
     if not (takes(x, dy, out * x.shape[1]) and is_faster_for_weights()):
         if onto is None:
@@ -80,12 +94,22 @@ def is_faster_for_weights() -> bool:
     return is_faster() and "avx_vnni" in cpu()
 
 
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of dy (N, out) over rows, (out,), in `dtype`."""
+    if dy.is_cuda:
+        return dy.sum(0, dtype=dtype)
+    return dy.sum(0).to(dtype)  # as above it would copy all of dy
+
+
 class Linear(torch.autograd.Function):
-    """Saves x where W learns, and W where x has a gradient."""
+    """Saves x where W learns, and W, in x's dtype, where x has a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_w, _ = ctx.needs_input_grad
+        ctx.dtype = w.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        w = w.to(x.dtype)
         ctx.save_for_backward(x if needs_w else None, w if needs_x else None)
         return product(x, w, bias)
 
@@ -98,16 +122,18 @@ class Linear(torch.autograd.Function):
         if needs_x:
             dx = product(dy, w.t())
         if needs_w:
-            dw = weight_gradient(dy, x)
+            dw = weight_gradient(dy, x, dtype=ctx.dtype)
         if needs_bias:
-            dbias = dy.sum(0)
+            dbias = bias_gradient(dy, ctx.bias_dtype)
         return dx, dw, dbias
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, (N, out). x (N, in), w (out, in), bias (out,) or None."""
-    if takes(x, w, w.numel()):
+    """x W^T + b, (N, out), in x's dtype. x (N, in); w (out, in), bias (out,) or None, of any."""
+    if w.dtype != x.dtype or takes(x, w, w.numel()):
         return Linear.apply(x, w, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype)
     return F.linear(x, w, bias)
 
 

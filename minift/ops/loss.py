@@ -7,10 +7,14 @@ with label smoothing e (Szegedy et al., https://arxiv.org/abs/1512.00567).
 
 The gradients are made in the forward pass, in place of the logits, a chunk of rows at a time (as llm.c and
 Liger-Kernel do, https://arxiv.org/abs/2410.10989); backward only scales them, in place, and so works once.
-M rows, C width, V classes or vocabulary.
+
+On tensor cores a product is several times slower where a size is no multiple of eight, as GPT-2's vocabulary of 50,257
+is not. So on CUDA classes are added whose weights, and so logits and gradients, are 0; the loss does not see them.
+M rows, C width, V classes or vocabulary, P of them with those that are added.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +22,8 @@ from . import native
 from .linear import product, weight_gradient
 
 CHUNK = 1 << 24  # logits at hand at once: 64 MB in float32; with 16 MB the products of GPT-2's head take 25 % longer
+CHUNK_CUDA = 1 << 26  # 128 MB in bfloat16; each chunk reads and writes all of dW
+ALIGNED = 64
 
 
 def linear_cross_entropy(
@@ -52,29 +58,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         if needs_bias:
             db = torch.zeros_like(bias)
 
-        w = weight.to(x.dtype)
-        most = max(1, CHUNK // weight.shape[0])
+        V = len(weight)
+        w = with_classes(weight.to(x.dtype), classes_to_add(x, V))  # (P, C)
+        most = max(1, (CHUNK_CUDA if x.is_cuda else CHUNK) // V)
         n = -(-x.shape[0] // -(-x.shape[0] // most)) if len(x) else 1  # chunks of one size: their memory is the same
         for i in range(0, x.shape[0], n):
             xs = x[i : i + n]
-            z = product(xs, w)  # (m, V)
+            z = product(xs, w)  # (m, P)
             if needs_bias:
                 z = z.to(wide)  # so that its gradient is summed over rows in float32
-            losses, hits, dz = cross_entropy(z, bias, targets[i : i + n], smoothing, grad)
+            losses, hits, dz = cross_entropy(z[:, :V], bias, targets[i : i + n], smoothing, grad)
+            if len(w) > V:  # the kernel's gradient lies in z, whose other columns are 0
+                dz = z
             loss += losses.sum()
             if each is not None:
                 each[i : i + n] = losses
             correct += hits
             if needs_bias:
-                db += dz.sum(0)
+                db += dz[:, :V].sum(0)
             if needs_x:
                 dx[i : i + n] = product(dz.to(x.dtype), w.t())
             if needs_weight:
-                dw = grown(dw, dz, xs, weight.dtype)
+                dw = weight_gradient(dz.to(x.dtype), xs, dw, weight.dtype)
             del z, dz  # before the logits of the next chunk are there
 
         if needs_weight and dw is None:  # no rows
             dw = torch.zeros_like(weight)
+        if needs_weight:
+            dw = dw[:V]
         ctx.gradients = dx, dw, db
         ctx.heads_gradient = getattr(weight, "heads_gradient", None)  # for the embedding that is the same table
         ctx.mark_non_differentiable(correct)
@@ -96,15 +107,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def grown(dw: Tensor | None, dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dw + dz^T x in `dtype`, in place; None stands for zeros. dz (m, V), x (m, C)."""
-    dz = dz.to(x.dtype)
-    if dtype != x.dtype:
-        part = (dz.t() @ x).to(dtype)
-        if dw is None:
-            return part
-        return dw.add_(part)
-    return weight_gradient(dz, x, dw)
+def classes_to_add(x: Tensor, V: int) -> int:
+    """How many classes make the products with x faster."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and native.mode != "reference":
+        return -V % ALIGNED
+    return 0
+
+
+def with_classes(w: Tensor, more: int) -> Tensor:
+    """w (V, C) with that many rows of zeros below; itself where there are none."""
+    if not more:
+        return w
+    return F.pad(w, (0, 0, 0, more))
 
 
 def cross_entropy(
@@ -112,7 +126,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(losses, correct, dz) of the logits z (m, V) before their bias, which are overwritten; dz is None without grad.
 
-    losses: (m,), that of each row.
+    losses: (m,), that of each row. The rows of z may be longer than what is asked of them.
     """
     lib = native.kernel("loss", z)
     if lib is None:
@@ -126,7 +140,7 @@ def cross_entropy(
     losses, hits = torch.empty(2, len(z), dtype=torch.float32, device=z.device).unbind()
     M, V = z.shape
     inputs = dict(z=z, bias=bias, targets=targets, smoothing=smoothing, grad=grad)
-    lib.cross_entropy(**inputs, loss=losses, hits=hits, M=M, V=V, dtype=native.CODES[z.dtype])
+    lib.cross_entropy(**inputs, loss=losses, hits=hits, M=M, V=V, stride=z.stride(0), dtype=native.CODES[z.dtype])
     return losses, hits.sum().long(), z if grad else None
 
 

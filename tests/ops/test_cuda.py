@@ -415,7 +415,7 @@ def test_an_unknown_target_is_nan(place):
     z, losses, hits = torch.randn(2, 5, device=place), *torch.empty(2, 2, device=place)
     targets = torch.tensor([5, -2], device=place)
     given = dict(z=z, bias=None, targets=targets, smoothing=0.0, loss=losses, hits=hits)
-    native.kernel("loss", z).cross_entropy(**given, grad=0, M=2, V=5, dtype=0)
+    native.kernel("loss", z).cross_entropy(**given, grad=0, M=2, V=5, stride=5, dtype=0)
     assert losses.isnan().all() and not hits.any()
 
 

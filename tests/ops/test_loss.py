@@ -40,6 +40,22 @@ def test_loss_and_gradients(chunk, with_bias, monkeypatch):
         assert (a - b).abs().max() <= 1e-6 * max(1, b.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_classes_that_are_added_change_nothing(with_bias, dtype, monkeypatch):
+    """As on CUDA, where they make products faster."""
+    x, weight, bias, targets = inputs(dtype=dtype)
+    targets[3] = -1
+    found = []
+    for more in (0, 7):
+        monkeypatch.setattr(module, "classes_to_add", lambda x, V, more=more: more)
+        parts = (x, weight, bias) if with_bias else (x, weight)
+        loss, correct = linear_cross_entropy(x, weight, bias if with_bias else None, targets, 0.1)
+        found.append([loss, correct, *torch.autograd.grad(loss, parts)])
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6 * b.abs().max().item())
+
+
 def test_only_the_gradients_asked_for_are_made():
     x, weight, bias, targets = inputs()
     loss, _ = linear_cross_entropy(x, weight.detach(), bias.detach(), targets)
