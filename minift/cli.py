@@ -1,4 +1,4 @@
-"""The command line: minift train | plan | eval | predict | generate | merge | check | inspect | new | demo.
+"""The command line: minift train | plan | trace | eval | predict | generate | merge | check | inspect | new | demo.
 
 Results go to standard output, progress and messages to standard error.
 Exit codes: 0 done, 1 bad input, 2 bad usage, 130 and 143 interrupted after a checkpoint.
@@ -29,6 +29,7 @@ from .config import (
     NewConfig,
     PlanConfig,
     PredictConfig,
+    TraceConfig,
     TrainConfig,
     add_options,
     from_args,
@@ -90,6 +91,18 @@ def plan(config: PlanConfig) -> None:
     if not config.model:
         config = replace(config, model=default_model(config.task))
     print("\n".join(describe(forecast(config))))
+
+
+def trace(config: TraceConfig) -> None:
+    """Prints a step as a tree, and writes it."""
+    from .checkpoints.hub import default_model
+    from .tracing import describe, trace_run, write_files
+
+    if not config.model:
+        config = replace(config, model=default_model(config.task))
+    traced = trace_run(config)
+    write_files(traced, config)
+    print("\n".join(describe(traced, shutil.get_terminal_size().columns, config.unfold)))
 
 
 def demo(config: DemoConfig) -> None:
@@ -295,6 +308,7 @@ def print_metrics(numbers: dict, details: dict, task: ModuleType) -> None:
 COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "train": (TrainConfig, train),
     "plan": (PlanConfig, plan),
+    "trace": (TraceConfig, trace),
     "eval": (EvalConfig, evaluate),
     "predict": (PredictConfig, predict),
     "generate": (GenerateConfig, generate),

@@ -23,6 +23,7 @@ ROOMS = [
     "__main__",
     "cli",
     "demo",
+    "tracing",
     "planning",
     "training",
     "runs",

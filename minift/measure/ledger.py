@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..ops import native
+from ..ops.sources import Within
 
 FROZEN = "frozen weights"
 TRAINED = "trained weights"
@@ -43,6 +45,7 @@ class Held:
     kind: str
     maker: str  # the module in whose forward pass it was made, or ""
     place: int  # in the heap
+    node: object  # of a trace, that made it (trace.py)
 
 
 class Ledger(TorchDispatchMode):
@@ -57,6 +60,7 @@ class Ledger(TorchDispatchMode):
         self.modules: list[str] = []  # in whose forward pass we are, the innermost last
         self.hooks: list = []
         self.in_backward = False
+        self.node: object = None  # what a trace says of the operator at hand
         self.restart()
         for p in model.parameters():
             self.own(TRAINED if p.requires_grad else FROZEN, [p])
@@ -78,13 +82,17 @@ class Ledger(TorchDispatchMode):
 
     def hold(self, tensor: Tensor) -> None:
         """Counts the memory of a tensor until it is given back; of a view, nothing."""
+        if tensor.layout is not torch.strided:  # an embedding's gradient
+            self.hold(tensor._indices())
+            self.hold(tensor._values())
+            return
         storage = tensor.untyped_storage()
         number = storage._cdata
         if number in self.held:
             return
         size = storage.nbytes()
         maker = self.modules[-1] if self.modules else ""
-        self.held[number] = Held(size, PASSING, maker, self.heap.take(size))
+        self.held[number] = Held(size, PASSING, maker, self.heap.take(size), self.node)
         self.now += size
         weakref.finalize(storage, self.release, number).atexit = False
         if self.now > self.peak:
@@ -106,6 +114,11 @@ class Ledger(TorchDispatchMode):
             found[held.kind] += held.size
         return found
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. To skip its compiler, which is not in use here, would import it: 75 MB and a second."""
+        return False
+
     # what it sees
 
     def __torch_dispatch__(self, function: Callable, types, args=(), kwargs=None):
@@ -114,14 +127,29 @@ class Ledger(TorchDispatchMode):
         if in_backward and not self.in_backward:
             self.turn()
         self.in_backward = in_backward
-        out = function(*args, **kwargs)
+        out = self.call(function, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
         packet = getattr(function, "overloadpacket", None)
         if packet in flop_registry:
             self.flops[str(packet)] += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif str(packet) == ONEDNN:
+            self.flops[str(packet)] += 2 * args[0].numel() * out.shape[-1]
         return out
+
+    def call(self, function: Callable, args: tuple, kwargs: dict):
+        """Runs an operator or a kernel."""
+        return function(*args, **kwargs)
+
+    def launch(self, name: str, function: str, library, /, **given) -> None:
+        """A function of the kernel `name`, which is counted, and made where there is memory."""
+        tensors = tensors_of(given)
+        self.moved[name] += sum(t.nbytes for t in tensors)
+        if function in FLOPS:
+            self.flops[name] += FLOPS[function](given)
+        if not any(t.is_meta for t in tensors):
+            self.call(getattr(library, function), (), given)
 
     def turn(self) -> None:
         """Where a backward pass begins: what is passing is what was saved for it."""
@@ -140,7 +168,8 @@ class Ledger(TorchDispatchMode):
         native.watch = self.kernel
         for name, module in self.model.named_modules():
             self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.modules.append(name)))
-            self.hooks.append(module.register_forward_hook(self.leave))
+            # also where a layer that is computed again has all that it was computed for, and breaks off
+            self.hooks.append(module.register_forward_hook(self.leave, always_call=True))
         return super().__enter__()
 
     def leave(self, *_) -> None:
@@ -156,24 +185,28 @@ class Ledger(TorchDispatchMode):
 
 
 class Seen:
-    """A library of kernels that a ledger looks at: each call is counted, and made where there is memory."""
+    """A library of kernels that somebody looks at."""
 
-    def __init__(self, ledger: Ledger, name: str, library):
+    def __init__(self, ledger, name: str, library):
+        """ledger: has a method `launch`, as Ledger's."""
         self.ledger = ledger
         self.name = name
         self.library = library
         self.on_cuda = library.on_cuda
 
     def __getattr__(self, function: str) -> Callable:
-        def call(**given) -> None:
-            tensors = [value for value in given.values() if isinstance(value, Tensor)]
-            self.ledger.moved[self.name] += sum(t.nbytes for t in tensors)
-            if function in FLOPS:
-                self.ledger.flops[self.name] += FLOPS[function](given)
-            if not any(t.is_meta for t in tensors):
-                getattr(self.library, function)(**given)
+        return partial(self.ledger.launch, self.name, function, self.library)
 
-        return call
+
+def tensors_of(given: dict) -> list[Tensor]:
+    """The tensors among a kernel's arguments, and those that structs in them point to."""
+    found = []
+    for value in given.values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Within):
+            found += value.tensors
+    return found
 
 
 def attention_flops(given: dict) -> int:
@@ -195,6 +228,7 @@ def lora_flops(products: int) -> Callable[[dict], int]:
     return lambda given: 2 * products * given["N"] * given["C"] * given["R"]
 
 
+ONEDNN = "mkldnn._linear_pointwise"  # ops/linear.py's product, which torch's own counter does not know
 FLOPS = {"attention": attention_flops, "lora_forward": lora_flops(1), "lora_backward": lora_flops(2)}
 
 

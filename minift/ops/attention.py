@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import flash, native
 from .dropout import SILENT, Noise, keep, threshold
+from .sources import Within
 
 SCORES = 1 << 18  # scores at hand at once (1 MB in float32): as many heads of a sequence as fit
 kept = threading.local()  # what `scratch` keeps from call to call
@@ -132,12 +133,12 @@ def with_near_channels(t: Tensor) -> Tensor:
     return t if t.stride(2) == 1 else t.contiguous()
 
 
-def strided(t: Tensor | None) -> tuple:
+def strided(t: Tensor | None) -> Within:
     """`struct Strided` of kernels/attention.h."""
     if t is None:
-        return 0, 0, 0
+        return Within((0, 0, 0), ())
     row, head, _ = t.stride()
-    return t.data_ptr(), row, head
+    return Within((t.data_ptr(), row, head), (t,))
 
 
 def scratch(size: int) -> Tensor:

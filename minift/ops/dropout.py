@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .sources import Within
 
 GOLDEN, MUL1, MUL2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 MASK = 0xFFFFFFFF
@@ -137,11 +138,12 @@ def keep(row: Tensor, col: Tensor, p: float) -> Tensor:
     return hash_(x, torch.empty_like(x)) < threshold(p)
 
 
-def for_kernels(drop: Drop | None) -> tuple:
+def for_kernels(drop: Drop | None) -> Within:
     """`struct Drop` of kernels/shared.h; its row is null where nothing is dropped."""
     if drop is None:
-        return 0, 0, 0, 0.0
-    return drop.row.data_ptr(), drop.col.data_ptr(), threshold(drop.p), 1 / (1 - drop.p)
+        return Within((0, 0, 0, 0.0), ())
+    values = drop.row.data_ptr(), drop.col.data_ptr(), threshold(drop.p), 1 / (1 - drop.p)
+    return Within(values, (drop.row, drop.col))
 
 
 class Dropout(torch.autograd.Function):

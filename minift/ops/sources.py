@@ -26,6 +26,14 @@ class Arguments(NamedTuple):
     name: str
     fields: dict[str, str]  # in their order, with the format of each
     layout: struct.Struct
+    written: frozenset[str]  # fields that point to what is not const
+
+
+class Within(NamedTuple):
+    """A struct within a struct."""
+
+    values: tuple  # of its fields, in their order
+    tensors: tuple[Tensor, ...]  # that it points to, for those who look on
 
 
 def folder() -> Path:
@@ -59,16 +67,19 @@ def arguments(name: str, text: str) -> Arguments:
     """The C struct of that name: its fields in their order, those that are structs themselves too."""
     body = re.search(rf"^struct {name} {{(.*?)^}};", text, re.MULTILINE | re.DOTALL)[1]
     fields = {}
-    for kind, names in re.findall(r"(\w+\*?)\s+([^;]+);", re.sub(r"//.*|const ", "", body)):
+    written = set()
+    for const, kind, names in re.findall(r"(const )?(\w+\*?)\s+([^;]+);", re.sub(r"//.*", "", body)):
         for field in names.split(","):
             if kind.endswith("*") or "*" in field:
                 code = POINTER
+                if not const:
+                    written.add(field.strip(" *"))
             elif kind in FORMATS:
                 code = FORMATS[kind]
             else:
                 code = arguments(kind, text).layout.format
             fields[field.strip(" *")] = code
-    return Arguments(name, fields, struct.Struct(aligned("".join(fields.values()))))
+    return Arguments(name, fields, struct.Struct(aligned("".join(fields.values()))), frozenset(written))
 
 
 def aligned(codes: str) -> str:
@@ -78,7 +89,7 @@ def aligned(codes: str) -> str:
 
 
 def packed(wanted: Arguments, given: dict) -> bytes:
-    """The struct with these fields. A tensor stands for its address, None for null, a tuple for a struct within it.
+    """The struct with these fields. A tensor stands for its address, None for null.
 
     All fields have to be given, and no others (KeyError).
     """
@@ -90,8 +101,8 @@ def packed(wanted: Arguments, given: dict) -> bytes:
             values.append(value)
         elif kind in PLAIN:
             values.append(value.data_ptr())
-        elif kind is tuple:
-            values += value
+        elif kind is Within:
+            values += value.values
         else:
             values.append(0 if value is None else value)
     return wanted.layout.pack(*values)
