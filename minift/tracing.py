@@ -8,6 +8,7 @@ kernels compared with their references (measure/verify.py). Nothing of the run i
 import json
 import math
 import statistics
+import textwrap
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .engine.distributed import ALONE
 from .errors import InputError, printable, table_lines
 from .files import check_output_file, write_text
 from .measure.ledger import MOMENTS
-from .measure.trace import Trace
+from .measure.trace import DATA, Trace
 from .measure.track import peak_memory, resident
 from .measure.tree import Node, add_up, as_chrome, as_json, costliest_lines, folded, leaves, tree_lines
 from .measure.verify import Check, Verifier
@@ -74,6 +75,7 @@ def trace_run(config: TraceConfig) -> Traced:
     job, sequences, where, (product_rate, copy_rate) = begin(config)
     traced = trace_step(job, sequences, product_rate, copy_rate)
     traced.where = where
+    add_lines(traced)
     if config.verify:
         traced.checks = verify_step(traced)
     return traced
@@ -158,6 +160,16 @@ def trace_step(job: Job, sequences: list[Sequence], product_rate: float, copy_ra
     )
 
 
+def add_lines(traced: Traced) -> None:
+    """Puts the lines of data that the step is from into the tree, with their tokens; they were encoded before it."""
+    data = next(node for node in traced.root.children if node.name == DATA)
+    lines = []
+    for where, sequence in zip(traced.where, traced.sequences, strict=True):
+        name = printable(where) or f"example {sequence.number}"
+        lines.append(Node(name, "line", shapes=[[len(sequence)]], dtypes=["tokens, cut" if sequence.cut else "tokens"]))
+    data.children[:0] = lines
+
+
 def restart_peak() -> None:
     """Lets the peak of memory begin at what is there now."""
     if torch.cuda.is_initialized():
@@ -191,7 +203,7 @@ def verify_step(traced: Traced) -> list[Check]:
 
 def describe(traced: Traced, width: int, unfold: str) -> list[str]:
     """The lines of `minift trace`. unfold: levels of the tree, or "all"; "": what costs most, on one screen."""
-    lines = [cut_words(line, width) for line in summary(traced)]
+    lines = [part for line in summary(traced) for part in wrapped(line, width)]
     rest = costliest_lines(traced.root, width)
     checks = check_lines(traced.checks)
     if unfold == "all":
@@ -214,30 +226,26 @@ def summary(traced: Traced) -> list[str]:
     named = ", ".join(filter(None, traced.where[:NAMED]))
     if named and len(traced.where) > NAMED:
         named += ", .."
-    cost = traced.traced - traced.untraced
-    python = 1 - traced.explained_time
-    when = " ".join(scope[0] for scope in traced.trace.peak_path if scope[1] in ("phase", "module"))
-    kinds = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in traced.kinds.items() if size)
+    when = " ".join(name for name, kind, *_ in traced.trace.peak_path if kind in ("phase", "module", "operator"))
+    kinds = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in traced.kinds.items() if size > 5e4)
     memory = f"{sum(traced.kinds.values()) / 1e6:,.1f} MB at the peak, in {when or 'the step'}: {kinds}"
     if traced.growth:
-        memory += f"; with holes {100 * traced.explained_memory:.0f} % of what was taken ({traced.growth / 1e6:,.1f})"
-    rate = f"{traced.product_rate / 1e9:,.0f} GFLOP/s of products, {traced.copy_rate / 1e9:,.1f} GB/s of copies"
+        memory += f"; with holes {100 * traced.explained_memory:.0f} % of what was taken, {traced.growth / 1e6:,.1f}"
     return [
         f"step    {len(traced.sequences)} examples, {tokens:,} tokens, {micros}; {config.method}, "
         f"{str(model.body.dtype)[6:]} on {model.device.type}{f'; {printable(named)}' if named else ''}",
-        f"time    {traced.traced:,.1f} ms traced, {traced.untraced:,.1f} not: tracing costs {cost:,.1f}, of which "
-        f"{traced.trace.cost / 1e6:,.1f} are left out below",
-        f"        operators and kernels {100 * (1 - python):.0f} %, Python between them {100 * python:.0f} %",
+        f"time    {traced.untraced:,.1f} ms, as a trace sees it {traced.root.ms:,.1f}: operators and kernels "
+        f"{100 * traced.explained_time:.0f} %, Python between them the rest; tracing itself took "
+        f"{traced.trace.cost / 1e6:,.1f} more",
         f"memory  {memory}",
-        f"roof    the share that {rate} would need",
+        f"roof    the share of the time that {traced.product_rate / 1e9:,.0f} GFLOP/s of products and "
+        f"{traced.copy_rate / 1e9:,.1f} GB/s of copies would need",
     ]
 
 
-def cut_words(line: str, width: int) -> str:
+def wrapped(line: str, width: int) -> list[str]:
     """A line with a name of eight columns in front, broken at spaces, the rest of it indented."""
-    import textwrap
-
-    return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * 8, break_on_hyphens=False))
+    return textwrap.wrap(line, width, subsequent_indent=" " * 8, break_on_hyphens=False)
 
 
 def check_lines(checks: list[Check]) -> list[str]:

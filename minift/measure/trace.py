@@ -10,10 +10,11 @@ phase and which of minift's operators it belongs to. Modules are those whose for
 is under way. In backward there are none; but each node of autograd has a number, the next free one when the node is
 made, by which what runs in backward is found to be the gradient of something in forward.
 
-Nothing is changed by it but time. What it takes itself is measured and left out; not what PyTorch takes to call it, some
-ten microseconds an operator, which are among Python's.
+Nothing is changed by it but time. What it takes itself is measured and left out, but not what PyTorch takes to call it:
+some ten microseconds an operator, which are among Python's.
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -214,14 +215,16 @@ class Trace(Ledger):
 
     def module_scopes(self, name: str) -> list[Scope]:
         """A scope for each module around and including `name`; the number of a layer goes with its list."""
-        found = []
-        at = 0
+        found: list[Scope] = []
+        whole = ""
+        stem = ""
         words = name.split(".") if name else []
-        for i, word in enumerate(words):
-            if i + 1 < len(words) and words[i + 1].isdigit():
-                continue
-            found.append((".".join(words[at : i + 1]), "module", *self.places[".".join(words[: i + 1])]))
-            at = i + 1
+        for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+            whole = f"{whole}.{word}" if whole else word
+            stem = f"{stem}.{word}" if stem else word
+            if not after.isdigit():
+                found.append((stem, "module", *self.places[whole]))
+                stem = ""
         return found
 
     def nodes_of(self, path: tuple[Scope, ...]) -> tuple[Node, ...]:

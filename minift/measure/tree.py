@@ -72,8 +72,9 @@ def add_up(node: Node, product_rate: float, copy_rate: float) -> None:
         setattr(node, name, sum(getattr(child, name) for child in node.children))
     errors = [child.error for child in node.children if child.error is not None]
     node.error = max(errors, default=None)
-    for child in node.children:
-        node.users |= child.users
+    if node.kind == "operator":
+        for child in node.children:
+            node.users |= child.users
 
 
 # ---- folding
@@ -94,6 +95,8 @@ def joined(nodes: list[Node], name: str = "") -> Node:
         first,
         **sums,
         name=name or first.name,
+        file=longest.file,
+        line=longest.line,
         calls=sum(node.calls for node in nodes),
         error=max(errors, default=None),
         users=users,
@@ -104,11 +107,12 @@ def joined(nodes: list[Node], name: str = "") -> Node:
     )
 
 
-def alike_joined(nodes: Iterable[Node]) -> list[Node]:
-    """Nodes of the same name and place as one."""
+def alike_joined(nodes: Iterable[Node], by_line: bool = False) -> list[Node]:
+    """Nodes of the same name and place as one. by_line: of Python too, of which else all is one."""
     groups: dict[tuple, list[Node]] = {}
     for node in nodes:
-        groups.setdefault((node.kind, node.name, node.where), []).append(node)
+        place = "" if node.kind == "python" and not by_line else node.where
+        groups.setdefault((node.kind, node.name, place), []).append(node)
     return [joined(group) for group in groups.values()]
 
 
@@ -148,7 +152,8 @@ def layers_joined(nodes: list[Node], whole: float) -> list[Node]:
 
 def parts(node: Node) -> frozenset:
     """What two layers have in common that do the same."""
-    return frozenset((child.kind, child.name, child.where, parts(child)) for child in node.children)
+    inside = [child for child in node.children if child.kind != "python"]
+    return frozenset((child.kind, child.name, child.where, parts(child)) for child in inside)
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -184,14 +189,12 @@ def open_by_cost(root: Node, most: int) -> Iterator[tuple[int, Node]]:
     opened: dict[Node, list[Node]] = {}
     number = 0  # so that nodes themselves are never compared
     waiting = [(-root.ms, number, root)]
-    count = 1
-    while waiting:
+    room = most - 1
+    while waiting and room > 0:
         _, _, node = heapq.heappop(waiting)
-        shown = worth_showing(node, root.ms)
-        if not shown or count + len(shown) > most:
-            continue
+        shown = worth_showing(node, root.ms, room)
         opened[node] = shown
-        count += len(shown)
+        room -= len(shown)
         for child in shown:
             number += 1
             heapq.heappush(waiting, (-child.ms, number, child))
@@ -204,11 +207,12 @@ def open_by_cost(root: Node, most: int) -> Iterator[tuple[int, Node]]:
     return walk(root, 0)
 
 
-def worth_showing(node: Node, whole: float) -> list[Node]:
-    """The children that take most; the others as one, where it counts."""
-    large = [child for child in in_order(node) if child.ms >= SMALL * whole or child.kind == "phase"][:MOST]
+def worth_showing(node: Node, whole: float, room: int) -> list[Node]:
+    """The children that take most, in at most so many lines; the others as one, where it counts."""
+    large = [child for child in in_order(node) if child.ms >= SMALL * whole or child.kind == "phase"]
+    large = large[: min(room, MOST)]
     rest = [child for child in node.children if child not in large]
-    if large and sum(child.ms for child in rest) >= SMALL * whole:
+    if large and len(large) < room and sum(child.ms for child in rest) >= SMALL * whole:
         large.append(replace(joined(rest), name=f"{len(rest)} more", kind="", file="", shapes=[], children=[]))
     return large
 
@@ -222,7 +226,7 @@ def in_order(node: Node) -> list[Node]:
 
 def costliest_lines(root: Node, width: int) -> list[str]:
     """The places in the code that take most time, whatever module calls them."""
-    found = alike_joined(leaf for leaf in leaves(root) if leaf.kind in LEAVES)
+    found = alike_joined((leaf for leaf in leaves(root) if leaf.kind in LEAVES), by_line=True)
     found.sort(key=lambda leaf: -leaf.ms)
     return rows_in_columns([(0, leaf) for leaf in found[:FEW]], root, width)
 
