@@ -77,7 +77,7 @@ def trace_run(config: TraceConfig) -> Traced:
     traced.where = where
     add_lines(traced)
     if config.verify:
-        traced.checks = verify_step(traced)
+        verify_step(traced)
     return traced
 
 
@@ -185,8 +185,8 @@ def peak_since(base: int) -> int:
     return peak_memory() - base if base and resident() else 0
 
 
-def verify_step(traced: Traced) -> list[Check]:
-    """The same step again, each kernel of which is compared with its reference; errors go to the kernels' nodes too."""
+def verify_step(traced: Traced) -> None:
+    """Takes the same step again, and compares its kernels with their references. Their nodes get errors, too."""
     verifier = Verifier()
     with verifier:
         train_step(traced.job, traced.sequences, TIMED + 2, traced.job.config.lr)
@@ -195,7 +195,7 @@ def verify_step(traced: Traced) -> list[Check]:
         if leaf.kind == "kernel":
             leaf.error = max((worst[name] for name in verifier.by_kernel.get(leaf.name, ())), default=None)
     add_up(traced.root, traced.product_rate, traced.copy_rate)
-    return verifier.checks
+    traced.checks = verifier.checks
 
 
 # ---- what is told of it

@@ -87,10 +87,6 @@ class Trace(Ledger):
         self.begin = time.perf_counter_ns()
         self.until = 0  # ns from the beginning to the end of the last leaf, without that
 
-    def now_ns(self) -> int:
-        """Since the beginning, without what tracing took."""
-        return time.perf_counter_ns() - self.begin - self.cost
-
     # what it sees
 
     def __torch_dispatch__(self, function: OpOverload, types, args=(), kwargs=None):
@@ -98,7 +94,7 @@ class Trace(Ledger):
         kwargs = kwargs or {}
         if self.in_kernel:  # a ledger counts FLOPs by means of tensors
             return function(*args, **kwargs)
-        leaf = self.begin_leaf(str(function.overloadpacket), "torch")
+        leaf = self.begin_leaf(str(function.overloadpacket), "torch", entered)
         before = self.flops.total()
         out = super().__torch_dispatch__(function, types, args, kwargs)
         inputs = strided_leaves((args, kwargs))
@@ -110,7 +106,7 @@ class Trace(Ledger):
     def launch(self, name: str, function: str, library, /, **given) -> None:
         entered = time.perf_counter_ns()
         declared = declaration(name, function, library.on_cuda)
-        leaf = self.begin_leaf(function, "kernel")
+        leaf = self.begin_leaf(function, "kernel", entered)
         leaf.file, leaf.line = declared.file, declared.line
         before = self.flops.total()
         self.in_kernel = True
@@ -139,9 +135,12 @@ class Trace(Ledger):
         self.node.ms = (time.perf_counter_ns() - start) / 1e6
         return out
 
-    def begin_leaf(self, name: str, kind: str) -> Node:
-        """The leaf of a call, in its place in the tree; and the Python that came before it."""
-        start = self.now_ns()
+    def begin_leaf(self, name: str, kind: str, entered: int) -> Node:
+        """The leaf of a call, in its place in the tree; and the Python that came before it.
+
+        entered: ns, when the trace was called.
+        """
+        start = entered - self.begin - self.cost
         frames = minift_frames()
         in_backward = torch._C._current_graph_task_id() != -1
         path, frame = self.find_path(frames, in_backward)
@@ -172,7 +171,7 @@ class Trace(Ledger):
             self.note_users(inputs)
         took = time.perf_counter_ns() - entered
         self.cost += took - round(leaf.ms * 1e6)
-        self.until = self.now_ns()
+        self.until = time.perf_counter_ns() - self.begin - self.cost
 
     # where it is in the tree
 
@@ -320,7 +319,6 @@ class Trace(Ledger):
         return call
 
     def __exit__(self, *reason):
-        self.root.ms = self.now_ns() / 1e6
         for module, method in self.wrapped:
             delattr(module, method)
         return super().__exit__(*reason)
