@@ -21,6 +21,7 @@ from minift.data.batch import pack
 from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Ledger
 from minift.ops import attention, native
 from minift.ops.dropout import Noise
+from minift.ops.linear import product, weight_gradient
 from minift.planning import forecast, run_on_meta
 from minift.setup import Engine, make_job
 from minift.training import accumulate, update
@@ -114,6 +115,16 @@ def test_flops_are_torchs_own_count(family, tmp_path, monkeypatch, compiled):
     assert ours == pytest.approx(sum(n for name, n in theirs.items() if name != "aten.bmm"), rel=0.01)
 
 
+def test_products_that_torchs_own_counter_does_not_know():
+    """In place, and oneDNN's."""
+    x, y = torch.randn(30, 256), torch.randn(30, 512)
+    with Ledger(torch.nn.Linear(1, 1)) as ledger:
+        torch.zeros(512, 256).addmm_(y.t(), x)
+        weight_gradient(y, x)
+        product(x, torch.randn(512, 256))
+    assert ledger.flops.total() == 3 * 2 * 30 * 256 * 512
+
+
 def test_attentions_flops_by_hand(tmp_path, compiled):
     """Two products forward and five backward, for each pair of tokens of a sequence; the last layer asks for few."""
     job, _ = job_of("gpt2", tmp_path, "full", CPU)
@@ -136,6 +147,38 @@ def test_what_is_saved_is_said_by_module(tmp_path):
     mlp = {name: n for name, n in ledger.saved.items() if ".mlp" in name}
     inner = job.model.config.intermediate_size
     assert max(mlp.values()) >= 4 * sum(LENGTHS) * inner
+
+
+class Doubled(torch.autograd.Function):
+    """Its backward pass adds in Python, where it still needs what it adds to."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        twice = dy + dy
+        return twice + (twice + dy) - twice - dy
+
+
+def test_gradients_meet_as_if_nobody_looked_on():
+    """In place, where autograd holds the first of them alone: beside two of them there is no third."""
+    size = 1 << 16
+    x = torch.randn(size, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        y = x.clone()
+        total = (2 * y).sum() + (3 * y).sum() + (4 * y).sum() + Doubled.apply(y).sum()
+        return torch.autograd.grad(total, x)[0]
+
+    plain = gradient()
+    with Ledger(torch.nn.Linear(1, 1)) as ledger:
+        assert torch.equal(plain, gradient())
+        ledger.restart()
+        y = x.clone()
+        torch.autograd.grad((2 * y).sum() + (3 * y).sum(), x)
+    assert 3 * 4 * size <= ledger.peak < 3.1 * 4 * size  # y, and two gradients
 
 
 # ---- the heap
