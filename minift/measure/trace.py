@@ -17,7 +17,7 @@ some ten microseconds an operator, which are among Python's.
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -144,11 +144,15 @@ class Trace(Ledger):
         start = entered - self.begin - self.cost
         frames = minift_frames()
         in_backward = torch._C._current_graph_task_id() != -1
-        path, frame = self.find_path(frames, in_backward)
+        path = self.backward_path(frames) if in_backward else self.forward_path(frames)
         phase = path[0][0] if path else ""
         if phase == UPDATE != self.phase:
             self.own(GRADIENTS, (p.grad for p in self.model.parameters() if p.grad is not None))
-        leaf = Node(name, kind, frame.file, frame.line, start=start / 1e6)
+        leaf = Node(name, kind, start=start / 1e6)
+        if path and path[-1][1] == "operator" and not operators(frames):  # PyTorch's own, in backward
+            leaf.file, leaf.line = path[-1][2:]
+        elif frames:
+            leaf.file, leaf.line = frames[0].file, frames[0].line
         self.add_python(path, frames, start - self.until)
         self.phase = phase
         self.path = path
@@ -157,9 +161,7 @@ class Trace(Ledger):
         nodes[-1].children.append(leaf)
         self.leaves.append((nodes, leaf))
         if not in_backward:
-            self.made.setdefault(
-                torch._C._autograd._get_sequence_nr() - 1, Made(self.modules[-1] if self.modules else "", leaf)
-            )
+            self.made.setdefault(torch._C._autograd._get_sequence_nr() - 1, Made(self.module, leaf))
         return leaf
 
     def end_leaf(self, leaf: Node, entered: int, before: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -176,32 +178,32 @@ class Trace(Ledger):
 
     # where it is in the tree
 
-    def find_path(self, frames: list[Frame], in_backward: bool) -> tuple[tuple[Scope, ...], Frame]:
-        """The scopes around a call, and the line that it is called in. frames: the innermost first."""
-        here = frames[0] if frames else Frame(synchronise.__code__, "", 0)
-        if not in_backward:
-            phase = next((PHASES[f.code.co_name] for f in reversed(frames) if f.code.co_name in PHASES), "")
-            if not phase:
-                return (), here
-            top = next(f for f in reversed(frames) if f.code.co_name in PHASES)
-            start: list[Scope] = [(phase, "phase", top.file, top.code.co_firstlineno)]
-            return (*start, *self.module_scopes(self.modules[-1] if self.modules else ""), *operators(frames)), here
+    @property
+    def module(self) -> str:
+        """The innermost module of which something is under way, or ""."""
+        return self.modules[-1] if self.modules else ""
 
-        start = [(BACKWARD, "phase", *place_of_code(torch.Tensor.backward.__code__))]
-        if any(f.code is Again.compute.__code__ for f in frames):  # a layer once more
-            start.append(("computed again", "again", *place_of_code(Again.compute.__code__)))
-            return (*start, *self.module_scopes(self.modules[-1] if self.modules else ""), *operators(frames)), here
+    def forward_path(self, frames: list[Frame]) -> tuple[Scope, ...]:
+        """The scopes around a call outside of backward. frames: the innermost first."""
+        top = next((frame for frame in reversed(frames) if frame.code.co_name in PHASES), None)
+        if top is None:
+            return ()
+        phase = PHASES[top.code.co_name], "phase", top.file, top.code.co_firstlineno
+        return (phase, *self.module_scopes(self.module), *operators(frames))
+
+    def backward_path(self, frames: list[Frame]) -> tuple[Scope, ...]:
+        """The same of a call in backward."""
+        phase = BACKWARD, "phase", "", 0
+        if any(frame.code is Again.compute.__code__ for frame in frames):  # a layer once more
+            again = "computed again", "again", *place_of_code(Again.compute.__code__)
+            return (phase, again, *self.module_scopes(self.module), *operators(frames))
         module, name, made = self.at_node(torch._C._current_autograd_node())
-        if self.modules:
-            module = self.modules[-1]
         found = operators(frames)
         if not found or found[0][1] == "again":
             # one of PyTorch's own: it has no line, but what it is the gradient of has one
-            where = (made.leaf.file, made.leaf.line) if made else ("", 0)
-            found = [(name, "operator", *where), *found]
-            if len(found) == 1:
-                here = Frame(here.code, *where)
-        return (*start, *self.module_scopes(module), *found), here
+            file, line = ("", 0) if made is None else (made.leaf.file, made.leaf.line)
+            found.insert(0, (name, "operator", file, line))
+        return (phase, *self.module_scopes(self.module or module), *found)
 
     def at_node(self, node) -> tuple[str, str, Made | None]:
         """Of a node of autograd: its module, its name, and where in forward it was made."""
@@ -298,7 +300,7 @@ class Trace(Ledger):
 
     # methods of modules beside forward, which has hooks
 
-    def __enter__(self):
+    def __enter__(self) -> "Trace":
         self.wrapped: list[tuple[nn.Module, str]] = []
         for name, module in self.model.named_modules():
             for method, function in vars(type(module)).items():
@@ -325,7 +327,7 @@ class Trace(Ledger):
         return super().__exit__(*reason)
 
 
-def every(node: Node):
+def every(node: Node) -> Iterator[Node]:
     """A node and all below it."""
     yield node
     for child in node.children:

@@ -36,7 +36,7 @@ class Node:
     dtypes: list[str] = field(default_factory=list)
     users: dict[str, None] = field(default_factory=dict)  # backward operators that read what is saved here
     each: list[float] = field(default_factory=list)  # of nodes that were folded into one: the time of each
-    children: list["Node"] = field(default_factory=list)
+    children: list["Node"] = field(default_factory=list, repr=False)
 
     @property
     def where(self) -> str:
