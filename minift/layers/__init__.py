@@ -11,11 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..ops import norm
+from ..ops import embedding, norm
 from ..ops.dropout import SILENT, Noise
 from ..ops.linear import linear
 
@@ -105,9 +104,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (N,) -> (N, C)."""
-        # where there is a gradient already, this one is added to its rows: no second table of zeros, to be added whole
-        # (on CUDA that counts the rows, and waits for it)
-        return F.embedding(ids, self.weight, sparse=self.weight.grad is not None and self.weight.is_cpu)
+        return embedding.rows(ids, self.weight)
 
 
 class LayerNorm(nn.Module):

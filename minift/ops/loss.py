@@ -48,7 +48,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             db = torch.zeros_like(bias)
 
         w = weight.to(x.dtype)
-        n = max(1, CHUNK // weight.shape[0])
+        most = max(1, CHUNK // weight.shape[0])
+        n = -(-x.shape[0] // -(-x.shape[0] // most)) if len(x) else 1  # chunks of one size: their memory is the same
         for i in range(0, x.shape[0], n):
             xs = x[i : i + n]
             z = product(xs, w)  # (m, V)
@@ -68,6 +69,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if needs_weight and dw is None:  # no rows
             dw = torch.zeros_like(weight)
         ctx.gradients = dx, dw, db
+        ctx.heads_gradient = getattr(weight, "heads_gradient", None)  # for the embedding that is the same table
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -81,6 +83,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for g in gradients:
             if g is not None:
                 g.mul_(dloss)
+        _, dw, _ = gradients
+        if dw is not None and ctx.heads_gradient is not None:
+            ctx.heads_gradient.append(dw)
         return *gradients, None, None
 
 

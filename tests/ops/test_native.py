@@ -486,6 +486,46 @@ print(resident() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_large_blocks_are_kept_and_never_more_than_were_in_use(seed):
+    """Blocks of 34 to 90 MB, taken and freed at random: the process holds what they were at once at most, no more.
+
+    Taken in the same order a second time, most of them are there already.
+    """
+    code = f"""
+import random, resource, torch
+from minift.engine import memory
+memory.keep_memory()
+def highest():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+torch.ones(2**25), highest()
+before = int(open("/proc/self/statm").read().split()[1]) * 4096
+draw = random.Random({seed})
+calls = [(draw.randrange(34, 90), draw.randrange(4)) for _ in range(30)]
+def go():
+    blocks, most = [], 0
+    for size, freed in calls:
+        blocks.append(torch.ones(size, 2**18))
+        most = max(most, sum(b.nbytes for b in blocks))
+        if len(blocks) > freed:
+            del blocks[: freed + 1]
+    return most
+def faults():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    go()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+most = go()
+second = faults()
+print(highest() - before, most, second, sum(size for size, _ in calls) * 2**20 // 4096)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    grown, most, faults, pages = map(int, done.stdout.split())
+    assert grown < most + (8 << 20)
+    assert faults < pages / 2
+
+
+@pytest.mark.slow
 def test_the_profiler_still_sees_memory():
     code = """
 import torch
