@@ -72,8 +72,8 @@ class Traced:
 def trace_run(config: TraceConfig) -> Traced:
     """The first step of a run. Raises InputError."""
     check_trace(config)
-    job, sequences, where, (product_rate, copy_rate) = begin(config)
-    traced = trace_step(job, sequences, product_rate, copy_rate)
+    job, sequences, where = begin(config)
+    traced = trace_step(job, sequences)
     traced.where = where
     add_lines(traced)
     if config.verify:
@@ -90,8 +90,8 @@ def check_trace(config: TraceConfig) -> None:
             check_output_file(option, Path(path), [config.data, config.valid], config.overwrite)
 
 
-def begin(config: TraceConfig) -> tuple[Job, list[Sequence], list[str], tuple[float, float]]:
-    """(the job, the sequences of its first step, their lines, the machine's rates of products and copies)."""
+def begin(config: TraceConfig) -> tuple[Job, list[Sequence], list[str]]:
+    """(the job, the sequences of its first step, the line of each)."""
     task = task_named(config.task)
     whole = read_training(config, config.data)
     labels = task.label_names(whole, config.labels)
@@ -99,7 +99,6 @@ def begin(config: TraceConfig) -> tuple[Job, list[Sequence], list[str], tuple[fl
     engine = choose_engine(config)
     if engine.world.size > 1:
         raise InputError(f"there are {engine.world.size} processes; expected a trace of one, without torchrun")
-    found = rates(engine.dtype, engine.device)
     model, tokenizer = load_model(config, labels)
     if tokenizer is None:
         raise InputError(f"{config.model}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json, merges.txt")
@@ -109,11 +108,11 @@ def begin(config: TraceConfig) -> tuple[Job, list[Sequence], list[str], tuple[fl
     numbers = order(len(sequences), config.seed, 0)[: config.batch].tolist()
     chosen = [sequences[i] for i in numbers]
     where = [getattr(examples[s.number], "where", "") if s.number < len(examples) else "" for s in chosen]
-    return job, chosen, where, found
+    return job, chosen, where
 
 
-def trace_step(job: Job, sequences: list[Sequence], product_rate: float, copy_rate: float) -> Traced:
-    """One step, traced, after others that were not. The rates are FLOP/s of products and bytes/s of copies."""
+def trace_step(job: Job, sequences: list[Sequence]) -> Traced:
+    """One step, traced, after others that were not."""
     step = 0
 
     def take() -> float:
@@ -126,7 +125,7 @@ def trace_step(job: Job, sequences: list[Sequence], product_rate: float, copy_ra
 
     # the first step makes the optimizer's state and the caches, and the trace sees where the memory of both lies
     trace = Trace(job.model)
-    base = resident() - trace.now  # of the process without the model
+    base = resident_without(trace)
     with trace:
         take()
     for state in job.optimizer.state.values():
@@ -139,6 +138,8 @@ def trace_step(job: Job, sequences: list[Sequence], product_rate: float, copy_ra
     growth = peak_since(base)
     untraced.append(take())
 
+    # the rates come last: the memory of what they multiply and copy would be kept for the step
+    product_rate, copy_rate = rates(job.model.body.dtype, job.model.device)
     trace.note_peak()
     add_up(trace.root, product_rate, copy_rate)
     micros = job.world.micro_batches(sequences, job.config.tokens)
@@ -170,6 +171,14 @@ def add_lines(traced: Traced) -> None:
     data.children[:0] = lines
 
 
+def resident_without(trace: Trace) -> int:
+    """Bytes of this process without what the trace knows of, the weights; 0 where the system does not say."""
+    # the block that loading held last is kept (kernels/cpu/memory.cpp); a larger one, not touched, takes its place
+    largest = max(held.size for held in trace.held.values())
+    torch.empty(largest + (1 << 26), dtype=torch.uint8)
+    return max(0, resident() - trace.now)
+
+
 def restart_peak() -> None:
     """Lets the peak of memory begin at what is there now."""
     if torch.cuda.is_initialized():
@@ -182,7 +191,7 @@ def peak_since(base: int) -> int:
     """What was held since then at most, by the allocator on CUDA, else by the process beyond `base` bytes."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return peak_memory() - base if base and resident() else 0
+    return peak_memory() - base if base else 0
 
 
 def verify_step(traced: Traced) -> None:

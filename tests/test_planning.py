@@ -149,38 +149,6 @@ def test_what_is_saved_is_said_by_module(tmp_path):
     assert max(mlp.values()) >= 4 * sum(LENGTHS) * inner
 
 
-class Doubled(torch.autograd.Function):
-    """Its backward pass adds in Python, where it still needs what it adds to."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, dy):
-        twice = dy + dy
-        return twice + (twice + dy) - twice - dy
-
-
-def test_gradients_meet_as_if_nobody_looked_on():
-    """In place, where autograd holds the first of them alone: beside two of them there is no third."""
-    size = 1 << 16
-    x = torch.randn(size, requires_grad=True)
-
-    def gradient() -> torch.Tensor:
-        y = x.clone()
-        total = (2 * y).sum() + (3 * y).sum() + (4 * y).sum() + Doubled.apply(y).sum()
-        return torch.autograd.grad(total, x)[0]
-
-    plain = gradient()
-    with Ledger(torch.nn.Linear(1, 1)) as ledger:
-        assert torch.equal(plain, gradient())
-        ledger.restart()
-        y = x.clone()
-        torch.autograd.grad((2 * y).sum() + (3 * y).sum(), x)
-    assert 3 * 4 * size <= ledger.peak < 3.1 * 4 * size  # y, and two gradients
-
-
 # ---- the heap
 
 

@@ -57,7 +57,7 @@ def job_on(family: str, folder, method: str = "full", width: int = 32, **options
 
 def step_of(family: str, folder, *given, **options) -> Traced:
     """A step of `job_on`, traced."""
-    return trace_step(*job_on(family, folder, *given, **options), *RATES)
+    return trace_step(*job_on(family, folder, *given, **options))
 
 
 def nodes(node: Node) -> list[Node]:
@@ -147,7 +147,7 @@ def test_it_explains_the_peak(method, options, tmp_path):
 def test_flops_are_those_of_the_plan(family, method, tmp_path, compiled):
     """Of a step without memory."""
     job, sequences = job_of(family, tmp_path, method, CPU, width=256)
-    found = trace_step(job, sequences, *RATES)
+    found = trace_step(job, sequences)
     vars(attention.kept).clear()
     job, sequences = job_of(family, tmp_path, method, META, width=256)
     planned = run_on_meta(job, [sequences])

@@ -12,17 +12,16 @@ since it is they who hold it. On another device the same numbers are a measureme
 """
 
 import bisect
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -63,7 +62,6 @@ class Ledger(TorchDispatchMode):
         self.hooks: list = []
         self.in_backward = False
         self.node: object = None  # what a trace says of the operator at hand
-        holders()  # which takes a backward pass, so not within one
         self.restart()
         for p in model.parameters():
             self.own(TRAINED if p.requires_grad else FROZEN, [p])
@@ -130,7 +128,6 @@ class Ledger(TorchDispatchMode):
         if in_backward and not self.in_backward:
             self.turn()
         self.in_backward = in_backward
-        function = unwatched(function, args)
         out = self.call(function, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -184,53 +181,6 @@ class Ledger(TorchDispatchMode):
             hook.remove()
         self.hooks = []
         return super().__exit__(*reason)
-
-
-def unwatched(function: OpOverload, args: tuple) -> OpOverload:
-    """What PyTorch would do here if nobody looked on.
-
-    Where two gradients of a tensor meet, autograd adds the second to the first, but only if it holds the first alone
-    and no mode is active. GPT-2's embedding, which is its head too, would have a third gradient of its size here.
-    """
-    if function is not torch.ops.aten.add.Tensor or torch.is_grad_enabled() or not is_autograds_own():
-        return function
-    a, b = args
-    alike = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and a.layout == b.layout
-    if alike and a.layout is torch.strided and a.is_contiguous() and a._use_count() == holders():
-        return torch.ops.aten.add_.Tensor
-    return function
-
-
-def is_autograds_own() -> bool:
-    """Whether an operator is called by autograd itself, and not in somebody's backward pass in Python."""
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
-        frame = frame.f_back
-    return frame is None or frame.f_code.co_name == "_engine_run_backward"
-
-
-@cache
-def holders() -> int:
-    """How often a gradient is held that autograd holds alone, when a mode sees it."""
-    found = []
-
-    class Look(TorchDispatchMode):
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            return False
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.add.Tensor:
-                found.append(args[0]._use_count())
-            return function(*args, **(kwargs or {}))
-
-    x = torch.ones(1, requires_grad=True)
-    y = torch.cat([x.sin(), x.cos()])
-    with _disable_current_modes(), Look():
-        y.sum().backward()
-    return found[0]
 
 
 class Seen:

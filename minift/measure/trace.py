@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers import Again
 from ..ops import compile, cuda, sources
 from ..ops.rematerialise import Recipe
-from .ledger import BATCH, GRADIENTS, PASSING, SAVED, Held, Ledger, tensors_of, unwatched
+from .ledger import BATCH, GRADIENTS, PASSING, SAVED, Held, Ledger, tensors_of
 from .tree import Node
 
 PACKAGE = Path(__file__).parents[1]
@@ -94,7 +94,6 @@ class Trace(Ledger):
         kwargs = kwargs or {}
         if self.in_kernel:  # a ledger counts FLOPs by means of tensors
             return function(*args, **kwargs)
-        function = unwatched(function, args)
         leaf = self.begin_leaf(str(function.overloadpacket), "torch", entered)
         before = self.flops.total()
         out = super().__torch_dispatch__(function, types, args, kwargs)
