@@ -247,8 +247,8 @@ def summary(traced: Traced) -> list[str]:
         f"{100 * traced.explained_time:.0f} %, Python between them the rest; tracing itself took "
         f"{traced.trace.cost / 1e6:,.1f} more",
         f"memory  {memory}",
-        f"roof    the share of the time that {traced.product_rate / 1e9:,.0f} GFLOP/s of products and "
-        f"{traced.copy_rate / 1e9:,.1f} GB/s of copies would need",
+        f"roof    the share of the time that {traced.product_rate / 1e9:,.0f} GFLOP/s of products or "
+        f"{traced.copy_rate / 1e9:,.1f} GB/s of copies would need; moved, saved for backward: MB",
     ]
 
 

@@ -240,7 +240,7 @@ def rows_in_columns(rows: list[tuple[int, Node]], root: Node, width: int) -> lis
     }
     if width >= 80:
         columns["GFLOP"] = lambda n: f"{n.flops / 1e9:,.1f}" if n.flops else ""
-        columns["MB"] = lambda n: f"{(n.read + n.written) / 1e6:,.0f}" if n.read + n.written else ""
+        columns["moved"] = lambda n: f"{(n.read + n.written) / 1e6:,.0f}" if n.read + n.written else ""
     if width >= 100:
         columns["saved"] = lambda n: f"{n.saved / 1e6:,.1f}" if n.saved else ""
     if root.error is not None and width >= 80:
