@@ -31,6 +31,7 @@ from .config import (
     PlanConfig,
     PredictConfig,
     ReportConfig,
+    TraceConfig,
     TrainConfig,
     add_options,
     from_args,
@@ -106,6 +107,18 @@ def plan(config: PlanConfig) -> None:
     print("\n".join(describe(found)))
     if config.json:
         print(json.dumps(as_json(found)))
+
+
+def trace(config: TraceConfig) -> None:
+    """Prints a step as a tree, and writes it."""
+    from .checkpoints.hub import default_model
+    from .tracing import describe, trace_run, write_files
+
+    if not config.model:
+        config = replace(config, model=default_model(config.task))
+    traced = trace_run(config)
+    write_files(traced, config)
+    print("\n".join(describe(traced, shutil.get_terminal_size().columns, config.unfold)))
 
 
 def demo(config: DemoConfig) -> None:
@@ -326,6 +339,7 @@ def print_metrics(numbers: dict, details: dict, task: ModuleType) -> None:
 COMMANDS: dict[str, tuple[type[Config], Callable]] = {
     "train": (TrainConfig, train),
     "plan": (PlanConfig, plan),
+    "trace": (TraceConfig, trace),
     "eval": (EvalConfig, evaluate),
     "predict": (PredictConfig, predict),
     "generate": (GenerateConfig, generate),

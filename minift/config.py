@@ -24,7 +24,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
 LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 
-PATHS = {"model", "base_model", "data", "valid", "out"}  # options that may name files
+PATHS = {"model", "base_model", "data", "valid", "out", "chrome"}  # options that may name files
 FEW = 1000  # names in a folder that are looked at for what was meant
 LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
 
@@ -363,6 +363,28 @@ class PlanConfig(TrainConfig):
 
     out: str = option("", "not looked at: nothing is written", heading="run")
     json: bool = option(False, "one JSON object as the last line of standard output", heading="results")
+
+
+@dataclass
+class TraceConfig(TrainConfig):
+    """Show where the time and memory of a step go.
+
+    The options are those of `minift train`, whose first step is taken and explained. Of the run nothing is written.
+
+    minift trace --model bert-base-uncased --data reviews.csv
+    minift trace --model gpt2 --task complete --data facts.jsonl --method lora --verify --out step.json
+    """
+
+    out: str = option("", "write the whole tree here, as JSON", heading="trace")
+    chrome: str = option("", "write the step as a trace for chrome://tracing and ui.perfetto.dev here")
+    overwrite: bool = option(False, "replace the files in --out and --chrome if they are there")
+    unfold: str = option("", "levels of the tree to print, or all; none: what costs most, in one screen")
+    verify: bool = option(False, "compare each call of a kernel with its PyTorch reference in float64")
+
+    def check(self) -> None:
+        super().check()
+        if self.unfold not in ("", "all") and not (self.unfold.isdigit() and int(self.unfold) > 0):
+            raise ValueError(f"--unfold is {self.unfold!r}; expected a number of levels, or all")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from minift.data.batch import pack
 from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Ledger
 from minift.ops import attention, native
 from minift.ops.dropout import Noise
+from minift.ops.linear import product, weight_gradient
 from minift.planning import forecast, run_on_meta
 from minift.setup import Engine, make_job
 from minift.training import accumulate, update
@@ -112,6 +113,16 @@ def test_flops_are_torchs_own_count(family, tmp_path, monkeypatch, compiled):
     theirs = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
     ours = sum(n for name, n in ledger.flops.items() if name != "attention")
     assert ours == pytest.approx(sum(n for name, n in theirs.items() if name != "aten.bmm"), rel=0.01)
+
+
+def test_products_that_torchs_own_counter_does_not_know():
+    """In place, and oneDNN's."""
+    x, y = torch.randn(30, 256), torch.randn(30, 512)
+    with Ledger(torch.nn.Linear(1, 1)) as ledger:
+        torch.zeros(512, 256).addmm_(y.t(), x)
+        weight_gradient(y, x)
+        product(x, torch.randn(512, 256))
+    assert ledger.flops.total() == 3 * 2 * 30 * 256 * 512
 
 
 def test_attentions_flops_by_hand(tmp_path, compiled):

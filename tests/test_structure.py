@@ -25,6 +25,7 @@ ROOMS = [
     "demo",
     "reporting",
     "diffing",
+    "tracing",
     "planning",
     "training",
     "runs",

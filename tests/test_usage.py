@@ -68,7 +68,7 @@ def test_options_that_are_none(given, words):
 def test_commands_that_are_none():
     for given, words in {"trian": "mean train?", "finetune": "mean train?", "evaluate": "mean eval?"}.items():
         assert f"'{given}' is no COMMAND" in (said := usage(given)) and words in said
-    assert "did you mean" not in usage("xyzzy") and "expected one of train, plan, eval" in usage("xyzzy")
+    assert "did you mean" not in usage("xyzzy") and "expected one of train, plan, trace, eval" in usage("xyzzy")
     assert "no COMMAND was given" in usage("")
 
 

@@ -17,9 +17,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -48,6 +50,7 @@ class Held:
     kind: str
     maker: str  # the module in whose forward pass it was made, or ""
     place: int  # in the heap
+    node: object  # of a trace, that made it (trace.py)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Ledger(TorchDispatchMode):
         self.modules: list[str] = []  # in whose forward pass we are, the innermost last
         self.hooks: list = []
         self.in_backward = False
+        self.node: object = None  # what a trace says of the operator at hand
         self.restart()
         for p in model.parameters():
             self.own(TRAINED if p.requires_grad else FROZEN, [p])
@@ -127,7 +131,7 @@ class Ledger(TorchDispatchMode):
 
     def own(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Says of what kind tensors are, which were there before or were made meanwhile."""
-        for tensor in tensors:
+        for tensor in tensors_of([*tensors]):
             self.hold(tensor)
             self.held[tensor.untyped_storage()._cdata].kind = kind
 
@@ -139,7 +143,7 @@ class Ledger(TorchDispatchMode):
             return
         size = storage.nbytes()
         maker = self.modules[-1] if self.modules else ""
-        self.held[number] = Held(size, PASSING, maker, self.heap.take(size))
+        self.held[number] = Held(size, PASSING, maker, self.heap.take(size), self.node)
         self.now += size
         weakref.finalize(storage, self.release, number).atexit = False
         if self.now > self.peak:
@@ -161,31 +165,39 @@ class Ledger(TorchDispatchMode):
             found[held.kind] += held.size
         return found
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. To skip its compiler, which is not in use here, would import it: 75 MB and a second."""
+        return False
+
     # what it sees
 
-    def __torch_dispatch__(self, function: torch._ops.OpOverload, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: OpOverload, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self.in_backward:
             self.turn()
         self.in_backward = in_backward
-        out = function(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.hold(leaf)
+        out = self.call(function, args, kwargs)
+        for tensor in tensors_of(out):
+            self.hold(tensor)
         self.calls += 1
         packet = IN_PLACE.get(function.overloadpacket, function.overloadpacket)
-        if packet in flop_registry:
-            self.flops[str(packet)] += flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet in COUNTED:
+            self.flops[str(packet)] += COUNTED[packet](*args, **kwargs, out_val=out)
         if packet in PRODUCTS:
             self.products[product_of(packet, args)] += 1
-        elif not is_free(function):
+        elif packet not in COUNTED and not is_free(function):
             what = CASTS if packet is aten._to_copy else OTHERS
             self.moved[what] += bytes_moved(function, args, kwargs, out)
         return out
 
-    def saw(self, name: str, library, function: str, given: dict) -> bool:
-        """A call of a kernel. Returns whether it is one on tensors without memory, which is not made."""
+    def call(self, function: Callable, args: tuple, kwargs: dict):
+        """Runs an operator or a kernel."""
+        return function(*args, **kwargs)
+
+    def launch(self, name: str, function: str, library, /, **given) -> None:
+        """A call of a kernel, which is counted, and made where there is memory."""
         self.calls += 1
         self.moved[name] += nbytes(given)
         if function in FLOPS:
@@ -193,11 +205,11 @@ class Ledger(TorchDispatchMode):
         shapes = tree_map(shape_of, given)
         described = [value for value in tree_leaves(shapes) if isinstance(value, Shape | bool)]
         if not any(isinstance(value, Shape) for value in described):
-            return False
+            self.call(getattr(library, function), (), given)
+            return
         key = name, function, *described
         _, count = self.kernels.get(key, (None, 0))
         self.kernels[key] = Kernel(library, function, shapes), count + 1
-        return True
 
     def turn(self) -> None:
         """Where a backward pass begins: what is passing is what was saved for it."""
@@ -216,7 +228,8 @@ class Ledger(TorchDispatchMode):
         native.watch = self.kernel
         for name, module in self.model.named_modules():
             self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.modules.append(name)))
-            self.hooks.append(module.register_forward_hook(self.leave))
+            # also where a layer that is computed again has all that it was computed for, and breaks off
+            self.hooks.append(module.register_forward_hook(self.leave, always_call=True))
         return super().__enter__()
 
     def leave(self, *_) -> None:
@@ -232,20 +245,28 @@ class Ledger(TorchDispatchMode):
 
 
 class Seen:
-    """A library of kernels that a ledger looks at: each call is counted, and made where there is memory."""
+    """A library of kernels that somebody looks at."""
 
-    def __init__(self, ledger: Ledger, name: str, library):
+    def __init__(self, ledger, name: str, library):
+        """ledger: has a method `launch`, as Ledger's."""
         self.ledger = ledger
         self.name = name
         self.library = library
         self.on_cuda = library.on_cuda
 
     def __getattr__(self, function: str) -> Callable:
-        def call(**given) -> None:
-            if not self.ledger.saw(self.name, self.library, function, given):
-                getattr(self.library, function)(**given)
+        return partial(self.ledger.launch, self.name, function, self.library)
 
-        return call
+
+def tensors_of(tree) -> list[Tensor]:
+    """All tensors in lists, tuples and dictionaries; of a sparse one, as of an embedding's gradient, its parts."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            found.append(leaf)
+        elif isinstance(leaf, Tensor):
+            found += [leaf._indices(), leaf._values()]
+    return found
 
 
 def shape_of(value) -> object:
@@ -267,7 +288,11 @@ def product_of(packet, args: tuple) -> Product:
     return Product("layer", rows, inner, outer, a.dtype)
 
 
-IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch's own count does not see
+# what torch's own count does not see: products in place, and oneDNN's
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+COUNTED = dict(flop_registry)
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    COUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, *_, out_val: 2 * x.numel() * out_val.shape[-1]
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
 
 # operators that touch some rows of their first argument, as many as they give or take
@@ -301,7 +326,7 @@ def bytes_moved(function, args: tuple, kwargs: dict, out) -> int:
 
 def nbytes(tree) -> int:
     """Bytes of all tensors in lists, tuples and dictionaries."""
-    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return sum(t.nbytes for t in tensors_of(tree))
 
 
 def attention_flops(given: dict) -> int:

@@ -26,6 +26,7 @@ class Arguments(NamedTuple):
     name: str
     fields: dict[str, str]  # in their order, with the format of each
     layout: struct.Struct
+    written: frozenset[str]  # fields that point to what is not const
 
 
 def folder() -> Path:
@@ -59,16 +60,20 @@ def arguments(name: str, text: str) -> Arguments:
     """The C struct of that name: its fields in their order, those that are structs themselves too."""
     body = re.search(rf"^struct {name} {{(.*?)^}};", text, re.MULTILINE | re.DOTALL)[1]
     fields = {}
-    for kind, names in re.findall(r"(\w+\*?)\s+([^;]+);", re.sub(r"//.*|const ", "", body)):
+    written = set()
+    for const, kind, names in re.findall(r"(const )?(\w+\*?)\s+([^;]+);", re.sub(r"//.*", "", body)):
         for field in names.split(","):
             if kind.endswith("*") or "*" in field:
                 code = POINTER
+                if not const:
+                    written.add(field.strip(" *"))
             elif kind in FORMATS:
                 code = FORMATS[kind]
             else:
                 code = arguments(kind, text).layout.format
             fields[field.strip(" *")] = code
-    return Arguments(name, fields, struct.Struct(aligned("".join(fields.values()))))
+    layout = struct.Struct(aligned("".join(fields.values())))
+    return Arguments(name, fields, layout, frozenset(written))
 
 
 def aligned(codes: str) -> str:

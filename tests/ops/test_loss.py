@@ -53,7 +53,9 @@ def test_classes_that_are_added_change_nothing(with_bias, dtype, monkeypatch):
         loss, correct = linear_cross_entropy(x, weight, bias if with_bias else None, targets, 0.1)
         found.append([loss, correct, *torch.autograd.grad(loss, parts)])
     for a, b in zip(*found, strict=True):
-        assert a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6 * b.abs().max().item())
+        assert a.shape == b.shape and torch.allclose(
+            a.double(), b.double(), rtol=1e-5, atol=1e-6 * b.abs().max().item()
+        )
 
 
 def test_only_the_gradients_asked_for_are_made():
