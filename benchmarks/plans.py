@@ -135,10 +135,11 @@ def worst(rows: list[dict]) -> str:
     ran = [row for row in rows if "mb" in row]
     memory = [abs(row["planned_mb"] / row["mb"] - 1) for row in ran]
     seconds = [abs(row["planned_s"] / row["s"] - 1) for row in ran]
+    within = sum(row["within"] == "yes" for row in rows)
     parts = [
         f"Of {len(rows)} cases, memory is within 5 % in {sum(off <= 0.05 for off in memory)}",
         f"(at most {max(memory, default=0):.1%} off) and seconds within 10 % in {sum(off <= 0.1 for off in seconds)}",
-        f"(at most {max(seconds, default=0):.1%}); {sum(row['within'] == 'yes' for row in rows)} ended within their limit.",
+        f"(at most {max(seconds, default=0):.1%}); {within} ended within their limit.",
     ]
     return " ".join(parts)
 

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "add_lora": "adapters.lora",
     "adapt": "adapters",
-    "quantize": "layers.nf4",
+    "quantize": "layers.packed",
     "merge": "checkpoints.merging",
     "load": "checkpoints.loading",
     "save": "checkpoints.saving",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .tables import FAMILIES, METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
+from .tables import BASES, FAMILIES, METHODS, OPTIMIZERS, SCHEDULES, TASKS, method_named
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
@@ -254,7 +254,7 @@ class TrainConfig(Config):
         1.0, "learning rate of an adapter's B as a multiple of A's (LoRA+ advises 16)", at_least=0
     )
     base: str = option(
-        "auto", "how frozen weights are kept; auto: as activations", choices=("auto", "fp32", "bf16", "nf4")
+        "auto", "how frozen weights are kept; auto: as activations", choices=("auto", "fp32", "bf16", *BASES)
     )
     epochs: int = option(3, "passes over the data", at_least=1, heading="steps")
     steps: int = option(0, "stop after N optimizer steps; 0: after the epochs", at_least=0)
@@ -317,16 +317,17 @@ class TrainConfig(Config):
         method = method_named(self.method)
         if method is None:
             raise ValueError(refused("--method", self.method, tuple(METHODS)))
-        if self.base == "nf4" and method.base == "unpacked":
+        bits = BASES.get(self.base)
+        if bits and method.base == "unpacked":
             raise ValueError(
-                f"--base is 'nf4' with --method {self.method}; weights in 4 bits do not learn, expected lora..."
+                f"--base is {self.base!r} with --method {self.method}; weights in {bits} do not learn, expected lora..."
             )
         if self.base != "nf4" and method.base == "packed":
             raise ValueError(
                 f"--method is {self.method!r} with --base {self.base}; it makes up for 4 bits, expected --base nf4"
             )
-        if self.init == "random" and self.base == "nf4":
-            raise ValueError("--init is 'random' with --base nf4; weights in 4 bits do not learn")
+        if self.init == "random" and bits:
+            raise ValueError(f"--init is 'random' with --base {self.base}; weights in {bits} do not learn")
         if not self.adapter_dropout < 1:
             raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.layers):
@@ -548,8 +549,8 @@ class MergeConfig(Config):
     out: str = option("", "folder for the merged model (required)", heading="the merged model")
     into: str = option(
         "dequantized",
-        "of a base in 4 bits: the weights before packing, what the bits say (keeps what was trained), or 4 bits again",
-        choices=("original", "dequantized", "nf4"),
+        "of a packed base: the weights before packing, what the bits say (keeps what was trained), or packed again",
+        choices=("original", "dequantized", *BASES),
     )
     data: str = option("", "file of examples to compare the logits on; none: random tokens", heading="examples")
     columns: str = option("", "its columns or keys, as text,label")

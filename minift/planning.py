@@ -362,7 +362,9 @@ def bases(config: TrainConfig) -> list[str]:
     """How frozen weights might be kept: as asked for, else in fewer bits, where what is frozen stays so."""
     found = [config.base]
     if method_named(config.method).base != "unpacked" and config.init != "random":
-        found += ["bf16"] * (config.base in ("auto", "fp32")) + ["nf4"] * (config.base != "nf4")
+        smaller = ["bf16"] if config.base in ("auto", "fp32") else []
+        smaller += ["int8", "nf4"]
+        found += [base for base in smaller if base != config.base]
     return found
 
 

@@ -21,7 +21,7 @@ from .data.tokenizer import Tokenizer
 from .engine.distributed import World, local
 from .errors import InputError
 from .evaluation import measure
-from .layers.nf4 import has_packed_layers
+from .layers.packed import packed_as
 from .measure.track import Progress, check_loggers, say
 from .models import Model, check_length
 from .setup import Job, choose_engine, default_tokens, make_job, optimizer_settings
@@ -228,8 +228,8 @@ def recorded(config: TrainConfig, model: Model) -> TrainConfig:
     if not model.adapter or config.method != TrainConfig.method:
         return config
     options = method_file(saved_as(model.adapter.variant)).options(model)
-    if has_packed_layers(model):
-        options["base"] = "nf4"
+    if base := packed_as(model):
+        options["base"] = base
     return dataclasses.replace(config, **options)
 
 

@@ -19,10 +19,11 @@ from .engine.optimizers import Optimizer, choose_settings, rule_named
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
-from .layers.nf4 import has_packed_layers, quantize
+from .layers.packed import is_cheap, quantize
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
+from .tables import BASES
 from .tasks import task_of
 
 BASE = 109_000_000  # weights of BERT-base
@@ -62,13 +63,14 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
         # a method that changed the frozen weights kept them there; the checkpoint has the rest
         source = str(base)
         method = saved_as(method)
-    is_packed_later = config.base == "nf4" and changes_base(method)  # it needs the weights as they are
+    packs = config.base if config.base in BASES else ""
+    is_packed_later = packs and changes_base(method)  # it needs the weights as they are
     model, tokenizer = loading.load(
         source,
         config.task,
         labels,
         ordered=bool(config.labels),
-        base="nf4" if config.base == "nf4" and not is_packed_later else "",
+        base="" if is_packed_later else packs,
         dropout=config.dropout,
         seed=config.seed,
         init=config.init,
@@ -78,7 +80,7 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> tuple[Model, To
     if model.adapter and config.init == "random":
         raise InputError(f"--init is 'random' with --method {method}, which saves an adapter and not what it is around")
     if is_packed_later:
-        quantize(model)
+        quantize(model, packs)
     return model, tokenizer
 
 
@@ -202,6 +204,6 @@ def default_tokens(model: Model, device: torch.device) -> int:
     (benchmarks/LOG.md, 2026-11-25). Elsewhere a micro-batch costs more: a launch of each kernel, an addition to each
     gradient, each weight out of NF4.
     """
-    if not model.adapter or device.type != "cpu" or has_packed_layers(model):
+    if not model.adapter or device.type != "cpu" or not is_cheap(model):
         return 0
     return max(512, 512 * BASE // model.size())

@@ -31,6 +31,12 @@ BUILTIN = {
     "gpt2-nano": "a GPT-2 that has read the same",
 }
 
+# `--base`: how a frozen base is packed into few bits, a file each in layers/; layers/packed.py says what it has
+BASES = {
+    "nf4": "4 bits",
+    "int8": "8 bits",
+}
+
 
 @dataclass(frozen=True)
 class Method:

@@ -33,7 +33,7 @@ from minift.adapters.lora import adapters
 from minift.checkpoints.merging import merge_layers
 from minift.data.batch import pack
 from minift.errors import InputError
-from minift.layers.nf4 import NF4Linear
+from minift.layers.nf4 import Packed as NF4Linear
 from minift.ops.dropout import Noise
 from minift.tables import METHODS
 
@@ -149,7 +149,7 @@ def test_a_variant_begins_where_the_model_was(folder, method):
 def test_pissa_and_loftq_need_the_original_weights(folder):
     for method in ("pissa", "loftq"):
         model, _ = minift.load(folder, task="classify", base="nf4")
-        with pytest.raises(InputError, match="its weight is in 4 bits; expected the original"):
+        with pytest.raises(InputError, match="its weight is packed; expected the original"):
             adapt(model, method)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import minift
 from minift.data.batch import pack
 from minift.errors import InputError
-from minift.layers.nf4 import STATE, NF4Linear
+from minift.layers.nf4 import MARK as STATE
+from minift.layers.nf4 import Packed as NF4Linear
 from minift.ops.dropout import SILENT
 from minift.tasks import task_named
 
@@ -232,8 +233,9 @@ def test_ill_formed_files_are_refused(packed, fault):
 
 
 @pytest.mark.parametrize("config, words", [
-    (..., "in 4 bits, which config.json says nothing of"),
-    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantization_config is .*; expected bitsandbytes' nf4"),
+    (..., "is packed, which config.json says nothing of"),
+    ({"quant_method": "gptq", "bits": 4}, "quantization_config is .*; expected bitsandbytes' nf4"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"is \(2048, 1\) in the file; expected \(64, 64\)"),
 ])  # fmt: skip
 def test_a_config_of_other_bits_is_refused(packed, config, words):
     configure(packed, quantization_config=config)

@@ -15,7 +15,7 @@ from test_planning import LENGTHS, job_of
 import minift
 from minift import tracing
 from minift.data.batch import Sequence
-from minift.layers.nf4 import quantize
+from minift.layers.packed import quantize
 from minift.measure import trace as tracer
 from minift.measure.trace import Trace
 from minift.measure.tree import Node, add_up, folded, leaves, ranges

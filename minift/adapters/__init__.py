@@ -18,12 +18,12 @@ make no sense raise InputError.
 What wraps a layer is a layer itself (layers/__init__.py), whose `matrix` and `bias` say what it computes now: merging
 needs no more than these two. It also has
 
-    frozen, set_frozen(layer)  the layer inside, a Linear or NF4Linear; another in its place
+    frozen, set_frozen(layer)  the layer inside, a Linear or PackedLinear; another in its place
     tensors() -> {end of the name in PEFT's file: parameter, or a view of one in the shape that it has there}
 
 Its parameters are float32, and begin where the model computes what it did. Dropout on its input has the number (site)
 lora.SITE + that of the layer among all candidates. What several layers share is one module, a part of each. `frozen`
-may be packed: its matrix is then made at each call, in memory that the next one takes (layers/nf4.py).
+may be packed: its matrix is then made at each call, in memory that the next one takes (layers/packed.py).
 
 A file whose layers are its own, not those of another method, also defines
 

@@ -54,7 +54,7 @@ class DoRALinear(nn.Module):
         """x (N, in_features) -> (N, out_features), in x's dtype."""
         lora = self.lora
         drop = noise.drop(lora.p, lora.site, lora.in_features)
-        y = lora_linear(x, None, lora.A, lora.B, lora.base.matrix, lora.scale, drop)
+        y = lora_linear(x, None, lora.A, lora.B, lora.base.products(), lora.scale, drop)
         y = y * (self.magnitude / lengths(lora)).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -39,7 +39,7 @@ def learned(model: nn.Module) -> Iterator[Learned]:
             sigma = singular_values(lora.A, lora.B) * lora.scale
             yield summary(hub, len(lora.A), sigma, lora.base.matrix(torch.float32))
         else:
-            now = layer.matrix(torch.float32)  # before the frozen one, whose memory may be lent (layers/nf4.py)
+            now = layer.matrix(torch.float32)  # before the frozen one, whose memory may be lent (layers/packed.py)
             yield between(hub, layer.frozen.matrix(torch.float32), now)
 
 

@@ -49,7 +49,7 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """`base` (a Linear, an NF4Linear, whatever has their four members) and its update."""
+    """`base` (a Linear, a PackedLinear, whatever has their members) and its update."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool, site: int):
         super().__init__()
@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
         drop = noise.drop(self.p, self.site, self.in_features)
-        return lora_linear(x, self.bias, self.A, self.B, self.base.matrix, self.scale, drop)
+        return lora_linear(x, self.bias, self.A, self.B, self.base.products(), self.scale, drop)
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
@@ -206,7 +206,7 @@ def begin_at(lora: LoRALinear, weight: Tensor) -> None:
 def require_unpacked(name: str, weight: Tensor) -> None:
     """Raises InputError where a frozen weight is packed already, for variants that split it first."""
     if not weight.is_floating_point():
-        raise InputError(f"{name}: its weight is in 4 bits; expected the original (quantize() the model afterwards)")
+        raise InputError(f"{name}: its weight is packed; expected the original (quantize() the model afterwards)")
 
 
 def check_splits(name: str, lora: LoRALinear) -> None:

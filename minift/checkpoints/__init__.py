@@ -1,1 +1,1 @@
-"""Files in and out: hub folders, PEFT adapters, bitsandbytes' four bits, and the checkpoints of a run."""
+"""Files in and out: hub folders, PEFT adapters, bitsandbytes' packed weights, and the checkpoints of a run."""

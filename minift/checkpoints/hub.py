@@ -18,7 +18,7 @@ from ..data.tokenizer import FILES as TOKENIZER_FILES
 from ..data.tokenizer import Tokenizer, read_tokenizer
 from ..errors import InputError, short_repr
 from ..models import family_named
-from ..tables import FAMILIES
+from ..tables import BASES, FAMILIES
 from ..tasks import task_named
 from . import peft as peft_format
 from .weights import WEIGHT_FILES, read_index
@@ -225,8 +225,9 @@ def read_settings(folder: Path, name: str = "config.json") -> dict:
             raise InputError(f"{path}: {name} is {short_repr(settings[name])}; expected {expected}")
     own = settings["minift"] = settings.get("minift") or {}
     length = own.get("max_length", 0)
-    if own.get("base", "") not in ("", "nf4") or type(length) is not int or length < 0:
-        raise InputError(f"{path}: minift is {short_repr(own)}; expected base nf4 or none, and max_length a number")
+    if own.get("base", "") not in ("", *BASES) or type(length) is not int or length < 0:
+        expected = f"base {' or '.join(BASES)} or none, and max_length a number"
+        raise InputError(f"{path}: minift is {short_repr(own)}; expected {expected}")
     if not own:
         del settings["minift"]
     return settings

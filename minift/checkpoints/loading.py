@@ -2,8 +2,8 @@
 
     model, tokenizer = load("bert-base-uncased", task="classify", labels=["negative", "positive"])
 
-The model is built on the meta device, without memory, and filled tensor by tensor (weights.py). With base="nf4" the
-layers of the body are packed into four bits as they arrive. A PEFT adapter folder is its base model with the adapter
+The model is built on the meta device, without memory, and filled tensor by tensor (weights.py). With base="nf4", or
+"int8", the layers of the body are packed as they arrive. A PEFT adapter folder is its base model with the adapter
 put around its layers.
 """
 
@@ -22,9 +22,9 @@ from ..data.tokenizer import Tokenizer
 from ..engine import memory
 from ..errors import InputError, short_repr
 from ..layers import Linear
-from ..layers.nf4 import STATE, NF4Linear, linears, swap
+from ..layers.packed import PackedLinear, base_of_file, linears, part_of, swap, way_named
 from ..models import Model, family_named
-from ..tables import TASKS
+from ..tables import BASES, TASKS
 from ..tasks import task_named, task_of_architecture, task_of_peft
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
@@ -56,8 +56,8 @@ def load(
     labels: names of the classes; None takes the checkpoint's own. Where these are the same names, the head's rows stay
     theirs; of other classes its last layer is drawn anew.
     ordered: whether the order of `labels` counts; else the checkpoint's holds where the names are the same.
-    base: "nf4" packs the layers of the body into four bits; "" leaves them as the checkpoint (or the adapter's run)
-    had them.
+    base: how the layers of the body are packed, of tables.BASES; "" leaves them as the checkpoint (or the adapter's
+    run) had them.
     base_model: of an adapter, the folder or hub id of the model to adapt; "" takes the one that the adapter names.
     fresh_head: whether a missing head may be drawn at random (to be trained), else that is an error.
     dropout: one rate for all places; -1 keeps the config's. seed: of fresh weights.
@@ -85,9 +85,10 @@ def load(
     model.max_length = own.get("max_length", 0)
     if init == "random":
         check_random(settings, adapter is not None, given)
-    pack_layers(model, folder, base or own.get("base", ""))
+    base = base or own.get("base", "")
+    pack_layers(model, folder, base if base in BASES else "")
     if fresh_classes:
-        model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it in four bits
+        model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it packed
     with memory.returned_memory():
         if init == "shapes":
             model.report = Report()
@@ -99,7 +100,7 @@ def load(
     model.report.notes += notes
     if init == "shapes":
         return model, load_tokenizer(model, given, folder)
-    if model.task and isinstance(model.last, NF4Linear):
+    if model.task and isinstance(model.last, PackedLinear):
         # transformers packs it too; here a head's numbers are looked at, and learn
         model.set_last(unpacked(model.last))
     if adapter:
@@ -116,7 +117,7 @@ def load(
 def check_random(settings: dict, is_adapter: bool, given: Path) -> None:
     """Raises InputError where a folder is for more than the shape of a model whose weights are drawn."""
     if is_adapter or settings.get("quantization_config"):
-        what = "an adapter" if is_adapter else "a model in 4 bits"
+        what = "an adapter" if is_adapter else "a model in few bits"
         raise InputError(f"{given}: is {what}, which --init random has no use for; expected a model's config.json")
 
 
@@ -305,26 +306,32 @@ def label_names(settings: dict, path: Path) -> list[str]:
 
 
 def pack_layers(model: Model, folder: Path, base: str) -> None:
-    """Puts NF4Linears where weights are to be packed (base "nf4"), or are packed in the file."""
-    packed = read_settings(folder).get("quantization_config") or {}
-    if packed and (packed.get("quant_method"), packed.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+    """Puts packed layers where weights are to be packed (base, of tables.BASES), or are packed in the file."""
+    settings = read_settings(folder).get("quantization_config") or {}
+    in_file = base_of_file(settings)
+    if in_file is None:
         raise InputError(
-            f"{folder / 'config.json'}: quantization_config is {short_repr(packed)}; "
-            "expected bitsandbytes' nf4, or none"
+            f"{folder / 'config.json'}: quantization_config is {short_repr(settings)}; "
+            "expected bitsandbytes' nf4 or load_in_8bit, or none"
         )
+    if base and in_file and base != in_file:
+        raise InputError(f"{folder}: is in {in_file} already; expected the original for --base {base}")
     model.settings = {k: v for k, v in model.settings.items() if k != "quantization_config"}
-    layers = {name for name, _ in linears(model)} if base == "nf4" else set()
-    if packed:
+    layers = {name for name, _ in linears(model)} if base else set()
+    packed = set()
+    if in_file:
         ours = {hub: name for name, hub in hub_names(model).items()}
+        mark = way_named(in_file).MARK
         for raw, *_ in tensors(folder):
-            weight, is_state, _ = raw.partition(f".{STATE}")
+            weight, part = part_of(raw)
             name = ours.get(known_name(weight, ours, model.family.PREFIX)[0])
-            layers |= {name.removesuffix(".weight")} if is_state and name else set()
-    for name in sorted(layers):
-        swap(model, name)
+            if part == mark and name:
+                packed.add(name.removesuffix(".weight"))
+    for name in sorted(layers | packed):
+        swap(model, name, in_file or base).is_packed_in_file = name in packed
 
 
-def unpacked(layer: NF4Linear) -> Linear:
+def unpacked(layer: PackedLinear) -> Linear:
     """The same layer with its weight in float32."""
     new = Linear(layer.in_features, layer.out_features, layer.bias is not None)
     new.weight = nn.Parameter(layer.matrix(torch.float32).clone())

@@ -1,8 +1,8 @@
 """One model of a base and its adapter, and what that costs.
 
     original      W + s B A        W as it was before it was packed
-    dequantized   W' + s B A       W' what the four bits say: the model as it was trained, in float32
-    nf4           NF4(W' + s B A)  as small as the base, with a rounding error larger than most updates
+    dequantized   W' + s B A       W' what the bits say: the model as it was trained, in float32
+    nf4, int8     packed again     as small as the base, with a rounding error larger than most updates
 
 The adapter was trained beside W', so only `dequantized` computes what was trained; for a base that is not packed the
 first two are one. W + s B A is LoRA's; of any other adapter it is what its layer's `matrix` and `bias` say.
@@ -21,8 +21,9 @@ from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import check_new_folder
 from ..layers import Linear
-from ..layers.nf4 import NF4Linear, swap
+from ..layers.packed import PackedLinear, swap
 from ..models import Model, check_length
+from ..tables import BASES
 from ..tasks import task_named
 from . import hub, loading, saving
 
@@ -68,16 +69,19 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
             layer.set_frozen(linear(originals[name], layer.frozen.bias))
         new = linear(layer.matrix(torch.float32), layer.bias)
         model.set_submodule(name, new)
-        if into == "nf4":
-            new = swap(model, name)
+        if into in BASES:
+            new = swap(model, name, into)
             new.pack(want)
         errors[model.hub_name(name)] = ((new.matrix(torch.float32) - want).norm() / want.norm()).item()
-    if into != "nf4":
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Linear)]:
-            weight = originals.get(name)
-            if weight is None:
-                weight = layer.matrix(torch.float32).clone()  # else the next layer's would take its memory
-            model.set_submodule(name, linear(weight, layer.bias))
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
+        if layer.BASE == into:
+            continue
+        weight = originals.get(name)
+        if weight is None:
+            weight = layer.matrix(torch.float32).clone()  # else the next layer's would take its memory
+        model.set_submodule(name, linear(weight, layer.bias))
+        if into in BASES:
+            swap(model, name, into).pack(weight)
     model.adapter = None
     model.requires_grad_()
     return errors
@@ -85,12 +89,14 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
 
 def original_weights(model: Model) -> dict[str, Tensor]:
     """Our name -> the weight before packing, of every layer that is packed."""
-    packed = {name for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    packed = {name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not packed:
         return {}
     source = hub.resolve(model.adapter.base)
     if "quantization_config" in hub.read_settings(source):
-        raise InputError(f"--into is original, but {source} is in 4 bits itself; expected dequantized or nf4")
+        raise InputError(
+            f"--into is original, but {source} is packed itself; expected dequantized, {' or '.join(BASES)}"
+        )
     base, _ = loading.load(source, model.task, model.labels, base="fp32")
     outer = wrappers(model)  # a packed layer inside one had its name before it was wrapped
     names = {next((name for name in outer if inner.startswith(f"{name}.")), inner) for inner in packed}

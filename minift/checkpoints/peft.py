@@ -20,7 +20,7 @@ from ..adapters.files import PREFIX, tensor_name
 from ..adapters.targets import is_within, wrappers
 from ..config import parse_json
 from ..errors import InputError
-from ..layers.nf4 import has_packed_layers
+from ..layers.packed import packed_as
 from ..tasks import task_named, task_of_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -186,7 +186,7 @@ def settings(model: nn.Module) -> dict:
     """adapter_config.json: every field that PEFT needs to compute the same."""
     config = model.adapter
     file = method_file(saved_as(config.variant))
-    is_conv1d = bool(model.family.TRANSPOSED) and not has_packed_layers(model)  # as PEFT says; it changes nothing
+    is_conv1d = bool(model.family.TRANSPOSED) and not packed_as(model)  # as PEFT says; it changes nothing
     common = {
         "peft_type": file.PEFT_TYPE,
         "task_type": task_named(model.task).PEFT_TYPE if model.task else "FEATURE_EXTRACTION",

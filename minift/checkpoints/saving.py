@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..engine.distributed import whole
 from ..files import check_folder, write_folder
 from ..layers import Linear
-from ..layers.nf4 import has_packed_layers, quantization_config
+from ..layers.packed import config_for, packed_as
 from ..models import LAST, Model
 from ..tasks import task_named
 from . import peft as peft_format
@@ -25,7 +25,7 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that minift and transformers load: config.json, model.safetensors, the tokenizer's files.
 
     Of a model with an adapter, the adapter alone: a PEFT folder, with minift-model.json (what config.json is of a whole
-    model) and the tokenizer's files beside it. Layers in four bits are written as bitsandbytes writes them.
+    model) and the tokenizer's files beside it. Packed layers are written as bitsandbytes writes them.
     minift.json lists what was written. An older model that minift saved there is replaced, and everything else in the
     folder stays. Raises InputError where a file that minift did not write would be replaced, OSError on a full disk.
     """
@@ -85,8 +85,8 @@ def weights_of(model: Model) -> dict[str, Tensor]:
         packed = can_pack(layers, name)
         state[hub] = (tensor.t() if is_transposed(model, hub) and not packed else tensor).contiguous().cpu()
         if packed:
-            parts = layers[name.removesuffix(".weight")].parts()
-            state |= {f"{hub}.{part}": tensor.clone().cpu() for part, tensor in parts.items()}
+            layer = layers[name.removesuffix(".weight")]
+            state |= {layer.part_name(hub, part): tensor.clone().cpu() for part, tensor in layer.parts().items()}
     if model.bias_twin and not model.tied:
         state[model.bias_twin] = state[model.hub_name(f"{LAST}.bias")].clone()
     return state
@@ -100,12 +100,13 @@ def settings_of(model: Model) -> dict:
     if model.task:
         settings |= task_named(model.task).settings(model)
     own = {"max_length": model.max_length} if model.max_length else {}
-    if has_packed_layers(model) and model.adapter:  # the base is packed as it is loaded
-        own["base"] = "nf4"
-    elif has_packed_layers(model):
+    base = packed_as(model)
+    if base and model.adapter:  # the base is packed as it is loaded
+        own["base"] = base
+    elif base:
         layers = model.head.named_modules(prefix="head") if model.head else ()
         skipped = [model.hub_name(name) for name, m in layers if isinstance(m, Linear)]
-        settings["quantization_config"] = quantization_config(skipped)
+        settings["quantization_config"] = config_for(model, skipped)
     if own:
         settings["minift"] = own
     return settings

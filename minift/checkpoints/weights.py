@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import parse_json
 from ..engine import memory
 from ..errors import InputError, short_repr
-from ..layers.nf4 import PARTS, NF4Linear
+from ..layers.packed import PackedLinear, part_of
 from ..models import LAST, Model, is_last
 
 MODEL = "model.safetensors"
@@ -73,9 +73,9 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     layers = dict(model.named_modules())  # looked up by name, each, they would take longer than small tensors
     packed, second, faults = take_tensors(model, folder, layers, fresh_classes, report)
 
-    # a weight in four bits is several tensors, which its layer takes together
+    # a packed weight is several tensors, which its layer takes together
     for name, parts in packed.items():
-        fault = "is in 4 bits, which config.json says nothing of (quantization_config)"
+        fault = "is packed, which config.json says nothing of (quantization_config)"
         if can_pack(layers, name):
             fault = layers[name.removesuffix(".weight")].receive(parts)
         if fault:
@@ -120,7 +120,7 @@ def take_tensors(
 ) -> tuple[dict[str, dict[str, Tensor]], str, list[str]]:
     """Puts every tensor of the checkpoint where it belongs, one after the other; notes in the report what is left out.
 
-    layers: the model's modules by name. Returns (the parts of weights that are in four bits in the file, by our name
+    layers: the model's modules by name. Returns (the parts of weights that are packed in the file, by our name
     of the weight; what the file calls a tied head that it has too, or ""; what is wrong).
     """
     ours = {hub: name for name, hub in hub_names(model).items()}
@@ -134,7 +134,7 @@ def take_tensors(
     second = ""
     faults = []
     for stored in tensors(folder):
-        weight, part = split_part(stored.name)
+        weight, part = part_of(stored.name)
         hub, before = known_name(weight, ours, model.family.PREFIX)
         wrappers.add(before)
         name = ours.get(hub, "")
@@ -143,8 +143,8 @@ def take_tensors(
                 report.relabelled.append(hub)
             continue
 
-        # codes of four bits have a shape of their own; their other parts have names of their own
-        if name and not part and can_pack(layers, name) and are_codes(stored.shape, leaf_of(layers, name)):
+        # codes have the weight's name; their other parts have names of their own
+        if name and not part and can_pack(layers, name) and layer_of(layers, name).are_codes(stored.shape):
             part = "weight"
         if name and part:
             packed.setdefault(name, {})[part] = stored.read()
@@ -186,17 +186,14 @@ def untie_where_different(model: Model, folder: Path, raw: str, report: Report) 
         report.notes.append(f"{raw} is not the word embedding, {why}: both are used")
 
 
-def split_part(raw: str) -> tuple[str, str]:
-    """(name of the weight, part of it) of a tensor that belongs to a weight in four bits; else (raw, "")."""
-    for part in PARTS:
-        if raw.endswith(f".weight.{part}"):
-            return raw.removesuffix(f".{part}"), part
-    return raw, ""
-
-
 def can_pack(layers: dict[str, nn.Module], name: str) -> bool:
-    """Whether `name` is the weight of a layer that keeps it in four bits."""
-    return name.endswith(".weight") and isinstance(layers[name.removesuffix(".weight")], NF4Linear)
+    """Whether `name` is the weight of a layer that packs it."""
+    return name.endswith(".weight") and isinstance(layer_of(layers, name), PackedLinear)
+
+
+def layer_of(layers: dict[str, nn.Module], name: str) -> nn.Module:
+    """The layer whose weight is called `name`."""
+    return layers[name.removesuffix(".weight")]
 
 
 def leaf_of(layers: dict[str, nn.Module], name: str) -> Tensor:
@@ -285,11 +282,6 @@ def known_name(name: str, known: dict, prefix: str) -> tuple[str, str]:
     before = "" if name in known else re.match(WRAPPERS, name)[0]
     name = name.removeprefix(before)
     return prefix + name if prefix + name in known else name, before
-
-
-def are_codes(shape: tuple, codes: Tensor) -> bool:
-    """Whether a weight of the file has the shape of `codes`, kept as numbers of 1, 2 or 4 bytes (quant_storage)."""
-    return len(shape) == 2 and shape[1] == 1 and any(shape[0] * size == len(codes) for size in (1, 2, 4))
 
 
 def draw(model: Model, seed: int) -> None:

@@ -1,7 +1,8 @@
 """The parameters of a network and what they compute: Linear, Embedding, LayerNorm.
 
-A linear layer is whatever has in_features, out_features, bias, matrix(dtype) and forward(x, noise): Linear here,
-NF4Linear in nf4.py. An adapter wraps one of them, and is one itself.
+A linear layer is whatever has in_features, out_features, bias, matrix(dtype), products() and forward(x, noise): Linear
+here, and those whose weights are packed into few bits (packed.py). An adapter wraps one of them, and is one itself, but
+for products().
 
 All of mixed precision is that weights are cast to the dtype of the activations where they are used.
 Weights are created uninitialised: checkpoints/weights.py streams a checkpoint in, or draws them. N tokens, C width.
@@ -16,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops import embedding, norm
 from ..ops.dropout import SILENT, Noise
-from ..ops.linear import linear
+from ..ops.linear import ByMatrix, linear
 
 
 def recomputed(f: Callable, *args):
@@ -89,6 +90,10 @@ class Linear(nn.Module):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) in `dtype`."""
         return self.weight.to(dtype)
+
+    def products(self) -> ByMatrix:
+        """The products with W where it does not learn, without gradients."""
+        return ByMatrix(self.matrix)
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""

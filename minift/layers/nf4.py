@@ -1,39 +1,35 @@
-"""A frozen base in four bits: linear layers whose weights are NF4 codes in plain buffers.
+"""A frozen base in four bits: PackedLinears whose weights are NF4 codes.
 
-    quantize(model)             a loaded model's layers, in place
-    load(..., base="nf4")       the same while it loads: each weight is packed as it arrives
-
-Heads, the pooler and embeddings stay as they are unless named. The files are those of bitsandbytes (parts, receive): a
-tensor `weight` with six more beside it (transformers loads them with bitsandbytes installed).
+The files are those of bitsandbytes: a tensor `weight` with six more below its name.
 """
 
 import json
 import math
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import nf4
-from ..ops.dropout import SILENT, Noise
-from . import Linear
+from ..ops.linear import ByMatrix
+from . import packed
 
-STATE = "quant_state.bitsandbytes__nf4"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)  # beside `weight` in a file
+MARK = "quant_state.bitsandbytes__nf4"
 
 
-class NF4Linear(nn.Module):
-    """y = x W^T + b with W in 4.127 bits a weight. `weight` are the codes; absmax, nested and mean their scales."""
+class Packed(packed.PackedLinear):
+    """W in 4.127 bits a weight. `weight` are the codes; absmax, nested and mean their scales."""
+
+    BASE = "nf4"
+    PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", MARK)
+    CHEAP = False  # the matrix is made once more for each micro-batch
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias)
         blocks = -(-in_features * out_features // nf4.BLOCK)
         self.register_buffer("weight", torch.empty(-(-in_features * out_features // 2), 1, dtype=torch.uint8))
         self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8))  # float32 without double quantisation
         self.register_buffer("nested", torch.empty(-(-blocks // nf4.NESTED)))
         self.register_buffer("mean", torch.empty(()))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.dtype = torch.float32  # of the matrix that was packed; a file says it
 
     def pack(self, matrix: Tensor) -> None:
@@ -47,9 +43,14 @@ class NF4Linear(nn.Module):
         twice = (self.nested, self.mean) if self.absmax.dtype == torch.uint8 else ()
         return nf4.dequantize(self.weight, self.absmax, out, *twice)
 
-    def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
-        """x (N, in_features) -> (N, out_features), in x's dtype."""
-        return nf4.frozen_linear(x, self.bias, self.matrix)
+    def products(self) -> ByMatrix:
+        """The products with W."""
+        return ByMatrix(self.matrix)
+
+    def are_codes(self, shape: tuple) -> bool:
+        """Whether a weight in a file has the shape of codes, kept as numbers of 1, 2 or 4 bytes (quant_storage)."""
+        is_column = len(shape) == 2 and shape[1] == 1
+        return is_column and any(shape[0] * size == len(self.weight) for size in (1, 2, 4))
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors beside `weight` in a file of bitsandbytes, by what follows the weight's name."""
@@ -60,15 +61,15 @@ class NF4Linear(nn.Module):
         if self.absmax.dtype == torch.uint8:
             state |= {"nested_blocksize": nf4.NESTED, "nested_dtype": "float32", "nested_offset": self.mean.item()}
             found |= {"nested_absmax": self.nested, "nested_quant_map": nf4.dynamic_levels(device)}
-        return found | {STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+        return found | {MARK: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
     def receive(self, found: dict[str, Tensor]) -> str:
         """Takes `weight` and its parts from a file; returns what is wrong with them, or nothing."""
-        missing = {"weight", "absmax", "quant_map", STATE} - found.keys()
+        missing = {"weight", "absmax", "quant_map", MARK} - found.keys()
         if missing:
             return f"is in 4 bits, but without {', '.join(sorted(missing))}"
         try:
-            state = json.loads(bytes(found[STATE].tolist()))
+            state = json.loads(bytes(found[MARK].tolist()))
             want = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "shape": [self.out_features, self.in_features]}
             if nested := "nested_offset" in state:
                 want |= {"nested_blocksize": nf4.NESTED, "nested_dtype": "float32"}
@@ -121,30 +122,6 @@ def quantization_config(skipped: list[str]) -> dict:
     }
 
 
-def has_packed_layers(model: nn.Module) -> bool:
-    """Whether any layer of a model is in four bits."""
-    return any(isinstance(module, NF4Linear) for module in model.modules())
-
-
-def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """(name, layer) of the layers that are quantised by default: every Linear of the body, also inside an adapter."""
-    return ((f"body.{name}", m) for name, m in model.body.named_modules() if isinstance(m, Linear))
-
-
-def swap(model: nn.Module, name: str) -> NF4Linear:
-    """Puts an NF4Linear without content where the Linear called `name` is; the bias goes over."""
-    old = model.get_submodule(name)
-    with torch.device("meta"):
-        new = NF4Linear(old.in_features, old.out_features, old.bias is not None)
-    if old.bias is not None:
-        new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
-    model.set_submodule(name, new)
-    return new
-
-
-def quantize(model: nn.Module) -> nn.Module:
-    """Packs the linear layers of the model's body into NF4, in place; they no longer learn. Returns the model."""
-    for name, layer in list(linears(model)):
-        weight = layer.weight.detach()
-        swap(model, name).pack(weight)
-    return model
+def reads(settings: dict) -> bool:
+    """Whether a quantization_config is NF4's."""
+    return (settings.get("quant_method"), settings.get("bnb_4bit_quant_type")) == ("bitsandbytes", "nf4")

@@ -8,6 +8,8 @@ reference all are torch's own. N tokens.
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -135,6 +137,48 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.to(x.dtype)
     return F.linear(x, w, bias)
+
+
+# ---- a matrix that does not learn
+
+
+@dataclass(frozen=True)
+class ByMatrix:
+    """The products with a matrix W (out, in) that does not learn, which is made in a dtype where it is needed."""
+
+    matrix: Callable[[torch.dtype], Tensor]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b, (N, out), in x's dtype and without gradients. x (N, in), bias (out,) or None."""
+        return product(x, self.matrix(x.dtype), bias)
+
+    def times_transposed(self, dy: Tensor) -> Tensor:
+        """dy W, (N, in), in dy's dtype and without gradients. dy (N, out)."""
+        return product(dy, self.matrix(dy.dtype).t())
+
+
+class Frozen(torch.autograd.Function):
+    """y = x W^T + b, where W does not learn: saves nothing, and backward asks for W again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, products) -> Tensor:
+        ctx.products = products
+        return products.times(x, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        dx = dbias = None
+        if needs_x:
+            dx = ctx.products.times_transposed(dy)
+        if needs_bias:
+            dbias = dy.float().sum(0)
+        return dx, dbias, None
+
+
+def frozen_linear(x: Tensor, bias: Tensor | None, products) -> Tensor:
+    """x (N, in) -> (N, out) by a matrix that does not learn. bias (out,) or None; products: as ByMatrix has them."""
+    return Frozen.apply(x, bias, products)
 
 
 def keep_few_products() -> None:

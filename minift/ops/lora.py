@@ -3,14 +3,13 @@
     h = drop(x) A^T             y = x W^T + b + s h B^T
     g = s dy B                  dA = g^T drop(x)       dB = s dy^T h       dx = dy W + drop'(g A)
 
-Every product goes through rank R, so no matrix of W's size is made. W is whatever `matrix` gives; it does not learn.
+Every product goes through rank R, so no matrix of W's size is made. W does not learn, and is
+whatever `products` multiplies by.
 With dropout and a small rank the products with A run in kernels/cpu/lora.cpp and kernels/cuda/lora.cu, which never make
 drop(x) as a whole.
 
 N tokens, R rank; A (R, in), B (out, R), x (N, in), y (N, out).
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from . import native
 from .dropout import Drop, dropped, for_kernels
-from .linear import product
 
-Matrix = Callable[[torch.dtype], Tensor]
 MOST = 16  # ranks that the kernel takes; beyond, and without dropout, torch.mm is as fast
 STRIP = 64  # columns that it works on at once
 BLOCK = 64  # rows whose part of dA is summed by itself on CUDA; the CPU goes through all rows in order
@@ -31,12 +28,12 @@ class LoRA(torch.autograd.Function):
     """Saves x and h (R numbers a token); x only where A learns. Nothing of width `out`, no mask."""
 
     @staticmethod
-    def forward(ctx, x, bias, A, B, matrix, scale, drop: Drop | None) -> Tensor:
+    def forward(ctx, x, bias, A, B, products, scale, drop: Drop | None) -> Tensor:
         h = shrink(x, A, drop)  # (N, R)
-        y = product(x, matrix(x.dtype), bias)
+        y = products.times(x, bias)
 
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, A, B)
-        ctx.matrix = matrix
+        ctx.products = products
         ctx.scale = scale
         ctx.drop = drop
         return y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
@@ -49,7 +46,7 @@ class LoRA(torch.autograd.Function):
         g = (dy @ B.to(dy.dtype)) * ctx.scale  # (N, R)
         dx = dbias = dB = None
         if needs_x:
-            dx = product(dy, ctx.matrix(dy.dtype).t())
+            dx = ctx.products.times_transposed(dy)
         dA = spread(x, g, A, dx, ctx.drop)  # and the update's part of dx
         if needs_B:
             dB = (dy.t() @ h).to(B.dtype) * ctx.scale
@@ -130,11 +127,10 @@ def padded(A: Tensor) -> Tensor:
 
 
 def lora_linear(
-    x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, matrix: Matrix, scale: float, drop: Drop | None
+    x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, products, scale: float, drop: Drop | None
 ) -> Tensor:
     """y (N, out) of the equations above, in x's dtype.
 
-    matrix(dtype) is W (out, in) in that dtype, asked for once forward and once backward; drop is what dropout does to
-    x, for the update alone.
+    products: with W, as ByMatrix in linear.py has them; drop is what dropout does to x, for the update alone.
     """
-    return LoRA.apply(x, bias, A, B, matrix, scale, drop)
+    return LoRA.apply(x, bias, A, B, products, scale, drop)

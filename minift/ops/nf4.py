@@ -11,7 +11,6 @@ bits. On the CPU, float32 and bfloat16 run kernels/cpu/nf4.cpp; the reference he
 n weights, N tokens.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .linear import product
 
 BLOCK, NESTED, GRID = 64, 256, 1 << 16
 CHUNK = 1 << 18  # weights worked on at once; a multiple of BLOCK
@@ -206,27 +204,3 @@ def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
         with torch.inference_mode(False):  # or it could not be used in training later
             _scratch[key] = torch.empty(n, dtype=dtype, device=device)
     return _scratch[key][:n].view(rows, columns)
-
-
-class Frozen(torch.autograd.Function):
-    """y = x W^T + b, where W does not learn: saves nothing, and backward asks for W again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.matrix = matrix
-        return product(x, matrix(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        needs_x, needs_bias, _ = ctx.needs_input_grad
-        dx = dbias = None
-        if needs_x:
-            dx = product(dy, ctx.matrix(dy.dtype).t())
-        if needs_bias:
-            dbias = dy.float().sum(0)
-        return dx, dbias, None
-
-
-def frozen_linear(x: Tensor, bias: Tensor | None, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
-    """x (N, in) -> (N, out) by the frozen matrix(dtype) (out, in), made where it is needed. bias (out,) or None."""
-    return Frozen.apply(x, bias, matrix)

@@ -24,6 +24,7 @@ from minift.ops import compile, cuda, flash, native, nf4, sources
 from minift.ops.attention import Settings, attention
 from minift.ops.dropout import Drop, Noise, dropout, for_kernels, mix_tensor
 from minift.ops.gelu import Gelu, gelu_tanh
+from minift.ops.linear import ByMatrix
 from minift.ops.lora import lora_linear, shrink, spread
 from minift.ops.loss import cross_entropy, linear_cross_entropy
 from minift.ops.norm import add_norm
@@ -421,7 +422,9 @@ def test_an_unknown_target_is_nan(place):
 
 def low_rank(some: Noise, W: torch.Tensor, B: torch.Tensor):
     """A layer with dropout before A: a function of x and A."""
-    return lambda x, A: lora_linear(x, None, A, B, lambda dtype: W.to(dtype), 2.0, some.drop(0.2, 1, x.shape[1]))
+    return lambda x, A: lora_linear(
+        x, None, A, B, ByMatrix(lambda dtype: W.to(dtype)), 2.0, some.drop(0.2, 1, x.shape[1])
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

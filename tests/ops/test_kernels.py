@@ -19,6 +19,7 @@ from minift.data.batch import token_keys
 from minift.ops import compile, native, nf4
 from minift.ops.dropout import Noise, dropout, mix_tensor
 from minift.ops.gelu import gelu_erf, gelu_tanh
+from minift.ops.linear import ByMatrix
 from minift.ops.lora import lora_linear, shrink, spread
 from minift.ops.loss import linear_cross_entropy
 from minift.ops.norm import add_norm
@@ -177,7 +178,7 @@ def test_lora(n, width, rank, trained, dtype):
         t.requires_grad_(name in trained)
 
     def f(x, A):
-        return lora_linear(x, None, A, B, lambda dtype: W.to(dtype), 2.0, noise(n).drop(0.2, 1, x.shape[1]))
+        return lora_linear(x, None, A, B, ByMatrix(lambda dtype: W.to(dtype)), 2.0, noise(n).drop(0.2, 1, x.shape[1]))
 
     judge(f, [x, A], [torch.randn(n, 61)])
 

@@ -9,6 +9,7 @@ from judging import at_most_twice
 
 from minift.data.batch import token_keys
 from minift.ops.dropout import SILENT, Noise, keep
+from minift.ops.linear import ByMatrix
 from minift.ops.lora import lora_linear
 
 SITE = 70000
@@ -19,7 +20,7 @@ def lora_of_ones(x):
     A, W = torch.ones(1, x.shape[1]) / x.shape[1], torch.eye(x.shape[1])
     noise = Noise(5, 6, token_keys(torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)))
     drop = noise.drop(0.1, 1, x.shape[1])
-    return lora_linear(x, None, A, torch.ones(x.shape[1], 1), lambda dtype: W.to(dtype), 1.0, drop)
+    return lora_linear(x, None, A, torch.ones(x.shape[1], 1), ByMatrix(lambda dtype: W.to(dtype)), 1.0, drop)
 
 
 OPERATORS = {"lora": lora_of_ones}  # for test_kernels.py: functions of one matrix
@@ -52,7 +53,7 @@ def test_output_and_gradients(n, with_bias, p):
     x, bias, A, B, W, noise = inputs(n)
     bias = bias if with_bias else None
     want = plain(x, bias, A, B, W, 1.7, p, noise)
-    got = lora_linear(x, bias, A, B, lambda dtype: W.to(dtype), 1.7, noise.drop(p, SITE, x.shape[1]))
+    got = lora_linear(x, bias, A, B, ByMatrix(lambda dtype: W.to(dtype)), 1.7, noise.drop(p, SITE, x.shape[1]))
     assert torch.allclose(got, want, atol=1e-12)
     dy = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tensors = [t for t in (x, bias, A, B) if t is not None]
@@ -62,7 +63,7 @@ def test_output_and_gradients(n, with_bias, p):
 
 def test_silence_turns_dropout_off():
     x, bias, A, B, W, _ = inputs()
-    got = lora_linear(x, bias, A, B, lambda dtype: W, 2.0, SILENT.drop(0.5, SITE, x.shape[1]))
+    got = lora_linear(x, bias, A, B, ByMatrix(lambda dtype: W), 2.0, SILENT.drop(0.5, SITE, x.shape[1]))
     assert torch.allclose(got, plain(x, bias, A, B, W, 2.0, 0.0, SILENT), atol=1e-12)
 
 
@@ -75,7 +76,7 @@ def test_what_is_saved(learns, p):
     A.requires_grad_(learns == "both")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(x, bias.detach(), A, B, lambda dtype: W, 1.0, noise.drop(p, SITE, x.shape[1]))
+        lora_linear(x, bias.detach(), A, B, ByMatrix(lambda dtype: W), 1.0, noise.drop(p, SITE, x.shape[1]))
     activations = [t for t in saved if t.data_ptr() not in (A.data_ptr(), B.data_ptr())]
     assert sum(t.numel() for t in activations) == n * rank + (n * width if learns == "both" else 0)
     assert learns == "B alone" or any(t.data_ptr() == x.data_ptr() for t in activations)  # itself, no copy
@@ -95,7 +96,7 @@ def test_low_precision_activations_and_float32_adapters():
         return (y, *torch.autograd.grad(y, (low, A, B), dy.bfloat16()))
 
     drop = noise.drop(0.1, SITE, low.shape[1])
-    mine = run(lambda: lora_linear(low, None, A, B, lambda dtype: W.to(dtype), 2.0, drop))
+    mine = run(lambda: lora_linear(low, None, A, B, ByMatrix(lambda dtype: W.to(dtype)), 2.0, drop))
     theirs = run(lambda: plain(low, None, A, B, W.bfloat16(), 2.0, 0.1, noise))
     assert mine[0].dtype == mine[1].dtype == torch.bfloat16 and mine[2].dtype == mine[3].dtype == torch.float32
     for got, peer, want in zip(mine, theirs, wants, strict=True):

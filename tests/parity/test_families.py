@@ -37,7 +37,7 @@ from minift.checkpoints import loading
 from minift.checkpoints import peft as peft_format
 from minift.checkpoints.weights import hub_names
 from minift.data.batch import pack
-from minift.layers.nf4 import NF4Linear
+from minift.layers.nf4 import Packed as NF4Linear
 from minift.models import check_length
 from minift.ops.dropout import Noise
 

@@ -25,7 +25,7 @@ from minift.checkpoints.merging import merge_layers
 from minift.data.batch import pack
 from minift.engine.optim import make_optimizer
 from minift.errors import InputError
-from minift.layers.nf4 import NF4Linear
+from minift.layers.nf4 import Packed as NF4Linear
 from minift.ops.dropout import SILENT
 from minift.setup import default_lr
 from minift.tasks import task_named

@@ -21,7 +21,7 @@ from minift.checkpoints import peft as peft_format
 from minift.data.batch import order, pack
 from minift.engine.optim import clip, make_optimizer
 from minift.errors import InputError
-from minift.layers.nf4 import NF4Linear
+from minift.layers.nf4 import Packed as NF4Linear
 from minift.ops.dropout import SILENT
 from minift.tasks import task_named
 
