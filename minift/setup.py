@@ -176,6 +176,10 @@ def choose_engine(config: TrainConfig) -> Engine:
     if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
         found = f"{str(dtype)[6:]} on {device.type} with {processes}"
         raise InputError(f"--graph is True, with {found}; expected bfloat16 on cuda with 1 process")
+    if config.graph and config.base == "int8":
+        raise InputError(
+            "--graph is True with --base int8, which reads back what it keeps apart; expected another base"
+        )
     if device.type == "cpu":
         memory.keep_memory()
     return Engine(device, dtype, world)

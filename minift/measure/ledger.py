@@ -278,7 +278,7 @@ def shape_of(value) -> object:
 
 def product_of(packet, args: tuple) -> Product:
     """The product of an operator of PyTorch, the several of `bmm` as one; of `addmm` without the first argument."""
-    a, b = args[:2] if packet in (aten.mm, aten.bmm) else args[1:3]
+    a, b = args[:2] if packet in (aten.mm, aten.bmm, aten._int_mm) else args[1:3]
     rows, inner = math.prod(a.shape[:-1]), a.shape[-1]
     outer = b.shape[-1]
     if a.dim() == 2 and a.stride(0) == 1 and a.stride(1) > 1:
@@ -288,12 +288,13 @@ def product_of(packet, args: tuple) -> Product:
     return Product("layer", rows, inner, outer, a.dtype)
 
 
-# what torch's own count does not see: products in place, and oneDNN's
+# what torch's own count does not see: products in place, of int8, and oneDNN's
 IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 COUNTED = dict(flop_registry)
+COUNTED[aten._int_mm] = flop_registry[aten.mm]
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     COUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, *_, out_val: 2 * x.numel() * out_val.shape[-1]
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._int_mm}
 
 # operators that touch some rows of their first argument, as many as they give or take
 SOME_ROWS = {"embedding", "index_select", "index", "gather", "index_add_", "index_put_"}

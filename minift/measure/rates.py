@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..layers import LayerNorm, Linear
+from ..ops import int8
 from ..ops.dropout import Noise
 from ..ops.gelu import gelu_tanh
 from ..ops.linear import product, weight_gradient
@@ -54,7 +55,7 @@ def product_rate(what: Product, device: torch.device) -> float:
     inner, outer = min(LARGEST, what.inner), min(LARGEST, what.outer)
     key = what.kind, rows, inner, outer, what.dtype, device.type
     if key not in rates:
-        multiply = product
+        multiply = product_of_codes if what.dtype == torch.int8 else product
         first, second = (rows, inner), (outer, inner)
         if what.kind == "weight gradient":
             multiply = weight_gradient
@@ -64,8 +65,8 @@ def product_rate(what: Product, device: torch.device) -> float:
         copies = max(2, min(REPEATS + 1, COLD // bytes_of_one))
         pairs = []
         for _ in range(copies):
-            x = torch.full(first, 0.5, dtype=what.dtype, device=device)
-            w = torch.full(second, 0.5, dtype=what.dtype, device=device)
+            x = torch.full(first, 1, dtype=what.dtype, device=device)
+            w = torch.full(second, 1, dtype=what.dtype, device=device)
             if what.kind == "input gradient":
                 w = w.t().contiguous().t()
             pairs.append((x, w))
@@ -80,6 +81,11 @@ def product_rate(what: Product, device: torch.device) -> float:
         seconds = median_seconds(multiply_next, device)
         rates[key] = 2 * rows * inner * outer / seconds
     return rates[key]
+
+
+def product_of_codes(x: Tensor, w: Tensor) -> Tensor:
+    """x W^T in int32. x (N, in), w (out, in), int8."""
+    return int8.multiply(x, w.t())
 
 
 def kernel_seconds(kernel: Kernel, device: torch.device) -> float:
@@ -113,8 +119,16 @@ def cast_rate(device: torch.device) -> float:
     """Bytes/s of a cast of a layer's weights between float32 and bfloat16, read and written."""
     key = "cast", device.type
     if key not in rates:
-        x = torch.zeros(1 << 22, device=device)
-        rates[key] = 1.5 * x.nbytes / median_seconds(lambda: x.to(torch.bfloat16), device)
+        # several, for in a step neither the weights nor where they go are in the cache
+        weights = [torch.zeros(1 << 22, device=device) for _ in range(4)]
+        casts = [x.bfloat16() for x in weights]
+
+        def cast_all() -> None:
+            for i, x in enumerate(weights):
+                casts[i] = None
+                casts[i] = x.to(torch.bfloat16)
+
+        rates[key] = 1.5 * sum(x.nbytes for x in weights) / median_seconds(cast_all, device)
     return rates[key]
 
 

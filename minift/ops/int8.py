@@ -42,8 +42,12 @@ def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (O, C) int8, s (O,) float32) of a matrix (O, C)."""
     matrix = matrix.float()
     absmax = matrix.abs().amax(1)
-    factor = torch.where(absmax > 0, 127 / absmax, 0.0)
-    return (matrix * factor[:, None]).round().to(torch.int8), absmax
+    return (matrix * per_unit(absmax)[:, None]).round().to(torch.int8), absmax
+
+
+def per_unit(absmax: Tensor) -> Tensor:
+    """127 / absmax, rounded once (as `127 / tensor` is not, for torch); 0 for 0."""
+    return torch.where(absmax > 0, torch.full_like(absmax, 127) / absmax, 0.0)
 
 
 def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,8 +123,7 @@ def reference_rows(x: Tensor, factors: Tensor | None, most: int) -> Rows:
     counts = is_kept.sum(1, dtype=torch.int32)
     rest = x.masked_fill(is_kept, 0)
     absmax = rest.abs().amax(1) if x.shape[1] else rest.sum(1)
-    inverse = torch.where(absmax > 0, 127 / absmax, 0.0)
-    codes = (rest * inverse[:, None]).round().nan_to_num(0, 0, 0).to(torch.int8)
+    codes = (rest * per_unit(absmax)[:, None]).round().nan_to_num(0, 0, 0).to(torch.int8)
 
     # those that are kept come first in each row, and keep their order
     columns = (~is_kept).int().argsort(dim=1, stable=True)[:, :most]
