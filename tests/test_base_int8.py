@@ -1,6 +1,6 @@
 """A base in eight bits: runs on it, files of bitsandbytes both ways, merging, what is refused.
 
-python -m pytest tests/test_int8.py
+python -m pytest tests/test_base_int8.py
 """
 
 import json
