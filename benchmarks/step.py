@@ -247,8 +247,8 @@ def peer_rows(case: dict, tokenizer, data: Path) -> list[dict]:
     found = []
     for row in rows:
         prompt, completion = (tokenizer(row[key])["input_ids"] for key in ("prompt", "completion"))
-        ids = [*prompt, *completion, tokenizer.eos_token_id]
-        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        ids = [*prompt, *completion, tokenizer.eos_token_id][:length]
+        labels = ([-100] * len(prompt) + ids[len(prompt) :])[:length]
         found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return found
 
@@ -380,9 +380,11 @@ def cell(found: dict[str, dict], engines: str, key: str, form: str) -> str:
 
 
 def steps_table(rows: list[dict], columns: Columns) -> str:
-    """A line a case; without the columns of engines that were not asked for."""
+    """A line a case; without the columns of engines that were not asked for, and nothing where none is left."""
     engines = {row["engine"] for row in rows}
     shown = {head: column for head, column in columns.items() if engines.issuperset(column[0].split(" / "))}
+    if not shown:
+        return ""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["engine"]: row for row in rows if row["case"] == case}
@@ -423,7 +425,8 @@ def main() -> None:
         work = a.work or Path(temporary)
         work.mkdir(exist_ok=True, parents=True)
         rows = run_all(a, work)
-    found = "\n\n".join(steps_table(rows, columns) for columns in (FLOOR, BESIDE)) + failures(rows, "case", "engine")
+    tables = [steps_table(rows, columns) for columns in (FLOOR, BESIDE)]
+    found = "\n\n".join(filter(None, tables)) + failures(rows, "case", "engine")
     print(found)
     if a.write:
         text = f"""{a.precision}, dropout 0.1, LoRA r=8 with dropout 0.1; random weights, real data. Seconds a step. The
