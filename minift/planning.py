@@ -46,6 +46,7 @@ from .training import accumulate, update
 LOOK = 1000  # steps whose micro-batches are looked at
 META = torch.device("meta")
 STEP = 1.25  # between two numbers of tokens that --fit tries
+TIMING = 5 << 26  # bytes at most that a forecast takes to be made, with the compiler of torch that is imported for it
 FITTED = ("tokens", "recompute", "base")  # the options that --fit chooses
 OFF, ALWAYS = 1.05, 16e6  # a forecast of memory may be off by a twentieth and so many bytes: --fit leaves that room
 
@@ -165,6 +166,9 @@ def forecast_run(job: Job, sequences: list[Sequence], before: tuple[int, int]) -
     Made afterwards, so that it takes none of the run's memory and time. before: its `footprint`.
     """
     if job.world.sharded:
+        return None
+    if memory.available(torch.device("cpu")) < TIMING:
+        say(f"no forecast: it would take {TIMING / 1e6:,.0f} MB, which are not free here")
         return None
     dtype = job.model.body.dtype
     own, loading = before

@@ -34,6 +34,7 @@ CASES = {
     "chars": ("engine", ["minift", "plain"]),
     "nano": ("what", [*REVIEWS, "gpt2-nano", "Kneser-Ney, 5 tokens"]),
     "invariance": ("task processes", ["classify 1", "classify 2"]),
+    "plans": ("family method", ["bert lora"]),
     "gpu": ("case method engine", ON_GPU),
     "scaling": ("axis", [axis for axis in AXES for _ in range(2)] + list(AXES)),  # two points each, then the exponents
 }

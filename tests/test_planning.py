@@ -6,6 +6,7 @@ python -m pytest tests/test_planning.py
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import minift
 from minift.config import PlanConfig, size_of
 from minift.data.batch import pack
+from minift.engine import memory
 from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Ledger
 from minift.ops import attention, native
 from minift.ops.dropout import Noise
@@ -298,3 +300,41 @@ def test_a_plan_allocates_and_writes_nothing(middling, tmp_path, monkeypatch):
 def test_bad_input_is_said_as_in_training(middling, tmp_path):
     fails("plan --data {f}/none.jsonl", "none.jsonl", f=middling)
     fails("plan", "--data is missing", code=2)
+
+
+def test_what_control_groups_leave(tmp_path, monkeypatch):
+    """Both versions, a group within a limited one, files that were read; a limit that is none."""
+    folder = tmp_path / "cgroup"
+    inner = folder / "memory/outer/inner"
+    inner.mkdir(parents=True)
+    groups = tmp_path / "groups"
+    groups.write_text("4:memory:/outer/inner\n3:cpu:/other\n0::/none\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 4000 kB\n")
+    places = {"/sys/fs/cgroup": folder, "/proc/self/cgroup": groups, "/proc/meminfo": tmp_path / "meminfo"}
+    monkeypatch.setattr(memory, "Path", lambda path: Path(places.get(str(path), path)))
+    cpu = torch.device("cpu")
+    assert memory.available(cpu) == 4_096_000
+
+    def limit(group: Path, name: str, most: str, used: int, stat: str) -> None:
+        (group / f"memory.{name}").write_text(most)
+        (group / ("memory.current" if name == "max" else "memory.usage_in_bytes")).write_text(str(used))
+        (group / "memory.stat").write_text(stat)
+
+    limit(inner.parent, "limit_in_bytes", "3000", 1000, "cache 7\ntotal_inactive_file 500\n")
+    assert memory.available(cpu) == 2500
+    limit(inner, "limit_in_bytes", "1500", 1000, "total_inactive_file 0\n")
+    assert memory.available(cpu) == 500
+    limit(folder, "max", "max", 1000, "inactive_file 5\n")
+    assert memory.available(cpu) == 500
+    limit(folder, "max", "1100", 1000, "inactive_file 50\n")
+    assert memory.available(cpu) == 150
+    limit(inner, "limit_in_bytes", "10", 1000, "total_inactive_file 0\n")
+    assert memory.available(cpu) == 0
+
+
+def test_no_forecast_where_there_is_no_memory_for_one(middling, tmp_path, monkeypatch):
+    """A run that fits ends well, whatever a forecast of it would take."""
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    line = f"train --model {middling}/bert --init random --data {middling}/data.jsonl --steps 1 --out {tmp_path}/run"
+    assert "no forecast: it would take 336 MB" in works(line).err
+    assert (tmp_path / "run/last").is_dir() and not (tmp_path / "run/ledger.json").exists()

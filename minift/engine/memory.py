@@ -59,18 +59,38 @@ def trim() -> None:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that a process may still take there: of the machine, and of the control group that the process is in."""
+    """Bytes that a process may still take there: of the machine, and of the control groups that the process is in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        for folder in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")):
+    for folder in control_groups():
+        for limit, used, inactive in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
             with suppress(OSError, ValueError):  # "max" is no number
-                found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                # files that were read count as used, and make room where it is needed
+                stat = (folder / "memory.stat").read_text().split()
+                found.append(left + int(stat[stat.index(inactive) + 1]))
     return max(0, min(found, default=0))
+
+
+def control_groups() -> list[Path]:
+    """The folders of all control groups that may limit the memory of this process, in either version of them."""
+    root = Path("/sys/fs/cgroup")
+    found = [root, root / "memory"]  # what a container sees of its own
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():  # 4:memory:/a/b, or 0::/a/b
+            _, controllers, path = line.split(":", 2)
+            top = root / "memory" if controllers == "memory" else root
+            if controllers in ("memory", ""):
+                folder = top / path.strip("/")
+                found += [folder, *folder.parents]
+    return [folder for folder in dict.fromkeys(found) if folder.is_relative_to(root)]
 
 
 def mapping(tensor: Tensor) -> range:

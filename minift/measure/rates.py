@@ -26,6 +26,7 @@ REPEATS = 4  # at most
 ROWS = 128  # products of so many tokens more or less have one rate
 LARGEST = 4096  # of a product's sides, and twice its tokens: a larger one has the rate of this
 COLD = 1 << 26  # bytes of copies of a product's matrices
+LARGE = 1 << 26  # bytes of a tensor that no cache holds together with its copy
 MOST = 1 << 28  # bytes of a kernel's arguments: with more it is not called, and they move at the rate of a copy
 
 
@@ -102,7 +103,7 @@ def copy_rate(device: torch.device) -> float:
     """Bytes/s of a copy, those that are read and those that are written."""
     key = "copy", device.type
     if key not in rates:
-        large = torch.zeros(1 << 24, device=device)
+        large = torch.zeros(LARGE // 4, device=device)
         other = torch.zeros_like(large)
         rates[key] = 2 * large.nbytes / median_seconds(lambda: other.copy_(large), device)
     return rates[key]
