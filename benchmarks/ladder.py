@@ -152,8 +152,8 @@ def main() -> None:
     found = ladder_table(rows) + failures(rows, "case", "rung")
     print(found)
     if a.write:
-        text = f"""Random weights, real data, 8 sequences a step, float32 until the last rung. Each rung is the one above it
-with one thing changed; what each is stands at the head of the script.
+        text = f"""Random weights, real data, 8 sequences a step, float32 until the last rung. Each rung is the one
+above with one thing changed; what each is stands at the head of the script.
 
 {found}"""
         write_section(a.write, "ladder", "A training step, one technique after another", command(p, a), rows, text)

@@ -18,9 +18,9 @@ floor     the matrix products that a step needs at its real tokens: forward; the
           causal ones counted by half. Measured just before each of minift's steps, so that a busy machine slows both;
           a ratio is the median of the steps'
 
-Every engine runs in a fresh process, and they take turns. Seconds a step are the median without the first two, in
-which a compiled model is compiled; memory is the largest resident size of the process at its last step. Where an engine
-fails, the reason stands below the tables.
+Every engine runs in a fresh process, and they take turns. Seconds a step are the median without the first two (and what
+is compiled has seen every shape before); memory is the largest resident size of the process at its last step. Where an
+engine fails, the reason stands below the tables.
 """
 
 import argparse
@@ -227,10 +227,12 @@ def run_loop(case: dict, folder: Path, data: Path, steps: int) -> dict:
     model, _, rows, collator = peer_job(case, folder, data)
     step = plain_step(model, case.get("compiled", False), dtype_of(case), learning_rate(case))
     shuffled = draw(rows, len(rows))
-    times = []
-    for i in range(steps):
-        batch = collator(shuffled[i * case["batch"] : (i + 1) * case["batch"]])
-        times.append(seconds(lambda batch=batch: step(batch)))
+    n = case["batch"]
+    batches = [collator(shuffled[i * n : (i + 1) * n]) for i in range(steps)]
+    if case.get("compiled"):  # for each shape, before anything is timed
+        for batch in {batch["input_ids"].shape: batch for batch in batches}.values():
+            step(batch)
+    times = [seconds(lambda batch=batch: step(batch)) for batch in batches]
     return peer_figures(case, rows, times, peak_mb())
 
 
