@@ -417,7 +417,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=6, help="at least 3 (default %(default)s)")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="(default %(default)s)")
     p.add_argument("--work", type=Path, help="where models and data are kept; a temporary folder if none is named")
-    a = parse(p, cases="bert-full-imdb,gpt2-qlora-webnlg", engines="floor,minift,peer,loop", steps=3)
+    a = parse(p, cases="gpt2-qlora-webnlg", engines="floor,minift,peer,loop", steps=3)
     if a.here:
         engine, work = a.here["engine"], Path(a.here["work"])
         case = case_of(a.here["case"], a) | LOOPS.get(engine, {})
