@@ -145,4 +145,4 @@ def keep_few_products() -> None:
     that is set already holds.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's
-        os.environ.setdefault(name, "16")
+        os.environ.setdefault(name, "32")
