@@ -306,8 +306,9 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def failures(rows: list[dict], *names: str) -> str:
-    """What to say below a table of the rows that have no figures: which by their `names`, and why."""
-    return "".join(f"\n- {', '.join(row[name] for name in names)}: {row['why']}" for row in rows if "why" in row)
+    """A list, to stand below a table, of the rows that have no figures: which by their `names`, and why."""
+    lines = [f"- {', '.join(row[name] for name in names)}: {row['why']}" for row in rows if "why" in row]
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def machine(*more: str) -> str:

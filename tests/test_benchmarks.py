@@ -36,7 +36,7 @@ CASES = {
         ["bert-full-imdb floor", "bert-full-imdb compiled"],
     ),
     "ladder": ("case rung", [f"bert-imdb {rung}" for rung in ("longest", "packed", "rows", "bf16")]),
-    "all --only ops": ("script result", ["ops done"]),
+    "all --only plans": ("script result", ["plans done"]),
     "peers --data sst2": ("engine", ["minift", "trainer"]),
     "methods": ("engine", ["qlora", "peft-lora"]),
     "chars": ("engine", ["minift", "plain"]),
@@ -181,7 +181,7 @@ def test_what_failed_has_dashes_and_its_reason():
     found = dict(zip(head, line, strict=True))
     assert found["loop / minift"] == "2.50" and found["compiled s"] == found["compiled MB"] == "-"
     assert "peer s" not in found
-    assert common.failures(rows, "case", "engine") == "\n- a, compiled: no compiler"
+    assert common.failures(rows, "case", "engine") == "\n\n- a, compiled: no compiler"
 
 
 # the ladder
