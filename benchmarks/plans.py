@@ -138,7 +138,8 @@ def worst(rows: list[dict]) -> str:
     parts = [
         f"Of {len(rows)} cases, memory is within 5 % in {sum(off <= 0.05 for off in memory)}",
         f"(at most {max(memory, default=0):.1%} off) and seconds within 10 % in {sum(off <= 0.1 for off in seconds)}",
-        f"(at most {max(seconds, default=0):.1%}); {sum(row['within'] == 'yes' for row in rows)} ended within their limit.",
+        f"(at most {max(seconds, default=0):.1%});",
+        f"{sum(row['within'] == 'yes' for row in rows)} ended within their limit.",
     ]
     return " ".join(parts)
 
