@@ -14,6 +14,6 @@ lint:
 	ruff check . && ruff format --check . && mypy
 
 bench:
-	$(PYTHON) benchmarks/ops.py && $(PYTHON) benchmarks/step.py
+	$(PYTHON) benchmarks/all.py
 
 .PHONY: setup test quick lint bench

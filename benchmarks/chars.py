@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import command, fresh, machine, make_parser, parse, table, told, write_section
+from common import command, fresh, make_parser, parse, table, told, write_section
 from torch import Tensor, nn
 
 import minift
@@ -159,16 +159,17 @@ def main() -> None:
     for _ in range(a.rounds):
         for engine, runs in found.items():
             runs.append(told({"engine": engine} | fresh({"engine": engine})))
-    rows = []
+    lines = []
     for engine, runs in found.items():
         seconds = statistics.median(run["seconds"] for run in runs)
         loss = statistics.median(run["loss"] for run in runs)
-        rows.append([engine, f"{loss:.3f}", f"{seconds:.1f}", f"{1e3 * seconds / a.steps:.1f}"])
-    shown = table(["engine", "validation loss", "seconds", "ms a step"], rows)
+        lines.append([engine, f"{loss:.3f}", f"{seconds:.1f}", f"{1e3 * seconds / a.steps:.1f}"])
+    shown = table(["engine", "validation loss", "seconds", "ms a step"], lines)
     print(shown)
     if a.write:
         title = "A GPT-2 of 4 layers x 128 on tinyshakespeare's characters"
-        write_section(a.write, "chars", title, f"`{command(p, a)}` on {machine()}.\n\n{shown}")
+        rows = [run for runs in found.values() for run in runs]
+        write_section(a.write, "chars", title, command(p, a), rows, shown)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,10 @@ UNTOLD = {
     "work",
     "quick",
 }  # options that a reader of the results need not repeat
+DROPOUTS = {  # where a configuration of transformers has its rates
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+}
 TOKENIZERS = {
     "bert": ("bert-base-uncased", ("vocab.txt", "tokenizer.json", "tokenizer_config.json")),
     "gpt2": ("gpt2", ("vocab.json", "merges.txt")),
@@ -79,6 +84,24 @@ def fresh(case: dict, processes: int = 1, **options) -> dict:
     command = [*launcher(processes), *sys.argv, "--here", json.dumps(case)]
     options = {"stdout": subprocess.PIPE, "text": True, "check": True} | options
     return json.loads(subprocess.run(command, **options).stdout.strip().splitlines()[-1])
+
+
+def attempt(case: dict) -> dict:
+    """What `fresh` returns or, where that process fails, {"why": its error in one line}; the error's end is printed."""
+    try:
+        return fresh(case, stderr=subprocess.PIPE)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        print("\n".join(lines[-25:]), file=sys.stderr, flush=True)
+        return {"why": reason(lines, error.returncode)}
+
+
+def reason(lines: list[str], code: int) -> str:
+    """Why a process failed, by its standard error: the last line that names an error (torch puts advice below it)."""
+    if code < 0:
+        return f"ended by signal {-code}"
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed|Unsupported)\b", line)]
+    return (named or lines or [f"exit code {code}"])[-1][:160]
 
 
 def told(row: dict) -> dict:
@@ -174,19 +197,19 @@ def copy_tokenizer(family: str, folder: Path, assets: Path) -> None:
 # ---- the peers
 
 
-def with_lora(model, family: str):
+def with_lora(model, family: str, dropout: float = 0.1):
     """PEFT's LoRA at the settings that minift has where nothing else is said, on PEFT's default targets."""
     import peft
 
     task, turned = ("SEQ_CLS", False) if family == "bert" else ("CAUSAL_LM", True)
-    lora = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, task_type=task, fan_in_fan_out=turned)
+    lora = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, task_type=task, fan_in_fan_out=turned)
     return peft.get_peft_model(model, lora)
 
 
-def peer_model(family: str, method: str, folder: Path, dtype, device: str = "cpu"):
+def peer_model(family: str, method: str, folder: Path, dtype, device: str = "cpu", dropout: float = 0.1):
     """transformers' model: full; lora (PEFT); nf4 (the same over bitsandbytes, double quantisation).
 
-    dtype: of the weights that stay frozen, and in which NF4 computes; those of full are float32.
+    dtype: of the weights that stay frozen, and in which NF4 computes; those of full are float32. dropout: every rate.
     """
     import torch
     import transformers
@@ -196,6 +219,7 @@ def peer_model(family: str, method: str, folder: Path, dtype, device: str = "cpu
     else:
         kind = transformers.AutoModelForCausalLM
     options = {"dtype": torch.float32 if method == "full" else dtype}
+    options |= dict.fromkeys(DROPOUTS[family], dropout)
     if method == "nf4":
         options["device_map"] = {"": device}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -207,8 +231,34 @@ def peer_model(family: str, method: str, folder: Path, dtype, device: str = "cpu
         )
     model = kind.from_pretrained(folder, **options)
     if method != "full":
-        model = with_lora(model, family)
+        model = with_lora(model, family, dropout)
     return model.to(device)
+
+
+def plain_step(model, compiled: bool, dtype, lr: float = 5e-5, weight_decay: float = 0.0) -> Callable[[dict], None]:
+    """A training step as a plain PyTorch loop has it: batch -> None, for a batch as the model's keywords, labels too.
+
+    compiled: by torch.compile. dtype: bfloat16 is autocast's. Fused AdamW, gradients clipped to a norm of 1.
+    """
+    import torch
+
+    model.train()
+    device = next(model.parameters()).device
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay, fused=True)
+    run = torch.compile(model) if compiled else model
+
+    def step(batch: dict) -> None:
+        given = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = run(**given).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # as a log line would
+
+    return step
 
 
 def classified(tokenizer, rows: list[dict], length: int, pad: bool) -> list[dict]:
@@ -255,8 +305,14 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     return "\n".join([line(head), line(rule), *map(line, rows)])
 
 
+def failures(rows: list[dict], *names: str) -> str:
+    """A list, to stand below a table, of the rows that have no figures: which by their `names`, and why."""
+    lines = [f"- {', '.join(row[name] for name in names)}: {row['why']}" for row in rows if "why" in row]
+    return "\n\n" + "\n".join(lines) if lines else ""
+
+
 def machine(*more: str) -> str:
-    """The day, the CPU and the libraries that figures belong to."""
+    """The CPU, what `more` names, and the libraries that figures belong to."""
     name = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists() and "model name" in info.read_text():
         name = info.read_text().split("model name")[1].split("\n")[0].strip("\t :")
@@ -267,7 +323,7 @@ def machine(*more: str) -> str:
         except PackageNotFoundError:
             versions.append(f"no {package}")
     hardware = ", ".join((name, f"{os.cpu_count()} cores", *more))
-    return f"{time.strftime('%Y-%m-%d')}: {hardware}; {', '.join(versions)}"
+    return f"{hardware}; {', '.join(versions)}"
 
 
 def command(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
@@ -279,10 +335,23 @@ def command(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-def write_section(path: Path, key: str, title: str, text: str) -> None:
-    """Puts a section where an older one of that key stands in a results file, or at its end."""
+def write_section(
+    path: Path, key: str, title: str, again: str, rows: list[dict], text: str, hardware: tuple[str, ...] = ()
+) -> None:
+    """Puts a section where an older one of that key stands in a results file, or at its end; and its rows beside it.
+
+    again: the command that makes it. rows: its figures, for the JSON file of the same name, in small letters: for each
+    key the command, the date, the machine and the rows. hardware: what belongs to the machine beside its CPU.
+    """
+    date = time.strftime("%Y-%m-%d")
+    here = machine(*hardware)
     begin, end = f"<!-- {key} -->", f"<!-- end {key} -->"
     old = path.read_text() if path.exists() else "# Results\n\nWritten by the scripts in this folder; do not edit.\n\n"
     before, _, rest = old.partition(begin)
     after = rest.partition(end)[2].lstrip("\n")
-    path.write_text(f"{before}{begin}\n## {title}\n\n{text}\n{end}\n{after}")
+    path.write_text(f"{before}{begin}\n## {title}\n\n`{again}` on {date}: {here}.\n\n{text}\n{end}\n{after}")
+
+    beside = path.with_name(path.stem.lower() + ".json")
+    sections = json.loads(beside.read_text()) if beside.exists() else {}
+    sections[key] = {"command": again, "date": date, "machine": here, "rows": rows}
+    beside.write_text(json.dumps(sections, indent=1) + "\n")

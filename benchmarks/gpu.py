@@ -36,12 +36,13 @@ import numpy as np
 import torch
 from common import (
     SEED,
+    attempt,
     command,
-    fresh,
-    machine,
+    failures,
     make_parser,
     parse,
     peer_model,
+    plain_step,
     random_model,
     read_rows,
     seconds,
@@ -124,26 +125,17 @@ def minift_step(case: dict, method: str, folder: Path, rows: list, device: torch
 
 def peer_step(case: dict, method: str, folder: Path, rows: list, device: torch.device, compiled: bool) -> Step:
     """Steps by transformers, PEFT and bitsandbytes."""
-    bert, cuda = case["family"] == "bert", device.type == "cuda"
-    half = torch.bfloat16 if cuda else torch.float32
-    model = peer_model(case["family"], method, folder, half, device.type).train()
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=5e-5, weight_decay=0.01, fused=True)
-    run = torch.compile(model) if compiled else model
+    bert = case["family"] == "bert"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = peer_model(case["family"], method, folder, dtype, device.type)
+    update = plain_step(model, compiled, dtype, weight_decay=0.01)
 
     def step(i: int) -> int:
         longest = max(map(len, rows[i]))
         ids = torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows[i]])).long()
         mask = torch.from_numpy(np.stack([np.arange(longest) < len(row) for row in rows[i]])).long()
         labels = torch.arange(len(rows[i])) % 2 if bert else ids
-        given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            loss = run(**{k: v.to(device, non_blocking=True) for k, v in given.items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # as a log line would
+        update({"input_ids": ids, "attention_mask": mask, "labels": labels})
         return int(mask.sum())
 
     return step
@@ -234,11 +226,6 @@ def figures(row: dict) -> list[str]:
     ]
 
 
-def failures(rows: list[dict]) -> str:
-    """Below the table: which runs have no figures, and why."""
-    return "".join(f"\n- {row['case']}, {row['method']}, {row['engine']}: {row['why']}" for row in rows if "why" in row)
-
-
 def plan(a: argparse.Namespace) -> list[tuple[str, str, str]]:
     """The runs, what matters most first: compiling takes longest."""
     engines, cases, methods = (x.split(",") for x in (a.engines, a.cases, a.methods))
@@ -260,12 +247,7 @@ def run_one(row: dict, work: str, until: float) -> dict:
     """The row with its figures, by a process of its own, or with why there are none."""
     if time.monotonic() > until:
         return told(row | {"why": "not run: time was over"})
-    try:
-        return told(row | fresh(row | {"work": work}, stderr=subprocess.PIPE))
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ["failed"]
-        print("\n".join(lines[-25:]), file=sys.stderr, flush=True)
-        return told(row | {"why": lines[-1][:160]})
+    return told(row | attempt(row | {"work": work}))
 
 
 def main() -> None:
@@ -290,14 +272,12 @@ def main() -> None:
         planned = [dict(zip(COLUMNS, names, strict=False)) for names in plan(a)]
         with ThreadPoolExecutor(a.ahead) as pool:
             rows = list(pool.map(lambda row: run_one(row, work, until), planned))
-    found = table(COLUMNS, [figures(row) for row in rows], left=3) + failures(rows)
+    found = table(COLUMNS, [figures(row) for row in rows], left=3) + failures(rows, *COLUMNS[:3])
     print(found)
     if a.write:
-        device = torch.cuda.get_device_name()
-        text = f"`{command(p, a)}` on {machine(device)}. bfloat16, dropout 0.1.\nTests: {tests}\n\n{found}"
-        write_section(
-            a.write, "gpu", "On a GPU: minift, minift as graphs, transformers, and transformers compiled", text
-        )
+        title = "On a GPU: minift, minift as graphs, transformers, and transformers compiled"
+        text = f"bfloat16, dropout 0.1.\nTests: {tests}\n\n{found}"
+        write_section(a.write, "gpu", title, command(p, a), rows, text, (torch.cuda.get_device_name(),))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from common import (
     command,
     copy_tokenizer,
     launcher,
-    machine,
     make_parser,
     parse,
     read_rows,
@@ -81,9 +80,7 @@ def main() -> None:
     found = table(["task", "processes", "--tokens", "", "loss", "weights"], lines)
     print(found)
     if a.write:
-        write_section(
-            a.write, "invariance", "How far splits of a run differ", f"`{command(p, a)}` on {machine()}\n\n{found}"
-        )
+        write_section(a.write, "invariance", "How far splits of a run differ", command(p, a), rows, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Every case in a fresh process; time and memory are as in peers.py, whose data th
 import json
 from pathlib import Path
 
-from common import command, machine, parse, with_lora, write_section
+from common import command, parse, with_lora, write_section
 from peers import accuracies_and_costs, run_all, run_minift, run_trainer, seeds_parser
 
 OPTIONS = {
@@ -43,8 +43,8 @@ def main() -> None:
     print(found)
     if a.write:
         a.engines, a.seeds = (",".join(dict.fromkeys(str(row[key]) for row in rows)) for key in ("engine", "seed"))
-        text = f"`{command(p, a)}` on {machine()}; float32, dropout 0.1. {a.note}\n\n{OPTIONS}\n\n{found}"
-        write_section(a.write, "methods", "SST-2: what is trained, beside PEFT", text)
+        text = f"float32, dropout 0.1. {a.note}\n\n{OPTIONS}\n\n{found}"
+        write_section(a.write, "methods", "SST-2: what is trained, beside PEFT", command(p, a), rows, text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from builtin import HELD_OUT, reviews, write_text
-from common import command, machine, make_parser, parse, read_rows, table, told, write_rows, write_section
+from common import command, make_parser, parse, read_rows, table, told, write_rows, write_section
 from ngrams import kneser_ney, perplexity
 
 import minift
@@ -136,13 +136,14 @@ def main() -> None:
     p.add_argument("--seeds", default="1,2,3")
     a = parse(p, train=64, test=32, texts=20, seeds="1", fine_tuned=QUICK, from_random=QUICK)
     with tempfile.TemporaryDirectory() as work:
-        rows = lines(on_reviews(a, Path(work)), "accuracy", ".1%") + lines(on_text(a, Path(work)), "perplexity", ".1f")
+        on_both = on_reviews(a, Path(work)), on_text(a, Path(work))
+    rows = lines(on_both[0], "accuracy", ".1%") + lines(on_both[1], "perplexity", ".1f")
     columns = ["what", "measure", *(f"seed {seed}" for seed in seeds_of(a)), "mean"]
     found = table(columns, rows, left=2)
     print(found)
     if a.write:
-        text = f"`{command(p, a)}` on {machine()}.\nFine-tuned: {a.fine_tuned}; from random weights: {a.from_random}."
-        write_section(a.write, "nano", "The models that ship with minift", f"{text}\n\n{found}")
+        text = f"Fine-tuned: {a.fine_tuned}; from random weights: {a.from_random}.\n\n{found}"
+        write_section(a.write, "nano", "The models that ship with minift", command(p, a), sum(on_both, []), text)
 
 
 if __name__ == "__main__":

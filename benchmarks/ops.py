@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from common import command, in_turns, machine, make_parser, parse, table, told, write_section
+from common import command, in_turns, make_parser, parse, table, told, write_section
 from torch import Tensor
 
 from minift.data.batch import token_keys
@@ -199,8 +199,8 @@ def main() -> None:
     found += table(["operator", "shape", *ENGINES, "plain / native", "achieved"], list(map(shown, rows)), left=2)
     print(found)
     if a.write:
-        text = f"`{command(p, a)}` on {machine()}. {found}"
-        write_section(a.write, f"ops {a.dtype}", f"Each operator, forward and backward, {a.dtype}", text)
+        title = f"Each operator, forward and backward, {a.dtype}"
+        write_section(a.write, f"ops {a.dtype}", title, command(p, a), rows, found)
 
 
 if __name__ == "__main__":

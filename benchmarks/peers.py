@@ -25,7 +25,6 @@ from common import (
     command,
     draw,
     fresh,
-    machine,
     make_parser,
     make_trainer,
     parse,
@@ -170,12 +169,13 @@ def main() -> None:
         run = {"minift": run_minift, "trainer": run_trainer}[a.here["engine"]]
         print(json.dumps(run(a.data, a, a.here["seed"])))
         return
-    found = accuracies_and_costs(run_all(a))
+    rows = run_all(a)
+    found = accuracies_and_costs(rows)
     print(found)
     if a.write:
         title = f"{a.data}: minift and the Hugging Face Trainer{f', {a.steps} steps' if a.steps else ''}"
-        text = f"`{command(p, a)}` on {machine()}; float32, dropout 0.1. {CASES[a.data]}\n\n{found}"
-        write_section(a.write, f"peers {a.data} {a.steps}", title, text)
+        text = f"float32, dropout 0.1. {CASES[a.data]}\n\n{found}"
+        write_section(a.write, f"peers {a.data} {a.steps}", title, command(p, a), rows, text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common import command, machine, make_parser, parse, random_model, table, told, write_rows, write_section
+from common import command, make_parser, parse, random_model, table, told, write_rows, write_section
 
 BATCH = 8
 OPTIONS = {
@@ -158,8 +158,8 @@ def main() -> None:
     found = f"{table(HEAD, [figures(row) for row in rows], left=2)}\n\n{worst(rows)}"
     print(found)
     if a.write:
-        text = f"`{command(p, a)}` on {machine()}.\n\n{found}"
-        write_section(a.write, "plans", "What a plan says, beside what the run takes", text)
+        title = "What a plan says, beside what the run takes"
+        write_section(a.write, "plans", title, command(p, a), rows, found)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from common import (
     SEED,
     command,
     fresh,
-    machine,
     make_parser,
     parse,
     peak_mb,
@@ -175,8 +174,8 @@ def main() -> None:
             print(json.dumps(found))
         return
     rows = run_all(a)
-    lines = []
-    for fit in fit_all(rows):
+    lines, fits = [], fit_all(rows)
+    for fit in fits:
         counts = [fit["axis"], *(f"{fit[key]:,}" for key in ("points", "from", "to"))]
         lines.append(counts + [f"{fit[f'{cost}_{what}']:.2f}" for cost in COSTS for what in ("exponent", "off")])
     points = [
@@ -186,12 +185,13 @@ def main() -> None:
     found = f"{table(FITS, lines)}\n\n{table(HEAD, points)}"
     print(found)
     if a.write:
-        text = f"""`{command(p, a)}` on {machine()}.
-float32, dropout 0.1, a BERT of random weights: {BASE} where nothing else is said (rank 0: all weights learn); MB above
-the process with a tiny model; cost = a x^e, and "off" the largest factor between a point and that.
+        text = f"""float32, dropout 0.1, a BERT of random weights: {BASE} where
+nothing else is said (rank 0: all weights learn); MB above the process with a tiny model; cost = a x^e, and "off" the
+largest factor between a point and that.
 
 {found}"""
-        write_section(a.write, "scaling", "How cost grows: tokens, length, width, depth, rank, processes", text)
+        title = "How cost grows: tokens, length, width, depth, rank, processes"
+        write_section(a.write, "scaling", title, command(p, a), rows + fits, text)
 
 
 if __name__ == "__main__":
