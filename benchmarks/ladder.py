@@ -17,7 +17,8 @@ packed      minift, without padding; operators by their PyTorch references (--ke
 rows        the last layer computes the tokens asked about alone, as minift does
 native      kernels in C++ (--kernels native)
 lora        LoRA, r=8, on PEFT's default targets instead of all weights (--method lora)
-nf4         its frozen base in 4 bits (--base nf4)
+int8        its frozen base in 8 bits (--base int8)
+nf4         in 4 bits instead (--base nf4)
 micro       micro-batches of 768 tokens (--tokens 768); until here a step is one, which is not minift's default for LoRA
 recompute   a layer saves its input alone (--recompute)
 bf16        activations and products in bfloat16 (--precision bf16)
@@ -54,6 +55,7 @@ RUNGS = {
     "rows": ("last layer for the rows asked about", dict(last_layer="rows")),
     "native": ("native kernels", dict(kernels="native")),
     "lora": ("LoRA", dict(method="lora")),
+    "int8": ("a base in 8 bits", dict(method="int8")),
     "nf4": ("a base in 4 bits", dict(method="nf4")),
     "micro": ("micro-batches of 768 tokens", dict(tokens=768)),
     "recompute": ("recomputed layers", dict(recompute=True)),

@@ -3,8 +3,9 @@
     python benchmarks/methods.py --engines lora,qlora,head,bias,peft-lora --seeds 42,43,44
 
 Two epochs, batch 32; LoRA with r=8, alpha=32, dropout 0.1, on query and value, lr 5e-4, classifier trained (as PEFT
-does); the probe and biases with lr 1e-3, full fine-tuning with 5e-5. qlora: the base in NF4 with double quantisation.
-Every case in a fresh process; time and memory are as in peers.py, whose data this uses.
+does); the probe and biases with lr 1e-3, full fine-tuning with 5e-5. qlora: lora, the base in NF4 with double
+quantisation; int8: lora, the base in 8 bits. Every case in a fresh process; time and memory are as in peers.py, whose
+data this uses.
 """
 
 import json
@@ -17,6 +18,7 @@ OPTIONS = {
     "full": dict(method="full", lr=5e-5),
     "lora": dict(method="lora", lr=5e-4),
     "qlora": dict(method="lora", base="nf4", lr=5e-4),
+    "int8": dict(method="lora", base="int8", lr=5e-4),
     "dora": dict(method="dora", lr=5e-4),
     "head": dict(method="head", lr=1e-3),
     "bias": dict(method="bias", lr=1e-3),

@@ -132,7 +132,7 @@ def config(case: dict, model: Path, data: Path, out: Path, steps: int):
         data=str(data),
         out=str(out),
         method="full" if case["method"] == "full" else "lora",
-        base="nf4" if case["method"] == "nf4" else "auto",
+        base=case["method"] if case["method"] in ("nf4", "int8") else "auto",
         steps=steps,
         batch=case["batch"],
         max_length=case["max_length"],
