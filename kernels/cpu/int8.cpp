@@ -57,6 +57,10 @@ void quantize_row(const T* x, const QuantizeRows& a, int64_t n) {
     }
     a.counts[n] = int32_t(count);
     a.absmax[n] = high + (total - total);  // NaN where the row has an inf or NaN, which codes cannot hold
+    if (total - total != 0) {
+        std::memset(codes, 0, C);
+        return;
+    }
     const float inverse = high > 0 ? 127 / high : 0;
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) codes[c] = int8_t(rounded(element<scaled>(x, factors, c) * inverse));

@@ -11,12 +11,14 @@ Elements of x or g more than KEEP times as large as the mean of their row would 
 kept apart, at most MOST of a row: their part of the product is in float32, from the codes, in the order of channels.
 Each row is treated by itself, so what else is in the batch changes nothing.
 
-The products are torch._int_mm's. On the CPU, float32 and bfloat16 run kernels/cpu/int8.cpp around them; the reference
-here is the specification. N tokens, C channels before a product, O after it.
+The products are torch._int_mm's or, where that is not exact (on CPUs without VNNI), those of float32, in pieces. On the
+CPU, float32 and bfloat16 run kernels/cpu/int8.cpp around them; the reference here is the specification.
+N tokens, C channels before a product, O after it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from . import native
 
 KEEP, MOST = 16, 64  # KEEP stands in kernels/cpu/int8.cpp too
 LEAST = 32  # rows that torch._int_mm takes on CUDA
+EXACT = 1024  # products of codes whose sum float32 holds: 1024 * 127 * 127 < 2^24
 
 
 @dataclass
@@ -82,7 +85,9 @@ def kept_weights(codes: Tensor, channels: Tensor, scales: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """x w, (N, O) int32. x (N, C), w (C, O), int8."""
+    """x w, (N, O) int32, exact. x (N, C), w (C, O), int8 without -128."""
+    if x.is_cpu and not is_exact():
+        return multiply_by_floats(x, w)
     if x.is_cuda and len(x) < LEAST:
         padded = x.new_zeros(LEAST, x.shape[1])
         padded[: len(x)] = x
@@ -90,6 +95,24 @@ def multiply(x: Tensor, w: Tensor) -> Tensor:
     if not len(x):
         return x.new_empty((0, w.shape[1]), dtype=torch.int32)
     return torch._int_mm(x, w)
+
+
+@cache
+def is_exact() -> bool:
+    """Whether torch._int_mm gives exact sums here. Without VNNI or AMX it may not: oneDNN adds pairs up in 16 bits."""
+    x = torch.full((64, 512), 127, dtype=torch.int8)
+    right = torch.full((64, 64), 512 * 127 * 127, dtype=torch.int32)
+    by_rows = torch._int_mm(x, x.t().contiguous())
+    by_columns = torch._int_mm(x, x.t())
+    return torch.equal(by_rows, right) and torch.equal(by_columns, right)
+
+
+def multiply_by_floats(x: Tensor, w: Tensor) -> Tensor:
+    """The same sums from products of float32, exact below 2^24: of so many channels at a time."""
+    total = x.new_zeros((len(x), w.shape[1]), dtype=torch.int32)
+    for i in range(0, x.shape[1], EXACT):
+        total += (x[:, i : i + EXACT].float() @ w[i : i + EXACT].float()).int()
+    return total
 
 
 def quantize_rows(x: Tensor, factors: Tensor | None) -> Rows:

@@ -141,6 +141,20 @@ def test_a_row_is_the_same_in_any_batch_and_with_any_threads(dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("size", [(3, 5, 7), (300, 3072, 70), (64, 1025, 64)], ids=str)
+def test_sums_are_exact_however_they_are_made(size, monkeypatch):
+    """Also the largest there are, which 16 bits do not hold and float32 does not either."""
+    n, channels, outputs = size
+    x = torch.randint(-127, 128, (n, channels), dtype=torch.int8)
+    w = torch.randint(-127, 128, (outputs, channels), dtype=torch.int8)
+    x[0], w[0], x[-1], w[-1] = 127, 127, -127, -127
+    exact = (x.double() @ w.double().t()).int()
+    assert torch.equal(int8.multiply(x, w.t()), exact)
+    assert torch.equal(int8.multiply(x, w.t().contiguous()), exact)
+    monkeypatch.setattr(int8, "is_exact", lambda: False)  # as on a CPU without VNNI
+    assert torch.equal(int8.multiply(x, w.t()), exact)
+
+
 @pytest.mark.parametrize("mode", ["native", "reference"])
 def test_infinities_and_nan_show_and_zeros_are_zero(mode):
     x, products, _ = made(6, 40, 9)

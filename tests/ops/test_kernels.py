@@ -343,7 +343,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
-    """Odd sizes, views and extremes once more, in a process with the address and undefined-behaviour checks."""
+    """Odd sizes, views, extremes and int8 once more, in a process with the address and undefined-behaviour checks."""
     compiler = compile.compiler()[0]
     found = [subprocess.run([*compiler, f"-print-file-name=lib{n}.so"], capture_output=True, text=True).stdout.strip()
              for n in ("asan", "ubsan")]  # fmt: skip
@@ -352,10 +352,12 @@ def test_sanitizers_find_nothing(tmp_path):
     code = (
         "import sys, pytest; from minift.ops import compile;"
         "compile.FLAGS += ' -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all';"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_kernels.py', '-k', sys.argv[1]]))"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_kernels.py',"
+        " 'tests/ops/test_int8.py', '-k', sys.argv[1]]))"
     )
     preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
     chosen = "views or empty or extremes or threads or hits or dropout or tail or lora_drops or nf4"
+    chosen += " or equations or infinities"
     done = subprocess.run(
         [sys.executable, "-c", code, chosen],
         cwd=ROOT, env=os.environ | preload, capture_output=True, text=True,
