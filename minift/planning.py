@@ -30,6 +30,7 @@ from .engine import memory
 from .engine.distributed import ALONE
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError, table_lines
+from .measure import rates
 from .measure.ledger import BATCH, FROZEN, GRADIENTS, MOMENTS, TRAINED, Ledger
 from .measure.rates import best_product_rate, seconds_of
 from .measure.summary import measured
@@ -59,6 +60,7 @@ class Plan:
     kinds: dict[str, int]  # bytes by kind, when most are held
     held: int  # their sum
     heap: int  # what the heap grows to for them
+    workspace: int  # bytes that the libraries of products keep: their code for each shape, and working memory
     loading: int  # bytes that the model takes until it is ready for the first step
     process: int  # bytes of this process, without a model
     by_module: dict[str, int]  # of what is saved for backward, which module left how much
@@ -77,7 +79,9 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes of the process at its peak; on a GPU those of the GPU."""
-        return self.process + max(self.heap, self.loading) if self.device.type == "cpu" else self.held
+        if self.device.type == "cuda":
+            return self.held
+        return self.process + max(self.heap + self.workspace, self.loading)
 
     @property
     def bound(self) -> tuple[int, float]:
@@ -200,8 +204,12 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
     median = by_size[len(by_size) // 2]
     load_kernels(job.config, device)
     typical = run_on_meta(job, median)
+    memory.trim()
+    before, _ = resident()
     seconds = seconds_of(typical, dtype, device)
     memory.trim()
+    after, _ = resident()
+    rates.kept += max(0, after - before)
     ledger = typical if largest is median else run_on_meta(job, largest)
     _, libraries = resident()  # of which the timing has read in as much as a run does
     return Plan(
@@ -209,6 +217,7 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
         kinds=ledger.at_peak(),
         held=ledger.peak,
         heap=ledger.heap.most,
+        workspace=rates.kept,
         loading=loading,
         process=own + libraries,
         by_module=dict(ledger.saved),
@@ -293,7 +302,19 @@ def write_ledger(run: Path, plan: Plan) -> None:
 
 def as_json(plan: Plan) -> dict:
     """The plan for programs: bytes, FLOPs, seconds, and the options that --fit chooses."""
-    fields = ("memory", "seconds", "kinds", "held", "heap", "process", "largest", "tokens", "micro_batches", "flops")
+    fields = (
+        "memory",
+        "seconds",
+        "kinds",
+        "held",
+        "heap",
+        "workspace",
+        "process",
+        "largest",
+        "tokens",
+        "micro_batches",
+        "flops",
+    )
     found = {name: getattr(plan, name) for name in fields}
     return found | {"options": {name: getattr(plan.config, name) for name in FITTED}}
 
@@ -436,8 +457,9 @@ def describe(plan: Plan) -> list[str]:
     rows = [(name, megabytes(size), share(size, plan.memory)) for name, size in plan.kinds.items() if size]
     if plan.device.type == "cpu":
         rows.append(("holes in the heap", megabytes(plan.heap - plan.held), share(plan.heap - plan.held, plan.memory)))
-        if plan.loading > plan.heap:
-            more = plan.loading - plan.heap
+        rows.append(("libraries' working memory", megabytes(plan.workspace), share(plan.workspace, plan.memory)))
+        if plan.loading > plan.heap + plan.workspace:
+            more = plan.loading - plan.heap - plan.workspace
             rows.append(("more, while it loads", megabytes(more), share(more, plan.memory)))
         rows.append(("Python, torch, data", megabytes(plan.process), share(plan.process, plan.memory)))
     rows.append(("all, at the peak", megabytes(plan.memory), "100 %"))

@@ -47,6 +47,7 @@ def seconds_of(ledger: Ledger, dtype: torch.dtype, device: torch.device) -> floa
 
 
 rates: dict[tuple, float] = {}  # what was measured: FLOP/s, bytes/s, seconds of a kernel
+kept = 0  # bytes that libraries kept of what was measured, as they do in a run (planning.py)
 
 
 def product_rate(what: Product, device: torch.device) -> float:

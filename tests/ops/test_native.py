@@ -323,9 +323,7 @@ def test_structs_lie_as_the_compiler_lays_them_out(name, tmp_path):
 def test_a_struct_within_a_struct_begins_and_ends_where_c_has_it():
     text = "struct Inner {\n    float a;\n    double b;\n    int32_t c;\n};\n"
     text += "struct Outer {\n    int32_t first;\n    Inner inner;\n    int32_t last;\n};\n"
-    content = sources.packed(
-        sources.arguments("Outer", text), dict(first=1, inner=sources.Within((2.0, 3.0, 4), ()), last=5)
-    )
+    content = sources.packed(sources.arguments("Outer", text), dict(first=1, inner=(2.0, 3.0, 4), last=5))
     assert struct.unpack("=i4xf4xdi4xi4x", content) == (1, 2.0, 3.0, 4, 5)
 
 
