@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minift.data.batch import token_keys
 from minift.engine import memory
-from minift.ops import lora, native, nf4
+from minift.ops import int8, lora, native, nf4
 from minift.ops.attention import Settings, attention
 from minift.ops.dropout import Noise, dropout
 from minift.ops.gelu import gelu_erf, gelu_tanh
@@ -123,10 +123,29 @@ def nf4_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield "nf4", "768 x 3072 to codes", lambda: nf4.quantize(w), plain, size, 0
 
 
+def int8_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """y and dx of a frozen layer, beside the products with a matrix of floats."""
+    for n, channels, outputs in ((512, 768, 768), (1024, 768, 3072), (1024, 3072, 768)):
+        x, dy = torch.randn(n, channels).to(dtype), torch.randn(n, outputs).to(dtype)
+        w = 0.02 * torch.randn(outputs, channels)
+        products, floats = int8.Products(*int8.quantize(w)), w.to(dtype)
+
+        def ours(x=x, dy=dy, products=products):
+            products.times(x, None)
+            products.times_transposed(dy)
+
+        def plain(x=x, dy=dy, w=floats):
+            product(x, w)
+            product(dy, w.t())
+
+        yield "int8", f"{n} x {channels} to {outputs}", ours, plain, 0, 4 * n * channels * outputs
+
+
 CASES = {
     "attention": attention_cases,
     "lora": lora_cases,
     "nf4": nf4_cases,
+    "int8": int8_cases,
     "dropout": dropout_cases,
     "norm": norm_cases,
     "gelu": gelu_cases,

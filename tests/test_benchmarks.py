@@ -29,7 +29,7 @@ REVIEWS = [
     "logistic regression, words and pairs",
 ]
 CASES = {
-    "ops": ("operator", ["attention", "lora", "nf4", "dropout", "norm", "gelu", "loss"]),
+    "ops": ("operator", ["attention", "lora", "nf4", "int8", "dropout", "norm", "gelu", "loss"]),
     "step": ("case engine", STEPS),
     "step --precision bf16 --cases bert-full-imdb --engines floor,compiled": (
         "case engine",
