@@ -247,7 +247,7 @@ def test_a_slow_kernel_is_in_the_first_screen(tmp_path, monkeypatch, compiled):
     found = step_of("bert", tmp_path)
     for width in (60, 100, 200):
         tree, costliest = screen(found, width)
-        assert "gelu_backward" in costliest[0] and "gelu.cpp:" in costliest[0]
+        assert any("gelu_backward" in line and "gelu.cpp:" in line for line in costliest)
         assert any("mlp" in line for line in tree)
 
 
@@ -256,7 +256,7 @@ def test_a_slow_function_in_python_is_in_the_first_screen(tmp_path, monkeypatch,
     monkeypatch.setattr(norm, "add_norm", slow(norm.add_norm))
     found = step_of("bert", tmp_path)
     _, costliest = screen(found, 100)
-    assert "Python" in costliest[0] and "layers/__init__.py" in costliest[0]
+    assert any("Python" in line and "layers/__init__.py" in line for line in costliest)
 
 
 def test_a_layer_that_is_slow_stands_alone():
