@@ -40,7 +40,7 @@ from .ops import native, sources
 from .ops.dropout import Noise
 from .runs import read_training, set_aside, tokenise_texts
 from .setup import Engine, Job, default_tokens, load_model, make_job
-from .tables import method_named
+from .tables import BASES, method_named
 from .tasks import task_named
 from .training import accumulate, update
 
@@ -384,7 +384,7 @@ def bases(config: TrainConfig) -> list[str]:
     found = [config.base]
     if method_named(config.method).base != "unpacked" and config.init != "random":
         smaller = ["bf16"] if config.base in ("auto", "fp32") else []
-        smaller += ["int8", "nf4"]
+        smaller += BASES
         found += [base for base in smaller if base != config.base]
     return found
 

@@ -19,7 +19,7 @@ from .engine.optimizers import Optimizer, choose_settings, rule_named
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
-from .layers.packed import is_cheap, quantize
+from .layers.packed import is_cheap, quantize, way_named
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
@@ -173,13 +173,11 @@ def choose_engine(config: TrainConfig) -> Engine:
     say(f"kernels: {kernels}")
     if config.graph and not rule_named(config.optimizer).RECORDABLE:
         raise InputError(f"--graph is True with --optimizer {config.optimizer}, whose updates cannot be recorded")
+    if config.graph and config.base in BASES and not way_named(config.base).Packed.RECORDABLE:
+        raise InputError(f"--graph is True with --base {config.base}, whose products cannot be recorded")
     if config.graph and (device.type, dtype, world.size) != ("cuda", torch.bfloat16, 1):
         found = f"{str(dtype)[6:]} on {device.type} with {processes}"
         raise InputError(f"--graph is True, with {found}; expected bfloat16 on cuda with 1 process")
-    if config.graph and config.base == "int8":
-        raise InputError(
-            "--graph is True with --base int8, which reads back what it keeps apart; expected another base"
-        )
     if device.type == "cpu":
         memory.keep_memory()
     return Engine(device, dtype, world)

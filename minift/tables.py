@@ -32,9 +32,9 @@ BUILTIN = {
 }
 
 # `--base`: how a frozen base is packed into few bits, a file each in layers/; layers/packed.py says what it has
-BASES = {
-    "nf4": "4 bits",
+BASES = {  # the more bits, the earlier: --fit tries them in this order
     "int8": "8 bits",
+    "nf4": "4 bits",
 }
 
 

@@ -59,6 +59,11 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors but the one of that name."""
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
 def rewrite(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Puts other tensors into a folder's model.safetensors."""
     whole = {name: tensor.contiguous().clone() for name, tensor in state.items()}

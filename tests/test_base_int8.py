@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from folders import configure, rewrite, weights_in, write
+from folders import configure, rewrite, weights_in, without, write
 from helpers import fails, metrics, peer, peer_logits, random_ids, sequence, works
 from safetensors.torch import load_file
 
@@ -100,10 +100,6 @@ def packed(tmp_path):
     model, _ = minift.load(tmp_path / "base", task="classify", base="int8")
     minift.save(model, None, tmp_path / "packed")
     return tmp_path / "packed"
-
-
-def without(tensors, name):
-    return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 def changed(name, tensor):
@@ -198,6 +194,8 @@ def test_what_is_refused(desk, tmp_path):
     line = f"{LINE} --base int8 --out {{out}}/run --method"
     fails(f"{line} full", "weights in 8 bits do not learn", f=desk, out=tmp_path, code=2)
     fails(f"{line} loftq", "expected --base nf4", f=desk, out=tmp_path, code=2)
+    line = line.replace("fp32", "bf16")
+    fails(f"{line} lora --graph", "--base int8, whose products cannot be recorded", f=desk, out=tmp_path)
 
 
 def test_a_plan_counts_its_products(desk):

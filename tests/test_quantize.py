@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from folders import configure, rewrite, weights_in, with_nan
+from folders import configure, rewrite, weights_in, with_nan, without
 from helpers import nf4, peer, peer_logits, python, random_ids, sequence
 from safetensors.torch import load_file
 
@@ -205,10 +205,6 @@ def state(tensors, **changes) -> dict[str, torch.Tensor]:
     """The quant_state of W with other values."""
     found = json.loads(bytes(tensors[S].tolist())) | changes
     return {S: torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)}
-
-
-def without(tensors, name) -> dict:
-    return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 S, CODE, SCALES = f"{W}.{STATE}", f"{W}.quant_map", f"{W}.nested_absmax"

@@ -18,7 +18,7 @@ from ..models import LAST, Model
 from ..tasks import task_named
 from . import peft as peft_format
 from .hub import address
-from .weights import MODEL, can_pack, hub_names, is_transposed, leaf_of
+from .weights import MODEL, can_pack, hub_names, is_transposed, layer_of, leaf_of
 
 
 def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
@@ -85,7 +85,7 @@ def weights_of(model: Model) -> dict[str, Tensor]:
         packed = can_pack(layers, name)
         state[hub] = (tensor.t() if is_transposed(model, hub) and not packed else tensor).contiguous().cpu()
         if packed:
-            layer = layers[name.removesuffix(".weight")]
+            layer = layer_of(layers, name)
             state |= {layer.part_name(hub, part): tensor.clone().cpu() for part, tensor in layer.parts().items()}
     if model.bias_twin and not model.tied:
         state[model.bias_twin] = state[model.hub_name(f"{LAST}.bias")].clone()

@@ -77,7 +77,7 @@ def fill(model: Model, folder: Path, fresh_head: bool, seed: int, fresh_classes:
     for name, parts in packed.items():
         fault = "is packed, which config.json says nothing of (quantization_config)"
         if can_pack(layers, name):
-            fault = layers[name.removesuffix(".weight")].receive(parts)
+            fault = layer_of(layers, name).receive(parts)
         if fault:
             faults.append(f"{names[name]} {fault}")
         report.loaded += 1

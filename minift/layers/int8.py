@@ -18,6 +18,7 @@ class Packed(packed.PackedLinear):
 
     BASE = "int8"
     PARTS = (MARK, "weight_format")
+    RECORDABLE = False  # whether something is kept apart is asked of the device
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)

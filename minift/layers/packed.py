@@ -34,6 +34,7 @@ class PackedLinear(nn.Module):
 
     BASE = ""  # its name in tables.BASES
     PARTS: tuple[str, ...] = ()  # what a file has beside `weight`
+    RECORDABLE = True  # whether a step can be recorded as a CUDA graph: its products read nothing back
     CHEAP = True  # whether a product costs no more than with a matrix of floats, however few the tokens
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):

@@ -3,10 +3,9 @@
     h = drop(x) A^T             y = x W^T + b + s h B^T
     g = s dy B                  dA = g^T drop(x)       dB = s dy^T h       dx = dy W + drop'(g A)
 
-Every product goes through rank R, so no matrix of W's size is made. W does not learn, and is
-whatever `products` multiplies by.
-With dropout and a small rank the products with A run in kernels/cpu/lora.cpp and kernels/cuda/lora.cu, which never make
-drop(x) as a whole.
+Every product goes through rank R, so no matrix of W's size is made. W does not learn, and is whatever
+`products` multiplies by. With dropout and a small rank the products with A run in kernels/cpu/lora.cpp and
+kernels/cuda/lora.cu, which never make drop(x) as a whole.
 
 N tokens, R rank; A (R, in), B (out, R), x (N, in), y (N, out).
 """
