@@ -232,10 +232,10 @@ def screen(found: Traced, width: int) -> tuple[list[str], list[str]]:
 
 
 def slow(function):
-    """The function, which sleeps before each call."""
+    """The function, which sleeps before each call, for longer than a busy machine delays the rest of the step."""
 
     def call(*args, **kwargs):
-        time.sleep(0.04)
+        time.sleep(0.15)
         return function(*args, **kwargs)
 
     return call
