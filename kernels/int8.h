@@ -14,6 +14,14 @@ struct QuantizeRows {
     int64_t N, C, most, dtype;
 };
 
+struct Multiply {
+    const int8_t* x;  // (N, C)
+    const int8_t* w;  // (C, O), or by_outputs: (O, C)
+    int32_t* pairs;   // (N rounded up to 4, C / 2 rounded up), working memory
+    int32_t* sums;    // (N, O), written: x w
+    int64_t N, C, O, by_outputs;
+};
+
 struct FromSums {
     const int32_t* sums;     // (N, O), products of codes
     const float* absmax;     // (N,)
@@ -24,6 +32,6 @@ struct FromSums {
     const int32_t* counts;   // (N,), or null: nothing is kept apart
     const int32_t* places;   // (C,): the row in `weights` of each channel that is kept apart anywhere
     const float* weights;    // (number of these, O)
-    void* y;                 // (N, O), written
+    void* y;                 // (N, O), written; float32 may stand where the sums did
     int64_t N, O, most, dtype;
 };

@@ -349,7 +349,17 @@ def lora_flops(products: int) -> Callable[[dict], int]:
     return lambda given: 2 * products * given["N"] * given["C"] * given["R"]
 
 
-FLOPS = {"attention": attention_flops, "lora_forward": lora_flops(1), "lora_backward": lora_flops(2)}
+def int8_flops(given: dict) -> int:
+    """Of the product (N, C) (C, O)."""
+    return 2 * given["N"] * given["C"] * given["O"]
+
+
+FLOPS = {
+    "attention": attention_flops,
+    "lora_forward": lora_flops(1),
+    "lora_backward": lora_flops(2),
+    "multiply": int8_flops,
+}
 
 
 class Heap:

@@ -11,8 +11,9 @@ Elements of x or g more than KEEP times as large as the mean of their row would 
 kept apart, at most MOST of a row: their part of the product is in float32, from the codes, in the order of channels.
 Each row is treated by itself, so what else is in the batch changes nothing.
 
-The products are torch._int_mm's or, where that is not exact (on CPUs without VNNI), those of float32, in pieces. On the
-CPU, float32 and bfloat16 run kernels/cpu/int8.cpp around them; the reference here is the specification.
+The products are torch._int_mm's, but on a CPU without VNNI, where that takes 25 times as long as float32's or is not
+exact: there kernels/cpu/int8.cpp has one, and without a compiler they are float32's, in pieces. On the CPU, float32 and
+bfloat16 run that kernel around the products; the reference here is the specification.
 N tokens, C channels before a product, O after it.
 """
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from . import native
 
 KEEP, MOST = 16, 64  # KEEP stands in kernels/cpu/int8.cpp too
+ROWS = 4  # of a tile of kernels/cpu/int8.cpp
 LEAST = 32  # rows that torch._int_mm takes on CUDA
 EXACT = 1024  # products of codes whose sum float32 holds: 1024 * 127 * 127 < 2^24
 
@@ -86,25 +88,41 @@ def kept_weights(codes: Tensor, channels: Tensor, scales: Tensor) -> Tensor:
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:
     """x w, (N, O) int32, exact. x (N, C), w (C, O), int8 without -128."""
-    if x.is_cpu and not is_exact():
-        return multiply_by_floats(x, w)
+    if not x.numel():
+        return x.new_zeros((len(x), w.shape[1]), dtype=torch.int32)
+    if not x.is_cuda and not has_int_mm():
+        return multiply_here(x, w)
     if x.is_cuda and len(x) < LEAST:
         padded = x.new_zeros(LEAST, x.shape[1])
         padded[: len(x)] = x
         return torch._int_mm(padded, w)[: len(x)]
-    if not len(x):
-        return x.new_empty((0, w.shape[1]), dtype=torch.int32)
     return torch._int_mm(x, w)
 
 
 @cache
-def is_exact() -> bool:
-    """Whether torch._int_mm gives exact sums here. Without VNNI or AMX it may not: oneDNN adds pairs up in 16 bits."""
-    x = torch.full((64, 512), 127, dtype=torch.int8)
-    right = torch.full((64, 64), 512 * 127 * 127, dtype=torch.int32)
+def has_int_mm() -> bool:
+    """Whether the CPU has instructions for torch._int_mm, and they are used: without them it is slow, or not exact."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    x = torch.full((64, 512), 127, dtype=torch.int8, device="cpu")
+    right = torch.full((64, 64), 512 * 127 * 127, dtype=torch.int32, device="cpu")
     by_rows = torch._int_mm(x, x.t().contiguous())
     by_columns = torch._int_mm(x, x.t())
     return torch.equal(by_rows, right) and torch.equal(by_columns, right)
+
+
+def multiply_here(x: Tensor, w: Tensor) -> Tensor:
+    """The same by the kernel. w (C, O) or its transpose by rows in memory."""
+    N, C = x.shape
+    sums = x.new_empty((N, w.shape[1]), dtype=torch.int32)
+    lib = native.kernel("int8", sums)
+    if lib is None:
+        return multiply_by_floats(x, w)
+    by_outputs = w.stride(0) == 1 and w.t().is_contiguous()
+    matrix = w.t() if by_outputs else w.contiguous()
+    pairs = x.new_empty((-(-N // ROWS) * ROWS, (C + 1) // 2), dtype=torch.int32)
+    lib.multiply(x=x.contiguous(), w=matrix, pairs=pairs, sums=sums, N=N, C=C, O=w.shape[1], by_outputs=by_outputs)
+    return sums
 
 
 def multiply_by_floats(x: Tensor, w: Tensor) -> Tensor:
@@ -163,7 +181,7 @@ def from_sums(
     dtype: torch.dtype,
     weights: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """sums (N, O) int32 as numbers in `dtype`, with what was kept apart and the bias.
+    """sums (N, O) int32, which are given up, as numbers in `dtype`, with what was kept apart and the bias.
 
     scales (O,), or None: all 1. weights(channels): the float32 weights of these channels, (number of them, O).
     """
@@ -178,7 +196,7 @@ def from_sums(
     lib = native.kernel("int8", like)
     if lib is None:
         return reference_from_sums(sums, rows, scales, bias, channels, taken).to(dtype)
-    y = like.new_empty(sums.shape)
+    y = sums.view(dtype) if dtype == torch.float32 else like.new_empty(sums.shape)
     kept = dict(columns=rows.columns, values=rows.values, counts=counts, places=places, weights=taken)
     sizes = dict(N=len(sums), O=sums.shape[1], most=rows.columns.shape[1], dtype=native.CODES[dtype])
     lib.from_sums(sums=sums, absmax=rows.absmax, scales=scales, bias=bias, **kept, y=y, **sizes)

@@ -141,7 +141,7 @@ def test_a_row_is_the_same_in_any_batch_and_with_any_threads(dtype):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [(3, 5, 7), (300, 3072, 70), (64, 1025, 64)], ids=str)
+@pytest.mark.parametrize("size", [(3, 5, 7), (300, 3072, 70), (64, 1025, 64), (99, 512, 130), (1, 1, 1)], ids=str)
 def test_sums_are_exact_however_they_are_made(size, monkeypatch):
     """Also the largest there are, which 16 bits do not hold and float32 does not either."""
     n, channels, outputs = size
@@ -149,10 +149,15 @@ def test_sums_are_exact_however_they_are_made(size, monkeypatch):
     w = torch.randint(-127, 128, (outputs, channels), dtype=torch.int8)
     x[0], w[0], x[-1], w[-1] = 127, 127, -127, -127
     exact = (x.double() @ w.double().t()).int()
+    part = (x[:, ::2].double() @ w[:, ::2].double().t()).int()
     assert torch.equal(int8.multiply(x, w.t()), exact)
     assert torch.equal(int8.multiply(x, w.t().contiguous()), exact)
-    monkeypatch.setattr(int8, "is_exact", lambda: False)  # as on a CPU without VNNI
-    assert torch.equal(int8.multiply(x, w.t()), exact)
+    monkeypatch.setattr(int8, "has_int_mm", lambda: False)  # as on a CPU without VNNI
+    for mode in ("native", "reference"):
+        with in_mode(mode):
+            assert torch.equal(int8.multiply(x, w.t()), exact)
+            assert torch.equal(int8.multiply(x, w.t().contiguous()), exact)
+            assert torch.equal(int8.multiply(x[:, ::2], w[:, ::2].t()), part)  # views
 
 
 @pytest.mark.parametrize("mode", ["native", "reference"])
