@@ -142,7 +142,7 @@ def in_turns(functions: list[Callable], rounds: int = 2, at_least: float = 0) ->
 
 
 def read_rows(assets: Path, data: str, split: str = "train") -> list[dict]:
-    """A data set as minift's JSON lines: imdb, sst2 (text, label) or webnlg (prompt, completion)."""
+    """A data set as minift's JSON lines: imdb, sst2 (text, label), rte (and pair) or webnlg (prompt, completion)."""
     folder = assets / "data"
     if data == "imdb":
         with gzip.open(folder / f"imdb/{split}.jsonl.gz", "rt", encoding="utf-8") as f:
@@ -151,6 +151,10 @@ def read_rows(assets: Path, data: str, split: str = "train") -> list[dict]:
         with open(folder / f"sst2-sentences/{split}.tsv", newline="", encoding="utf-8") as f:
             lines = csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
             return [{"text": text, "label": int(label)} for text, label in lines]
+    if data == "rte":
+        with open(folder / f"glue-rte/{split}.tsv", newline="", encoding="utf-8") as f:
+            rows = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            return [{"text": r["sentence1"], "pair": r["sentence2"], "label": r["label"]} for r in rows]
     with open(folder / f"webnlg/{split}.jsonl", encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 

@@ -17,7 +17,7 @@ _HOME = {
     "prepare": "setup",
     "train": "training",
     "train_step": "training",
-    "Run": "training",
+    "Run": "measure.summary",
     "evaluate": "evaluation",
     "predict": "evaluation",
     "generate": "generation",

@@ -81,16 +81,13 @@ def train(config: TrainConfig) -> int:
         if plan:
             write_ledger(Path(config.out), plan)
         lines = summarize(
+            done,
             model,
             config.method,
-            done.steps,
-            done.seconds,
-            done.model,
-            done.metrics,
-            len(examples[1]),
-            peak,
-            plan and {"memory": plan.memory, "seconds": plan.seconds},
-            task.next_command(folder, examples[0][0], tokenizer),
+            n_valid=len(examples[1]),
+            peak=peak,
+            forecast=plan and {"memory": plan.memory, "seconds": plan.seconds},
+            next_command=task.next_command(folder, examples[0][0], tokenizer),
         )
         say("\n".join(["", *lines]))
     return 0

@@ -301,6 +301,9 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         super().check()
+        self.check_method()
+        self.check_numbers()
+        self.check_step()
         for flag, value in (("--eval-every", self.eval_every), ("--save-every", self.save_every)):
             if value != "epoch" and not (value.isdigit() and int(value) > 0):
                 raise ValueError(f"{flag} is {value!r}; expected epoch or a number of steps")
@@ -314,6 +317,9 @@ class TrainConfig(Config):
         numbers_of(self.without)
         if self.patience and not self.valid:
             raise ValueError(f"--patience is {self.patience} without --valid; expected one, to tell what is better")
+
+    def check_method(self) -> None:
+        """--method, and the base that it needs."""
         method = method_named(self.method)
         if method is None:
             raise ValueError(refused("--method", self.method, tuple(METHODS)))
@@ -328,6 +334,9 @@ class TrainConfig(Config):
             )
         if self.init == "random" and bits:
             raise ValueError(f"--init is 'random' with --base {self.base}; weights in {bits} do not learn")
+
+    def check_numbers(self) -> None:
+        """What a number may be, beyond its option's own `at_least`."""
         if not self.adapter_dropout < 1:
             raise ValueError(f"--adapter-dropout is {self.adapter_dropout!r}; expected at least 0 and below 1")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.layers):
@@ -335,6 +344,16 @@ class TrainConfig(Config):
         for flag, text in (("--rank-pattern", self.rank_pattern), ("--alpha-pattern", self.alpha_pattern)):
             if not re.fullmatch(r"([^=,]+=\d+(,[^=,]+=\d+)*)?", text):
                 raise ValueError(f"{flag} is {text!r}; expected NAME=NUMBER, with commas between")
+        if not self.label_smoothing < 1:
+            raise ValueError(f"--label-smoothing is {self.label_smoothing!r}; expected at least 0 and below 1")
+        for flag, value in (("--dropout", self.dropout), ("--beta1", self.beta1), ("--beta2", self.beta2)):
+            if value != -1 and not 0 <= value < 1:
+                raise ValueError(f"{flag} is {value!r}; expected -1, or at least 0 and below 1")
+        if self.eps != -1 and self.eps < 0:
+            raise ValueError(f"--eps is {self.eps!r}; expected -1, or at least 0")
+
+    def check_step(self) -> None:
+        """What a step cannot be all at once."""
         if self.graph and self.precision not in ("auto", "bf16"):
             raise ValueError(f"--graph is True with --precision {self.precision}; expected bf16 or auto")
         if self.graph and (self.shard or self.recompute):
@@ -343,13 +362,6 @@ class TrainConfig(Config):
             )
         if self.shard and self.precision == "fp16":
             raise ValueError("--shard is True with --precision fp16; expected fp32 or bf16")
-        if not self.label_smoothing < 1:
-            raise ValueError(f"--label-smoothing is {self.label_smoothing!r}; expected at least 0 and below 1")
-        for flag, value in (("--dropout", self.dropout), ("--beta1", self.beta1), ("--beta2", self.beta2)):
-            if value != -1 and not 0 <= value < 1:
-                raise ValueError(f"{flag} is {value!r}; expected -1, or at least 0 and below 1")
-        if self.eps != -1 and self.eps < 0:
-            raise ValueError(f"--eps is {self.eps!r}; expected -1, or at least 0")
 
 
 @dataclass

@@ -9,7 +9,6 @@ attention dropout in PyTorch's flash kernel draws another mask where a step is s
 import math
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from .data.batch import Batch, Sequence, mean_losses, order, pack
 from .data.tokenizer import Tokenizer
 from .engine.graph import Graphs
 from .engine.optim import clip, schedule, warmup_steps
+from .measure.summary import Run
 from .measure.track import Tracker, make_loggers, peak_memory, result_columns, say, stop_signal, stop_signals
 from .models import Model
 from .ops.dropout import Noise
@@ -38,18 +38,6 @@ from .runs import (
     validate,
 )
 from .setup import Job
-
-
-@dataclass
-class Run:
-    """What a finished run leaves: its folder, and what was measured at its end."""
-
-    out: Path
-    steps: int
-    seconds: float
-    model: Path  # the folder to take away: best/ where there was a validation, else last/
-    metrics: dict  # of the best validation, or empty
-    details: dict  # what else the task has to tell of it: of classify the figures of each label
 
 
 def train(

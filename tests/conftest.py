@@ -9,6 +9,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface-hub is imported: no test may look outside
 
+# before torch is: threads that wait let the threads of other tests run, of which there are more than cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest  # noqa: E402
 
 

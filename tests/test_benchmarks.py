@@ -39,6 +39,7 @@ CASES = {
     "all --only plans": ("script result", ["plans done"]),
     "peers --data sst2": ("engine", ["minift", "trainer"]),
     "methods": ("engine", ["qlora", "peft-lora"]),
+    "quality --data webnlg": ("engine", ["float32", "int8"]),
     "chars": ("engine", ["minift", "plain"]),
     "nano": ("what", [*REVIEWS, "gpt2-nano", "Kneser-Ney, 5 tokens"]),
     "invariance": ("task processes", ["classify 1", "classify 2"]),

@@ -70,23 +70,25 @@ def load(
     adapter, adapter_task, folder = find_adapter(given, base_model, notes)
     if base_model and adapter is None:
         raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
-    extra = adapter_tensors(given) if adapter else {}
-    settings = settings_with_run(folder, given) if adapter else read_settings(folder)
-    if adapter_task and not task:  # which other tasks may have the same name for, in PEFT
-        task = task_of_peft(task_named(adapter_task).PEFT_TYPE, settings)
-    if adapter and not task:
-        task = task_beside(given)
-    own = settings.pop("minift", {})  # what a run said of itself, beside the hub's settings
+    if adapter is None:
+        extra = {}
+        settings = read_settings(folder)
+    else:
+        extra = adapter_tensors(given)
+        settings = settings_with_run(folder, given)
+        task = task_of_adapter(given, task, adapter_task, settings)
+    of_run = settings.pop("minift", {})  # what a run said of itself, beside the hub's settings
+    if init == "random":
+        check_random(settings, adapter is not None, given)
 
     # an adapter's head is first read as it is; its rows are settled below, when all weights are there
     classes = find_classes(settings, folder / "config.json", task, labels, ordered)
-    fresh_classes = classes.fresh and not adapter
     model = build(settings, folder, task, classes.first_rows(adapter is not None), dropout)
-    model.max_length = own.get("max_length", 0)
-    if init == "random":
-        check_random(settings, adapter is not None, given)
-    base = base or own.get("base", "")
+    model.max_length = of_run.get("max_length", 0)
+    model.source = address(source)
+    base = base or of_run.get("base", "")
     pack_layers(model, folder, base if base in BASES else "")
+    fresh_classes = classes.fresh and adapter is None
     if fresh_classes:
         model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it packed
     with memory.returned_memory():
@@ -96,22 +98,34 @@ def load(
             model.report = draw_all(model, seed)
         else:
             model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
-        model.source = address(source)
     model.report.notes += notes
-    if init == "shapes":
-        return model, load_tokenizer(model, given, folder)
-    if model.task and isinstance(model.last, PackedLinear):
-        # transformers packs it too; here a head's numbers are looked at, and learn
-        model.set_last(unpacked(model.last))
-    if adapter:
-        peft_format.put_adapter(model, given, adapter, extra)
-        if model.report.fresh and not fresh_head:
-            raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
-    if classes.own is not None:
-        settle_classes(model, classes, seed)
-        if model.report.relabelled and not fresh_head:
-            raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
-    return model.to(device), load_tokenizer(model, given, folder)
+    if init != "shapes":
+        if model.task and isinstance(model.last, PackedLinear):
+            # transformers packs it too; here a head's numbers are looked at, and learn
+            model.set_last(unpacked(model.last))
+        if adapter:
+            peft_format.put_adapter(model, given, adapter, extra)
+        if classes.own is not None:
+            settle_classes(model, classes, seed)
+        if not fresh_head:
+            check_trained(model, given, folder, classes, labels)
+        model.to(device)
+    return model, load_tokenizer(model, given, folder)
+
+
+def task_of_adapter(given: Path, task: str | None, adapter_task: str | None, settings: dict) -> str | None:
+    """The task of an adapter: as asked for, else what it says itself, else what minift wrote beside it."""
+    if adapter_task and not task:  # which other tasks may have the same name for, in PEFT
+        task = task_of_peft(task_named(adapter_task).PEFT_TYPE, settings)
+    return task or task_beside(given)
+
+
+def check_trained(model: Model, given: Path, folder: Path, classes: Classes, labels: list[str] | None) -> None:
+    """Raises InputError where what a model says of a text is drawn at random, in whole or for some classes."""
+    if model.adapter and model.report.fresh:
+        raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
+    if model.report.relabelled:
+        raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
 
 
 def check_random(settings: dict, is_adapter: bool, given: Path) -> None:

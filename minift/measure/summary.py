@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,25 +15,28 @@ from ..tasks import task_of
 FEW = 12  # labels that a line names
 
 
+@dataclass
+class Run:
+    """What a finished run leaves: its folder, and what was measured at its end."""
+
+    out: Path
+    steps: int
+    seconds: float
+    model: Path  # the folder to take away: best/ where there was a validation, else last/
+    metrics: dict  # of the best validation, or empty
+    details: dict  # what else the task has to tell of it: of classify the figures of each label
+
+
 def summarize(
-    model: Model,
-    method: str,
-    steps: int,
-    seconds: float,
-    folder: Path,
-    best: dict,
-    n_valid: int,
-    peak: int,
-    forecast: dict | None,
-    next_command: str,
+    run: Run, model: Model, method: str, n_valid: int, peak: int, forecast: dict | None, next_command: str
 ) -> list[str]:
-    """The lines. folder: the model to take away; best: its metrics, of n_valid examples that were held out, or empty.
+    """The lines of a run that ended with `model`. n_valid: examples that were held out.
 
     peak: bytes of the process, at most; forecast: memory and seconds a step as planned, or None. Speed and losses are
     read from the run's metrics.jsonl, which also has what came before a resume.
     """
-    history = read_history(folder.parent)
-    time = f"{steps:,} step{'s' if steps > 1 else ''} in {seconds:.1f} s"
+    history = read_history(run.out)
+    time = f"{run.steps:,} step{'s' if run.steps > 1 else ''} in {run.seconds:.1f} s"
     if history:
         speed = statistics.median(step["train/tokens_per_second"] for step in history)
         time += f", {speed:,.0f} tokens/s in the median step"
@@ -40,13 +44,13 @@ def summarize(
     kind = "an adapter that PEFT loads" if model.adapter else "a model that transformers loads"
     rows = {
         "learned": f"{learned(model)} ({method}: {trained:,} of {model.size():,} parameters)",
-        "quality": quality(model, best, n_valid, history),
+        "quality": quality(model, run.metrics, n_valid, history),
         "time": time,
         "memory": memory(model, peak),
     }
     if forecast and history:
-        rows["forecast"] = beside(forecast, measured(folder.parent, model.device))
-    rows |= {"model": f"{folder} ({kind})", "next": next_command}
+        rows["forecast"] = beside(forecast, measured(run.out, model.device))
+    rows |= {"model": f"{run.model} ({kind})", "next": next_command}
     return [printable(f"{name:<8}  {text}") for name, text in rows.items()]
 
 
@@ -71,12 +75,12 @@ def measured(run: Path, device: torch.device) -> dict:
 
 def beside(forecast: dict, found: dict) -> str:
     """A forecast and what was measured, in words."""
-    memory, seconds = forecast["memory"], forecast["seconds"]
-    real_memory, real_seconds = found["memory"], max(found["seconds"], 1e-9)
-    more, slower = memory / real_memory - 1, seconds / real_seconds - 1
+    seconds = max(found["seconds"], 1e-9)
+    more = forecast["memory"] / found["memory"] - 1
+    slower = forecast["seconds"] / seconds - 1
     return (
-        f"{memory / 1e6:,.0f} MB, {seconds:.3g} s a step; "
-        f"it took {real_memory / 1e6:,.0f} MB ({more:+.0%}), {real_seconds:.3g} s ({slower:+.0%})"
+        f"{forecast['memory'] / 1e6:,.0f} MB, {forecast['seconds']:.3g} s a step; "
+        f"it took {found['memory'] / 1e6:,.0f} MB ({more:+.0%}), {seconds:.3g} s ({slower:+.0%})"
     )
 
 
@@ -98,7 +102,8 @@ def quality(model: Model, best: dict, n_valid: int, history: list[dict]) -> str:
         return f"{text}, the best, after step {steps[0]:,}" if steps else text
     losses = [step["train/loss"] for step in history] or [math.nan]
     few = max(1, min(10, len(losses) // 2))  # a mean of some, for the loss of a single step is noise
-    first, last = statistics.mean(losses[:few]), statistics.mean(losses[-few:])
+    first = statistics.mean(losses[:few])
+    last = statistics.mean(losses[-few:])
     return f"training loss {first:.3f}, {last:.3f} at the end; none held out (see --valid)"
 
 
