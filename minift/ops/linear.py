@@ -28,7 +28,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (N, out), without gradients. x (N, in), w (out, in) with any strides, bias (out,) or None."""
     if bias is not None:
         bias = bias.to(x.dtype)
-    if takes(x, w, w.numel()):
+    if takes(x, w, w.numel()) and (w.is_contiguous() or is_faster_turned()):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
 
@@ -87,7 +87,13 @@ def is_faster() -> bool:
     """Whether this is a CPU on which oneDNN was measured to be faster, and torch has it."""
     keep_few_products()
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and "AMD" in cpu() and "avx512f" in cpu()
+    return there and "AMD" in cpu() and "avx2" in cpu()
+
+
+@cache
+def is_faster_turned() -> bool:
+    """The same with a matrix that does not lie by rows, as W in dy W: not without AVX-512."""
+    return is_faster() and "avx512f" in cpu()
 
 
 @cache

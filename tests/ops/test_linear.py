@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not there, reason="torch without oneDNN")
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     monkeypatch.setattr(ops, "is_faster", lambda: True)
+    monkeypatch.setattr(ops, "is_faster_turned", lambda: True)
     monkeypatch.setattr(ops, "is_faster_for_weights", lambda: True)
     monkeypatch.setattr(native, "mode", "auto")
     monkeypatch.setattr(ops, "LEAST", 1)
@@ -118,7 +119,7 @@ GROWTH = """
 import sys, ctypes, torch
 from minift.ops import linear, native
 if sys.argv[1] == "bounded": linear.keep_few_products()
-linear.is_faster = lambda: True
+linear.is_faster = linear.is_faster_turned = lambda: True
 linear.LEAST = 1
 
 def used():
