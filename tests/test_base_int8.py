@@ -17,6 +17,7 @@ import minift
 from minift.data.batch import pack
 from minift.errors import InputError
 from minift.layers.int8 import Packed as Int8Linear
+from minift.ops import int8
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,33 @@ def test_it_computes_nearly_what_the_floats_do(family, tmp_path):
     want, _ = logits(whole, family)
     found, _ = logits(packed, family)
     assert (found - want).norm() < 0.05 * want.norm()
+
+
+@FAMILY
+def test_an_adapter_has_the_same_bits_however_products_are_made(family, tmp_path, monkeypatch):
+    """By the instructions for it (where there are), by the kernel or by float32: sums of codes are exact in each."""
+    base(family, tmp_path / "base")
+    task = CLASSES[family][1]
+    ways = [int8.multiply_here, int8.multiply_by_floats]
+    if int8.has_int_mm():
+        ways.append(torch._int_mm)
+    ids = random_ids([9, 30, 17, 24])
+    examples = [sequence(i, x, [0], [i % 2]) for i, x in enumerate(ids)]
+    if task == "complete":
+        examples = [sequence(i, x, list(range(5, len(x))), x[5:]) for i, x in enumerate(ids)]
+    found = []
+    for way in ways:
+        calls = []
+        monkeypatch.setattr(int8, "multiply", lambda x, w, way=way, calls=calls: calls.append(1) or way(x, w))
+        model, _ = minift.load(tmp_path / "base", task=task, base="int8")
+        minift.add_lora(model)
+        job = minift.prepare(model, task=task)
+        for step in range(3):
+            minift.train_step(job, examples, step, 1e-2)
+        assert calls
+        found.append([p.detach().clone() for p in job.parameters])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @FAMILY
