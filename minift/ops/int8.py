@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .compile import cpu
 
 KEEP, MOST = 16, 64  # KEEP stands in kernels/cpu/int8.cpp too
 ROWS = 4  # of a tile of kernels/cpu/int8.cpp
@@ -102,7 +103,7 @@ def multiply(x: Tensor, w: Tensor) -> Tensor:
 @cache
 def has_int_mm() -> bool:
     """Whether the CPU has instructions for torch._int_mm, and they are used: without them it is slow, or not exact."""
-    if not torch.cpu._is_vnni_supported():
+    if "avx512_vnni" not in cpu():
         return False
     x = torch.full((64, 512), 127, dtype=torch.int8, device="cpu")
     right = torch.full((64, 64), 512 * 127 * 127, dtype=torch.int32, device="cpu")
