@@ -9,7 +9,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface-hub is imported: no test may look outside
 
-# before torch is: threads that wait let the threads of other tests run, of which there are more than cores
+# before torch is: the processes of `pytest -n` share the cores, and whoever waits for a core does not spin meanwhile
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402

@@ -41,12 +41,12 @@ class Job:
 
 
 CLASSIFY = (
-    Job("reviews-full", "all weights", "--epochs 10 --lr 1e-4"),
-    Job("reviews-lora", "LoRA", "--method lora --epochs 12 --lr 1e-3"),
-    Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --base nf4 --epochs 12 --lr 1e-3"),
+    Job("reviews-full", "all weights", "--epochs 5 --lr 1e-4"),
+    Job("reviews-lora", "LoRA", "--method lora --epochs 5 --lr 1e-3"),
+    Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --base nf4 --epochs 5 --lr 1e-3"),
 )
 COMPLETE = Job(
-    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 8 --lr 1e-3"
+    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 4 --lr 2e-3"
 )
 
 REVIEWS = ("Not a bad film at all.", "I wanted to love it, but I nearly fell asleep.")

@@ -8,6 +8,7 @@ gradients underflow.
 import torch
 
 from ..errors import InputError
+from ..ops.linear import cpu_bfloat16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +28,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype, reason) for `--precision auto|fp32|bf16|fp16` on a device."""
     fast, what = native_bf16(device)
     if wanted == "bf16" and not fast:
-        return torch.bfloat16, f"asked for, but slower than fp32: {what}"
+        return torch.bfloat16, f"asked for: less memory than fp32, and no faster, for {what}"
     if wanted != "auto":
         return DTYPES[wanted], "asked for"
     if fast:
@@ -42,8 +43,7 @@ def native_bf16(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"CUDA sm_{major}{minor}"
-    # not torch.ops.mkldnn._is_mkldnn_bf16_supported: it says yes where bfloat16 is emulated, several times slower
-    for name, has in (("AMX", torch.cpu._is_amx_tile_supported), ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported)):
-        if has():
-            return True, f"the CPU has {name}"
+    what = cpu_bfloat16()
+    if what:
+        return True, f"the CPU has {what}"
     return False, "the CPU has neither AMX nor AVX512-BF16"

@@ -3,8 +3,9 @@
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum over rows of dy
 
 torch.mm is MKL's, which leaves 5 to 20 % of y and dx on AMD's Zen 4, and half of everything on Zen 5, to oneDNN, the
-other library inside torch's wheels (benchmarks/LOG.md, 2026-11-25). Anywhere else, in other dtypes and with --kernels
-reference all are torch's own. N tokens.
+other library inside torch's wheels (benchmarks/LOG.md, 2026-11-25). In bfloat16, on a CPU that has no products of
+them, both take five times as long as in float32; there the numbers are made float32 a part at a time, and the sums are
+rounded once, as the instructions do it. Anywhere else and with --kernels reference all are torch's own. N tokens.
 """
 
 import os
@@ -22,6 +23,7 @@ from .compile import cpu
 
 LEAST = 1 << 16  # weights of a matrix that is worth it
 TOKENS, OUT = 704, 3072  # of dy in a piece of dW's product: it is turned round first, which has to stay in the cache
+AS_FLOATS = 1 << 20  # weights of a bfloat16 matrix that are float32 at once
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,6 +32,8 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = bias.to(x.dtype)
     if takes(x, w, w.numel()) and (w.is_contiguous() or is_faster_turned()):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    if goes_by_floats(x):
+        return product_by_floats(x, w, bias)
     return F.linear(x, w, bias)
 
 
@@ -39,6 +43,8 @@ def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None, dtype: to
     dtype: of the result, and of `onto`, where it is another than that of dy and x.
     """
     wider = dtype is not None and dtype != x.dtype
+    if dtype == torch.float32 and goes_by_floats(x):
+        return weight_gradient_by_floats(dy, x, onto)
     if wider and x.is_cuda:  # the sums are float32 on the way there, and are not rounded
         if onto is None:
             return torch.mm(dy.t(), x, out_dtype=dtype)
@@ -62,6 +68,13 @@ def weight_gradient(dy: Tensor, x: Tensor, onto: Tensor | None = None, dtype: to
     for i in range(0, out, OUT):
         onto[i : i + OUT] += piece(dy[:, i : i + OUT], x)
     return onto
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b in a's dtype, without gradients: for narrow matrices, which nobody multiplies faster than torch."""
+    if goes_by_floats(a):
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b
 
 
 def piece(dy: Tensor, x: Tensor) -> Tensor:
@@ -102,6 +115,57 @@ def is_faster_for_weights() -> bool:
     return is_faster() and "avx_vnni" in cpu()
 
 
+# ---- bfloat16 on a CPU without instructions for it
+
+
+def goes_by_floats(x: Tensor) -> bool:
+    """Whether products with x are made in float32 and rounded."""
+    return x.dtype == torch.bfloat16 and x.is_cpu and native.mode != "reference" and not cpu_bfloat16()
+
+
+def cpu_bfloat16() -> str:
+    """What multiplies bfloat16 matrices in this CPU, or "" where nothing does."""
+    # not torch.ops.mkldnn._is_mkldnn_bf16_supported: it says yes where oneDNN makes do without
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX512-BF16"
+    return ""
+
+
+def product_by_floats(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, (N, out), of bfloat16 numbers, the float32 sums rounded once."""
+    if not w.is_contiguous():  # W lies by columns, as in dy W: some of them at a time add to all sums
+        sums = torch.zeros(len(x), len(w))
+        columns = max(1, AS_FLOATS // max(1, len(w)))
+        for x_part, w_part in zip(x.split(columns, 1), w.split(columns, 1), strict=True):
+            sums.addmm_(x_part.float(), w_part.float().t())
+        if bias is not None:
+            sums += bias
+        return sums.to(x.dtype)
+
+    floats = x.float()
+    y = x.new_empty(len(x), len(w))
+    rows = max(1, AS_FLOATS // max(1, w.shape[1]))
+    for i in range(0, len(w), rows):
+        b = None
+        if bias is not None:
+            b = bias[i : i + rows].float()
+        y[:, i : i + rows] = product(floats, w[i : i + rows].float(), b)
+    return y
+
+
+def weight_gradient_by_floats(dy: Tensor, x: Tensor, onto: Tensor | None) -> Tensor:
+    """dy^T x, (out, in), of bfloat16 numbers in float32, which is not rounded; added to `onto`, if there is one."""
+    if onto is None:
+        onto = torch.zeros(dy.shape[1], x.shape[1])
+    floats = x.float()
+    rows = max(1, AS_FLOATS // max(1, len(x)))
+    for i in range(0, len(onto), rows):
+        onto[i : i + rows].addmm_(dy[:, i : i + rows].float().t(), floats)
+    return onto
+
+
 def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of dy (N, out) over rows, (out,), in `dtype`."""
     if dy.is_cuda:
@@ -138,7 +202,7 @@ class Linear(torch.autograd.Function):
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (N, out), in x's dtype. x (N, in); w (out, in), bias (out,) or None, of any."""
-    if w.dtype != x.dtype or takes(x, w, w.numel()):
+    if w.dtype != x.dtype or takes(x, w, w.numel()) or goes_by_floats(x):
         return Linear.apply(x, w, bias)
     if bias is not None:
         bias = bias.to(x.dtype)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import native
 from .dropout import Drop, dropped, for_kernels
+from .linear import goes_by_floats, matmul
 
 MOST = 16  # ranks that the kernel takes; beyond, and without dropout, torch.mm is as fast
 STRIP = 64  # columns that it works on at once
@@ -35,6 +36,8 @@ class LoRA(torch.autograd.Function):
         ctx.products = products
         ctx.scale = scale
         ctx.drop = drop
+        if goes_by_floats(y):
+            return y.add_(matmul(h, B.to(x.dtype).t()), alpha=scale)
         return y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
 
     @staticmethod
@@ -42,13 +45,13 @@ class LoRA(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, h, A, B = ctx.saved_tensors
         needs_x, needs_bias, _, needs_B, *_ = ctx.needs_input_grad
-        g = (dy @ B.to(dy.dtype)) * ctx.scale  # (N, R)
+        g = matmul(dy, B.to(dy.dtype)) * ctx.scale  # (N, R)
         dx = dbias = dB = None
         if needs_x:
             dx = ctx.products.times_transposed(dy)
         dA = spread(x, g, A, dx, ctx.drop)  # and the update's part of dx
         if needs_B:
-            dB = (dy.t() @ h).to(B.dtype) * ctx.scale
+            dB = matmul(dy.t(), h).to(B.dtype) * ctx.scale
         if needs_bias:
             dbias = dy.float().sum(0)
         return dx, dbias, dA, dB, None, None, None
@@ -60,7 +63,7 @@ def shrink(x: Tensor, A: Tensor, drop: Drop | None) -> Tensor:
     if lib is None:
         if drop is not None:
             x = dropped(x, drop)
-        return x @ A.to(x.dtype).t()
+        return matmul(x, A.to(x.dtype).t())
 
     x = x.contiguous()
     a = padded(A)
@@ -98,14 +101,16 @@ def spread(x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, drop: Drop
 def reference_spread(x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, drop: Drop | None) -> Tensor | None:
     """The same with PyTorch."""
     if dx is not None and drop is not None:
-        dx += dropped(g @ A.to(g.dtype), drop)
+        dx += dropped(matmul(g, A.to(g.dtype)), drop)
+    elif dx is not None and goes_by_floats(dx):
+        dx += matmul(g, A.to(g.dtype))
     elif dx is not None:
         dx.addmm_(g, A.to(g.dtype))
     if x is None:
         return None
     if drop is not None:
         x = dropped(x, drop)
-    return (g.t() @ x).to(A.dtype)
+    return matmul(g.t(), x).to(A.dtype)
 
 
 def kernel(A: Tensor, drop: Drop | None, *tensors: Tensor | None):

@@ -115,6 +115,55 @@ def test_what_is_left_to_torch(monkeypatch):
     assert torch.equal(ops.weight_gradient(x, x), x.t() @ x) and torch.equal(ops.product(x, w), x @ w.t())
 
 
+# ---- bfloat16 on a CPU without instructions for it
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch):
+    """A CPU that does not multiply bfloat16, and parts that are small enough for there to be several."""
+    monkeypatch.setattr(ops, "cpu_bfloat16", lambda: "")
+    monkeypatch.setattr(ops, "AS_FLOATS", 1000)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 250])
+@pytest.mark.parametrize("width, out", [(768, 64), (65, 129), (1, 3), (40, 1001)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_bfloat16_by_floats(rows, width, out, has_bias, plain_cpu):
+    """y and dx are the exact sums, rounded once, and dW is not rounded: W is float32 where it learns."""
+    torch.manual_seed(rows)
+    x, w = torch.randn(rows, width).bfloat16().requires_grad_(), torch.randn(out, width, requires_grad=True)
+    bias = torch.randn(out, requires_grad=True) if has_bias else None
+    y = ops.linear(x, w, bias)
+    dy = torch.randn(rows, out).bfloat16()
+    y.backward(dy)
+    x, rounded = x.double(), w.bfloat16().double()
+    exact_y = x @ rounded.t() + (bias.bfloat16().double() if has_bias else 0)
+    exact_dw = dy.double().t() @ x
+    torch.testing.assert_close(y, exact_y.bfloat16(), rtol=0.008, atol=1e-4)  # a last place, where sums lie between two
+    torch.testing.assert_close(w.grad, exact_dw.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_by_floats_in_every_way(plain_cpu, monkeypatch):
+    """dx by a matrix that lies by columns, with a bias too; a gradient on top of another; narrow matrices; and only
+    there: not where the CPU multiplies them, nor with --kernels reference."""
+    x, dy, w = torch.randn(30, 50).bfloat16(), torch.randn(30, 70).bfloat16(), torch.randn(70, 50).bfloat16()
+    bias, onto = torch.randn(50).bfloat16(), torch.randn(70, 50)
+    want = dy.double() @ w.double() + bias.double()
+    torch.testing.assert_close(ops.product(dy, w.t(), bias), want.bfloat16(), rtol=0.008, atol=1e-4)
+    torch.testing.assert_close(ops.matmul(x, w.t()), (x.double() @ w.double().t()).bfloat16(), rtol=0.008, atol=1e-4)
+    want = onto.double() + dy.double().t() @ x.double()
+    assert ops.weight_gradient(dy, x, onto, torch.float32) is onto
+    torch.testing.assert_close(onto, want.float())
+    assert ops.weight_gradient(dy, x).dtype == torch.bfloat16
+    assert ops.goes_by_floats(x) and not ops.goes_by_floats(x.float())
+    assert not ops.goes_by_floats(torch.ones(2, dtype=torch.bfloat16, device="meta"))
+    monkeypatch.setattr(native, "mode", "reference")
+    assert not ops.goes_by_floats(x)
+    monkeypatch.setattr(native, "mode", "auto")
+    monkeypatch.setattr(ops, "cpu_bfloat16", lambda: "AMX")
+    assert not ops.goes_by_floats(x)
+
+
 GROWTH = """
 import sys, ctypes, torch
 from minift.ops import linear, native
