@@ -9,14 +9,17 @@ with its holes. Seconds are those of a step of the median size, whose parts are 
 """
 
 import copy
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +48,10 @@ from .tasks import task_named
 from .training import accumulate, update
 
 LOOK = 1000  # steps whose micro-batches are looked at
+SOME = 4  # micro-batches of a step that are run: the others are like them
 META = torch.device("meta")
 STEP = 1.25  # between two numbers of tokens that --fit tries
-TIMING = 5 << 26  # bytes at most that a forecast takes to be made, with the compiler of torch that is imported for it
+TIMING = 1 << 28  # bytes at most that a forecast takes to be made
 FITTED = ("tokens", "recompute", "base")  # the options that --fit chooses
 OFF, ALWAYS = 1.05, 16e6  # a forecast of memory may be off by a twentieth and so many bytes: --fit leaves that room
 
@@ -203,14 +207,19 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
     by_size = sorted(steps, key=lambda micros: sum(map(count_tokens, micros)))
     median = by_size[len(by_size) // 2]
     load_kernels(job.config, device)
-    typical = run_on_meta(job, median)
+    some = median[:SOME]
+    times = sum(map(count_tokens, median)) / sum(map(count_tokens, some))
+    typical = run_on_meta(job, some)
     memory.trim()
     before, _ = resident()
-    seconds = seconds_of(typical, dtype, device)
+    seconds = times * seconds_of(typical, dtype, device)
     memory.trim()
     after, _ = resident()
     rates.kept += max(0, after - before)
-    ledger = typical if largest is median else run_on_meta(job, largest)
+    ledger = typical
+    if largest is not median or len(largest) > SOME:
+        by_tokens = sorted(largest, key=count_tokens)
+        ledger = run_on_meta(job, largest if len(largest) <= SOME else by_tokens[-SOME:])
     _, libraries = resident()  # of which the timing has read in as much as a run does
     return Plan(
         config=job.config,
@@ -224,7 +233,7 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
         largest=max(map(count_tokens, largest)),
         tokens=sum(map(count_tokens, median)),
         micro_batches=len(median),
-        flops=sum(typical.flops.values()),
+        flops=round(times * sum(typical.flops.values())),
         seconds=seconds,
         trained=sum(p.numel() for p in job.parameters),
         weights=job.model.size(),
@@ -262,12 +271,52 @@ def run_on_meta(job: Job, micros: list[list[Sequence]]) -> Ledger:
     """
     ledger = Ledger(job.model)
     try:
-        two_steps(job, micros, ledger)
+        with without_compiler():
+            two_steps(job, micros, ledger)
     except (NotImplementedError, RuntimeError) as e:
         if "meta" not in str(e).lower():
             raise
         raise InputError(f"--task {job.config.task} reads the numbers of a batch, and has no plan ({e})") from e
     return ledger
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keeps PyTorch from importing its compiler, which takes two seconds and 70 MB and compiles nothing here.
+
+    What it knows of shapes on the meta device is in Python, and each such function, at its first call, is told to the
+    compiler as one to leave alone. Meanwhile a module that takes no notice of that stands there in its place.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = torch._dynamo = NoCompiler(name)
+    try:
+        yield
+    finally:
+        if isinstance(sys.modules.get(name), NoCompiler):
+            NoCompiler.leave()
+
+
+class NoCompiler(ModuleType):
+    """What is asked for instead of torch._dynamo."""
+
+    def disable(self, function: Callable, *_, **__) -> Callable:
+        """The function, which nobody compiles."""
+        return function
+
+    def __getattr__(self, attribute: str):
+        """Anything else is the real one's, which then takes its place."""
+        if attribute.startswith("__"):  # of modules in general
+            raise AttributeError(attribute)
+        self.leave()
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+    @staticmethod
+    def leave() -> None:
+        """Gives back the place."""
+        del sys.modules["torch._dynamo"], torch._dynamo
 
 
 def two_steps(job: Job, micros: list[list[Sequence]], ledger: Ledger) -> None:

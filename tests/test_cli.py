@@ -21,6 +21,7 @@ from helpers import command, fails, losses, metrics, model_and_data, peer, pytho
 
 from minift.tasks import classify
 
+FORECASTS = True  # conftest.py
 TRAIN = "train --model {run}/model --data {run}/train.tsv"
 EVAL = "eval --model {run}/runs/a --data {run}/test.tsv --json"
 

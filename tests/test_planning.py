@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import minift
+from minift import planning
 from minift.config import PlanConfig, size_of
 from minift.data.batch import pack
 from minift.engine import memory
@@ -28,6 +29,7 @@ from minift.planning import forecast, run_on_meta
 from minift.setup import Engine, make_job
 from minift.training import accumulate, update
 
+FORECASTS = True  # conftest.py
 CPU = torch.device("cpu")
 META = torch.device("meta")
 LENGTHS = [40, 7, 23, 31]
@@ -275,6 +277,51 @@ def test_seconds_grow_with_the_step(middling):
     assert large.bound[1] <= large.seconds * 1.5
 
 
+def test_many_micro_batches_are_told_from_some(middling, monkeypatch):
+    """Sequences have one length here: the count is that of all micro-batches, or as many times that of some."""
+    options = dict(model=f"{middling}/bert", data=f"{middling}/data.jsonl", batch=32, init="random", tokens=150)
+    of_some = forecast(PlanConfig(**options))
+    monkeypatch.setattr(planning, "SOME", 1000)
+    of_all = forecast(PlanConfig(**options))
+    assert of_some.micro_batches == of_all.micro_batches > 4
+    assert of_some.flops == pytest.approx(of_all.flops, rel=0.01)
+    assert of_some.held == pytest.approx(of_all.held, rel=0.01)
+
+
+WITHOUT_COMPILER = """
+import sys
+from minift.config import PlanConfig
+from minift.planning import forecast
+forecast(PlanConfig(model=sys.argv[1] + "/bert", data=sys.argv[1] + "/data.jsonl", batch=2, init="random"))
+assert "torch._dynamo" not in sys.modules
+import torch
+double = torch.compile(lambda x: 2 * x, backend="eager")  # which is there for whoever wants it
+assert double(torch.ones(1)).item() == 2 and "torch._dynamo" in sys.modules
+print("done")
+"""
+
+
+def test_a_plan_does_not_import_torchs_compiler(middling):
+    assert python(WITHOUT_COMPILER, middling) == "done\n"
+
+
+GIVES_WAY = """
+import sys, torch
+from minift import planning
+with planning.without_compiler():
+    assert torch._dynamo.disable(len, recursive=True) is len and isinstance(torch._dynamo, planning.NoCompiler)
+    assert torch._dynamo.is_compiling() is False  # which a stand-in does not know
+    assert not isinstance(sys.modules["torch._dynamo"], planning.NoCompiler)
+with planning.without_compiler():
+    assert not isinstance(torch._dynamo, planning.NoCompiler)
+print("done")
+"""
+
+
+def test_a_stand_in_for_the_compiler_gives_way():
+    assert python(GIVES_WAY) == "done\n"
+
+
 @pytest.mark.parametrize(
     "text, size", [("2GB", 2 * 10**9), ("900 mb", 9 * 10**8), ("1.5GiB", 3 * 2**29), ("0.5kB", 500)]
 )
@@ -336,5 +383,5 @@ def test_no_forecast_where_there_is_no_memory_for_one(middling, tmp_path, monkey
     """A run that fits ends well, whatever a forecast of it would take."""
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     line = f"train --model {middling}/bert --init random --data {middling}/data.jsonl --steps 1 --out {tmp_path}/run"
-    assert "no forecast: it would take 336 MB" in works(line).err
+    assert "no forecast: it would take 268 MB" in works(line).err
     assert (tmp_path / "run/last").is_dir() and not (tmp_path / "run/ledger.json").exists()

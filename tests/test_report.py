@@ -22,6 +22,7 @@ from minift.measure.pictures import Curve, Panel
 
 pytest.importorskip("matplotlib")
 
+FORECASTS = True  # conftest.py
 FULL = "train --model {t}/model --data {t}/train.tsv --valid {t}/valid.tsv --out {t}/full --epochs 2"
 LORA = FULL.replace("/full", "/lora") + " --method lora --rank 2"
 GPT2 = "train --model {t}/gpt2 --task complete --data {t}/facts.jsonl --out {t}/gpt --method lora --rank 2 --epochs 1"

@@ -14,6 +14,7 @@ from helpers import Said, cli, metrics, model_and_data, reviews, small_gpt2, wor
 from minift import tables
 from minift.tasks import task_named
 
+FORECASTS = True  # conftest.py
 TRAIN = "train --model {f}/model --data {f}/train.tsv --steps 6 --lr 2e-3 --kernels reference"
 NAMES = ["learned", "quality", "time", "memory", "forecast", "model", "next"]
 

@@ -46,7 +46,7 @@ CLASSIFY = (
     Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --base nf4 --epochs 5 --lr 1e-3"),
 )
 COMPLETE = Job(
-    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 4 --lr 2e-3"
+    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 3 --lr 3e-3"
 )
 
 REVIEWS = ("Not a bad film at all.", "I wanted to love it, but I nearly fell asleep.")

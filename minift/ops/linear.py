@@ -119,8 +119,10 @@ def is_faster_for_weights() -> bool:
 
 
 def goes_by_floats(x: Tensor) -> bool:
-    """Whether products with x are made in float32 and rounded."""
-    return x.dtype == torch.bfloat16 and x.is_cpu and native.mode != "reference" and not cpu_bfloat16()
+    """Whether products with x are made in float32 and rounded. On the meta device as on the CPU, if there is no GPU."""
+    if x.dtype != torch.bfloat16 or x.is_cuda or native.mode == "reference" or cpu_bfloat16():
+        return False
+    return x.is_cpu or not torch.cuda.is_available()
 
 
 def cpu_bfloat16() -> str:
@@ -136,7 +138,7 @@ def cpu_bfloat16() -> str:
 def product_by_floats(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (N, out), of bfloat16 numbers, the float32 sums rounded once."""
     if not w.is_contiguous():  # W lies by columns, as in dy W: some of them at a time add to all sums
-        sums = torch.zeros(len(x), len(w))
+        sums = x.new_zeros(len(x), len(w), dtype=torch.float32)
         columns = max(1, AS_FLOATS // max(1, len(w)))
         for x_part, w_part in zip(x.split(columns, 1), w.split(columns, 1), strict=True):
             sums.addmm_(x_part.float(), w_part.float().t())
@@ -158,7 +160,7 @@ def product_by_floats(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def weight_gradient_by_floats(dy: Tensor, x: Tensor, onto: Tensor | None) -> Tensor:
     """dy^T x, (out, in), of bfloat16 numbers in float32, which is not rounded; added to `onto`, if there is one."""
     if onto is None:
-        onto = torch.zeros(dy.shape[1], x.shape[1])
+        onto = x.new_zeros(dy.shape[1], x.shape[1], dtype=torch.float32)
     floats = x.float()
     rows = max(1, AS_FLOATS // max(1, len(x)))
     for i in range(0, len(onto), rows):
