@@ -119,10 +119,12 @@ def is_faster_for_weights() -> bool:
 
 
 def goes_by_floats(x: Tensor) -> bool:
-    """Whether products with x are made in float32 and rounded. On the meta device as on the CPU, if there is no GPU."""
-    if x.dtype != torch.bfloat16 or x.is_cuda or native.mode == "reference" or cpu_bfloat16():
+    """Whether products with x are made in float32 and rounded."""
+    if x.dtype != torch.bfloat16 or native.mode == "reference" or cpu_bfloat16():
         return False
-    return x.is_cpu or not torch.cuda.is_available()
+    if x.is_meta:  # a plan's, which is for the GPU where there is one
+        return not torch.cuda.is_available()
+    return x.is_cpu
 
 
 def cpu_bfloat16() -> str:
