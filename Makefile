@@ -1,4 +1,4 @@
-# setup: an environment with everything that tests and benchmarks need. quick: 90 seconds on two cores. test: all of it.
+# setup: an environment with everything that tests and benchmarks need. quick: without slow tests. test: all of it.
 PYTHON ?= python
 
 setup:
