@@ -48,7 +48,7 @@ from .tasks import task_named
 from .training import accumulate, update
 
 LOOK = 1000  # steps whose micro-batches are looked at
-SOME = 4  # micro-batches of a step that are run: the others are like them
+SOME = 4  # micro-batches of a step that are run: others are taken to be like them, by their tokens
 META = torch.device("meta")
 STEP = 1.25  # between two numbers of tokens that --fit tries
 TIMING = 1 << 28  # bytes at most that a forecast takes to be made
@@ -216,10 +216,12 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
     memory.trim()
     after, _ = resident()
     rates.kept += max(0, after - before)
-    ledger = typical
-    if largest is not median or len(largest) > SOME:
-        by_tokens = sorted(largest, key=count_tokens)
-        ledger = run_on_meta(job, largest if len(largest) <= SOME else by_tokens[-SOME:])
+    if len(largest) > SOME:
+        ledger = run_on_meta(job, sorted(largest, key=count_tokens)[-SOME:])
+    elif largest is median:
+        ledger = typical
+    else:
+        ledger = run_on_meta(job, largest)
     _, libraries = resident()  # of which the timing has read in as much as a run does
     return Plan(
         config=job.config,
@@ -295,8 +297,7 @@ def without_compiler() -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(sys.modules.get(name), NoCompiler):
-            NoCompiler.leave()
+        NoCompiler.leave()
 
 
 class NoCompiler(ModuleType):
@@ -315,8 +316,9 @@ class NoCompiler(ModuleType):
 
     @staticmethod
     def leave() -> None:
-        """Gives back the place."""
-        del sys.modules["torch._dynamo"], torch._dynamo
+        """Gives back the place, if the real one does not have it yet."""
+        if isinstance(sys.modules.get("torch._dynamo"), NoCompiler):
+            del sys.modules["torch._dynamo"], torch._dynamo
 
 
 def two_steps(job: Job, micros: list[list[Sequence]], ledger: Ledger) -> None:

@@ -14,6 +14,8 @@ from helpers import peer, small_bert
 
 from minift.data.tokenizer import BERT, read_tokenizer
 
+FORECASTS = True  # conftest.py
+
 ROWS = [
     {"text": "the film is", "choices": ["good and fine", "bad", "dull plot it"], "label": 0},
     {"text": "a bad plot", "choices": ["great", "poor and so dull"], "label": 1},

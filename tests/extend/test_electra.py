@@ -15,6 +15,8 @@ from helpers import VOCABULARY, reviews
 
 from minift.data.tokenizer import BERT, read_tokenizer
 
+FORECASTS = True  # conftest.py
+
 peft = pytest.importorskip("peft")
 SIZES = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,

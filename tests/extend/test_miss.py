@@ -14,6 +14,8 @@ from helpers import peer, reviews, small_bert
 
 from minift.data.tokenizer import BERT, read_tokenizer
 
+FORECASTS = True  # conftest.py
+
 peft = pytest.importorskip("peft")
 NAMES = {0: "blame", 1: "praise"}
 ROWS = [{"text": "a good film", "label": "praise"}, {"text": "the plot was so dull and bad", "label": "blame"}]
