@@ -27,7 +27,8 @@ from .evaluation import TOKENS, predictions
 from .files import check_output_file, write_text
 from .generation import Sampling, completions
 from .measure.examples import Curve
-from .measure.report import NO_PLOTS, Asked, Hard, Seen, can_draw, page
+from .measure.html import NO_PLOTS, can_draw
+from .measure.report import Asked, Hard, Seen, page
 from .measure.track import result_columns, say
 from .models import Model, check_length
 from .runs import read_examples

@@ -10,7 +10,7 @@ put around its layers.
 import re
 import typing
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -65,74 +65,102 @@ def load(
     "shapes" leaves them on the meta device, without values (planning.py).
     Raises InputError. What was loaded, drawn and left out is in model.report.
     """
-    given = resolve(source)
-    notes: list[str] = []
-    adapter, adapter_task, folder = find_adapter(given, base_model, notes)
-    if base_model and adapter is None:
-        raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
-    if adapter is None:
-        extra = {}
-        settings = read_settings(folder)
-    else:
-        extra = adapter_tensors(given)
-        settings = settings_with_run(folder, given)
-        task = task_of_adapter(given, task, adapter_task, settings)
-    of_run = settings.pop("minift", {})  # what a run said of itself, beside the hub's settings
+    place = locate(source, base_model)
     if init == "random":
-        check_random(settings, adapter is not None, given)
+        check_random(place)
+    task = task or place.task
+    classes = find_classes(place.settings, place.folder / "config.json", task, labels, ordered)
+    fresh_classes = classes.fresh and place.adapter is None
 
     # an adapter's head is first read as it is; its rows are settled below, when all weights are there
-    classes = find_classes(settings, folder / "config.json", task, labels, ordered)
-    model = build(settings, folder, task, classes.first_rows(adapter is not None), dropout)
-    model.max_length = of_run.get("max_length", 0)
+    model = build(place.settings, place.folder, task, classes.first_rows(place.adapter is not None), dropout)
+    model.max_length = place.of_run.get("max_length", 0)
     model.source = address(source)
-    base = base or of_run.get("base", "")
-    pack_layers(model, folder, base if base in BASES else "")
-    fresh_classes = classes.fresh and adapter is None
+    base = base or place.of_run.get("base", "")
+    pack_layers(model, place.folder, base if base in BASES else "")
     if fresh_classes:
         model.set_last(on_meta(model.last, len(classes.rows)))  # though the file has it packed
+
     with memory.returned_memory():
         if init == "shapes":
             model.report = Report()
         elif init == "random":
             model.report = draw_all(model, seed)
         else:
-            model.report = fill(model, folder, fresh_head or adapter is not None, seed, fresh_classes)
-    model.report.notes += notes
+            model.report = fill(model, place.folder, fresh_head or place.adapter is not None, seed, fresh_classes)
+    model.report.notes += place.notes
     if init != "shapes":
-        if model.task and isinstance(model.last, PackedLinear):
-            # transformers packs it too; here a head's numbers are looked at, and learn
-            model.set_last(unpacked(model.last))
-        if adapter:
-            peft_format.put_adapter(model, given, adapter, extra)
-        if classes.own is not None:
-            settle_classes(model, classes, seed)
+        finish(model, place, classes, seed)
         if not fresh_head:
-            check_trained(model, given, folder, classes, labels)
+            check_trained(model, place, classes, labels)
         model.to(device)
-    return model, load_tokenizer(model, given, folder)
+    return model, load_tokenizer(model, place.given, place.folder)
 
 
-def task_of_adapter(given: Path, task: str | None, adapter_task: str | None, settings: dict) -> str | None:
-    """The task of an adapter: as asked for, else what it says itself, else what minift wrote beside it."""
-    if adapter_task and not task:  # which other tasks may have the same name for, in PEFT
-        task = task_of_peft(task_named(adapter_task).PEFT_TYPE, settings)
-    return task or task_beside(given)
+@dataclass
+class Place:
+    """Where the parts of a model are, and what is said of it there."""
+
+    given: Path  # the folder that was asked for
+    folder: Path  # of the model: the same, or that of the adapter's base
+    adapter: object | None  # the configuration of the adapter in `given`
+    tensors: dict[str, Tensor]  # the adapter's
+    task: str | None  # that an adapter is for
+    settings: dict  # config.json, with what a run says of labels
+    of_run: dict  # what a run said of itself, beside the hub's settings
+    notes: list[str]  # for whoever loads it
 
 
-def check_trained(model: Model, given: Path, folder: Path, classes: Classes, labels: list[str] | None) -> None:
+def locate(source: str | Path, base_model: str | Path) -> Place:
+    """The place of a model, or of an adapter and its base. Raises InputError."""
+    given = resolve(source)
+    notes: list[str] = []
+    adapter, task, folder = find_adapter(given, base_model, notes)
+    if base_model and adapter is None:
+        raise InputError(f"--base-model is {base_model}, but {source} is no adapter; expected the adapter of a model")
+    if adapter is None:
+        found = {}
+        settings = read_settings(folder)
+    else:
+        found = adapter_tensors(given)
+        settings = settings_with_run(folder, given)
+        if task:  # which other tasks may have the same name for, in PEFT
+            task = task_of_peft(task_named(task).PEFT_TYPE, settings)
+        task = task or task_beside(given)
+    of_run = settings.pop("minift", {})
+    return Place(given, folder, adapter, found, task, settings, of_run, notes)
+
+
+def finish(model: Model, place: Place, classes: Classes, seed: int) -> None:
+    """What is done when all weights are there: the head in float32, the adapter, the rows of the classes."""
+    if model.task and isinstance(model.last, PackedLinear):
+        # transformers packs it too; here a head's numbers are looked at, and learn
+        model.set_last(unpacked(model.last))
+    if place.adapter:
+        peft_format.put_adapter(model, place.given, place.adapter, place.tensors)
+    if classes.own is not None:
+        settle_classes(model, classes, seed)
+
+
+def check_trained(model: Model, place: Place, classes: Classes, labels: list[str] | None) -> None:
     """Raises InputError where what a model says of a text is drawn at random, in whole or for some classes."""
     if model.adapter and model.report.fresh:
-        raise InputError(f"{given}: neither it nor {folder} has a trained {', '.join(model.report.fresh)}")
+        fresh = ", ".join(model.report.fresh)
+        raise InputError(f"{place.given}: neither it nor {place.folder} has a trained {fresh}")
     if model.report.relabelled:
-        raise InputError(f"{given}: its classes are {classes.own}; expected a head trained for {labels}")
+        raise InputError(f"{place.given}: its classes are {classes.own}; expected a head trained for {labels}")
 
 
-def check_random(settings: dict, is_adapter: bool, given: Path) -> None:
+def check_random(place: Place) -> None:
     """Raises InputError where a folder is for more than the shape of a model whose weights are drawn."""
-    if is_adapter or settings.get("quantization_config"):
-        what = "an adapter" if is_adapter else "a model in few bits"
-        raise InputError(f"{given}: is {what}, which --init random has no use for; expected a model's config.json")
+    what = ""
+    if place.adapter is not None:
+        what = "an adapter"
+    elif place.settings.get("quantization_config"):
+        what = "a model in few bits"
+    if what:
+        found = f"{place.given}: is {what}, which --init random has no use for"
+        raise InputError(f"{found}; expected a model's config.json")
 
 
 def find_classes(settings: dict, path: Path, task: str | None, labels: list[str] | None, ordered: bool) -> Classes:

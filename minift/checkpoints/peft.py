@@ -23,7 +23,8 @@ from ..errors import InputError
 from ..layers.packed import packed_as
 from ..tasks import task_named, task_of_peft
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")
 # config.json of the adapted model. It has another name, for where transformers finds a config.json beside an adapter it
 # takes the folder for a whole model's (an older minift wrote one)
@@ -100,7 +101,8 @@ def modern_names(found: dict[str, Tensor], model: nn.Module, file: ModuleType) -
     Files differ: an adapter's name inside, wrappers in front, no head around the body (`encoder.layer...`).
     file: the method's, which knows its own tensors.
     """
-    renamed, is_bare = {}, False
+    renamed = {}
+    is_bare = False
     tops = {model.hub_name(name).split(".")[0] for name, _ in model.named_modules() if name.count(".") <= 1}
     for name, tensor in found.items():
         name = re.sub(r"modules_to_save\.default(?=\.|$)", "modules_to_save", file.modern_name(name))
@@ -110,7 +112,8 @@ def modern_names(found: dict[str, Tensor], model: nn.Module, file: ModuleType) -
             renamed[name] = tensor
             continue
         if name.split(".")[0] not in tops:
-            name, is_bare = model.family.PREFIX + name, True
+            name = model.family.PREFIX + name
+            is_bare = True
         renamed[tensor_name(model, name)] = tensor
     return renamed, is_bare
 
@@ -146,7 +149,8 @@ def take_embeddings(
     wanted: the adapter's modules_to_save; saved: those of the head. Returns what is frozen, but saved with the adapter
     again, by our names.
     """
-    name, kept = model.family.EMBEDDING + ".weight", ()
+    name = model.family.EMBEDDING + ".weight"
+    kept = ()
     tensor = found.get(tensor_name(model, model.hub_name(name)))
     if tensor is not None and tensor.dim() == 2:
         model.resize(tensor.shape[0])
@@ -174,9 +178,10 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in wrappers(model).items():
         for end, parameter in layer.tensors().items():
             found[tensor_name(model, f"{model.hub_name(name)}.{end}")] = parameter
-    for name, parameter in model.head.named_parameters(prefix="head") if model.head else ():
-        if is_within(model.hub_name(name), model.adapter.saved):
-            found[PREFIX + model.hub_name(name)] = parameter
+    if model.head:
+        for name, parameter in model.head.named_parameters(prefix="head"):
+            if is_within(model.hub_name(name), model.adapter.saved):
+                found[PREFIX + model.hub_name(name)] = parameter
     for name in model.adapter.kept:
         found[tensor_name(model, model.hub_name(name))] = model.get_parameter(name)
     return found

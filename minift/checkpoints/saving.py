@@ -30,8 +30,12 @@ def save(model: Model, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     folder stays. Raises InputError where a file that minift did not write would be replaced, OSError on a full disk.
     """
     folder = Path(folder)
-    names = {peft_format.WEIGHTS, peft_format.CONFIG, peft_format.SETTINGS} if model.adapter else {MODEL, "config.json"}
-    check_folder(folder, names | set(tokenizer.files if tokenizer else ()))
+    names = {MODEL, "config.json"}
+    if model.adapter:
+        names = {peft_format.WEIGHTS, peft_format.CONFIG, peft_format.SETTINGS}
+    if tokenizer:
+        names |= set(tokenizer.files)
+    check_folder(folder, names)
     write_model(model, tokenizer, folder)
 
 
@@ -67,7 +71,9 @@ def write_model(model: Model, tokenizer: Tokenizer | None, folder: Path, write: 
 
 def save_base(model: Model, tokenizer: Tokenizer | None, folder: Path, write: bool = True) -> None:
     """Saves the frozen model under an adapter, and makes its folder the adapter's base."""
-    adapter, model.adapter, layers = model.adapter, None, wrappers(model)
+    adapter = model.adapter
+    layers = wrappers(model)
+    model.adapter = None
     for name, layer in layers.items():
         model.set_submodule(name, layer.frozen)
     write_model(model, tokenizer, folder, write)
@@ -83,7 +89,9 @@ def weights_of(model: Model) -> dict[str, Tensor]:
     for name, hub in hub_names(model).items():
         tensor = whole(leaf_of(layers, name).detach())
         packed = can_pack(layers, name)
-        state[hub] = (tensor.t() if is_transposed(model, hub) and not packed else tensor).contiguous().cpu()
+        if is_transposed(model, hub) and not packed:
+            tensor = tensor.t()
+        state[hub] = tensor.contiguous().cpu()
         if packed:
             layer = layer_of(layers, name)
             state |= {layer.part_name(hub, part): tensor.clone().cpu() for part, tensor in layer.parts().items()}
@@ -95,18 +103,25 @@ def weights_of(model: Model) -> dict[str, Tensor]:
 def settings_of(model: Model) -> dict:
     """config.json: the checkpoint's own, with the architecture and labels of this model."""
     settings = {k: v for k, v in model.settings.items() if k not in ("_name_or_path", "torch_dtype", "num_labels")}
-    architecture = model.head.architecture if model.head else model.family.ARCHITECTURE
+    architecture = model.family.ARCHITECTURE
+    linears_of_head = []
+    if model.head:
+        architecture = model.head.architecture
+        layers = model.head.named_modules(prefix="head")
+        linears_of_head = [model.hub_name(name) for name, layer in layers if isinstance(layer, Linear)]
     settings |= {"architectures": [architecture], "dtype": "float32"}
     if model.task:
         settings |= task_named(model.task).settings(model)
-    own = {"max_length": model.max_length} if model.max_length else {}
+
+    # what transformers has no place for is in a part of its own
+    own = {}
+    if model.max_length:
+        own["max_length"] = model.max_length
     base = packed_as(model)
     if base and model.adapter:  # the base is packed as it is loaded
         own["base"] = base
-    elif base:
-        layers = model.head.named_modules(prefix="head") if model.head else ()
-        skipped = [model.hub_name(name) for name, m in layers if isinstance(m, Linear)]
-        settings["quantization_config"] = config_for(model, skipped)
+    elif base:  # and the head is not
+        settings["quantization_config"] = config_for(model, linears_of_head)
     if own:
         settings["minift"] = own
     return settings

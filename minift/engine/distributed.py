@@ -36,9 +36,13 @@ class World:
         sequence again that is asked nothing.
         """
         parts = [split(share, tokens) for share in deal(sequences, self.size)]
-        mine, most = parts[self.rank], max(map(len, parts))
-        idle = replace(sequences[0], rows=sequences[0].rows[:0], targets=sequences[0].targets[:0])
-        return mine + [[idle]] * (most - len(mine)) if self.sharded else mine
+        mine = parts[self.rank]
+        if not self.sharded:
+            return mine
+        most = max(map(len, parts))
+        first = sequences[0]
+        idle = replace(first, rows=first.rows[:0], targets=first.targets[:0])
+        return mine + [[idle]] * (most - len(mine))
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in place. Raises ConnectionError where a process is gone."""

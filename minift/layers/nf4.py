@@ -68,45 +68,68 @@ class Packed(packed.PackedLinear):
         missing = {"weight", "absmax", "quant_map", MARK} - found.keys()
         if missing:
             return f"is in 4 bits, but without {', '.join(sorted(missing))}"
-        try:
-            state = json.loads(bytes(found[MARK].tolist()))
-            want = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "shape": [self.out_features, self.in_features]}
-            if nested := "nested_offset" in state:
-                want |= {"nested_blocksize": nf4.NESTED, "nested_dtype": "float32"}
-            dtype, mean = getattr(torch, state["dtype"]), float(state.get("nested_offset", 0))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-            return f"has a quant_state that cannot be read ({type(e).__name__}: {e})"
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not math.isfinite(mean):
-            return f"has dtype {state['dtype']!r} and nested_offset {mean} in its quant_state; expected finite numbers"
-        for key, value in want.items():
-            if state.get(key) != value:
-                return f"has {key} {state.get(key)!r} in its quant_state; expected {value!r}"
         if found["weight"].is_floating_point():  # bytes, kept as wider numbers (bnb_4bit_quant_storage)
             found = found | {"weight": found["weight"].contiguous().view(torch.uint8).view(-1, 1)}
-        blocks = len(self.absmax)
+        try:
+            dtype, mean, nested = self.read_state(found[MARK])
+            self.check_parts(found, nested)
+        except ValueError as e:
+            return str(e)
+
+        self.weight = found["weight"].clone()
+        self.absmax = found["absmax"].clone()
+        self.nested = found["nested_absmax"].clone() if nested else torch.empty(0)
+        self.mean = torch.tensor(mean)
+        self.dtype = dtype
+        return ""
+
+    def read_state(self, mark: Tensor) -> tuple[torch.dtype, float, bool]:
+        """(dtype of the original, mean of the scales, whether these are packed too) of a file's quant_state.
+
+        Raises ValueError.
+        """
+        try:
+            state = json.loads(bytes(mark.tolist()))
+            nested = "nested_offset" in state
+            dtype = getattr(torch, state["dtype"])
+            mean = float(state.get("nested_offset", 0))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+            raise ValueError(f"has a quant_state that cannot be read ({type(e).__name__}: {e})") from e
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not math.isfinite(mean):
+            found = f"has dtype {state['dtype']!r} and nested_offset {mean} in its quant_state"
+            raise ValueError(f"{found}; expected finite numbers")
+        expected = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "shape": [self.out_features, self.in_features]}
+        if nested:
+            expected |= {"nested_blocksize": nf4.NESTED, "nested_dtype": "float32"}
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise ValueError(f"has {key} {state.get(key)!r} in its quant_state; expected {value!r}")
+        return dtype, mean, nested
+
+    def check_parts(self, found: dict[str, Tensor], nested: bool) -> None:
+        """Raises ValueError where a part has another shape or dtype, or is another table. nested: as in read_state."""
+        scales = torch.uint8 if nested else torch.float32
         like = {
             "weight": torch.empty_like(self.weight, device="meta"),
-            "absmax": torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
+            "absmax": torch.empty(len(self.absmax), dtype=scales, device="meta"),
             "quant_map": nf4.levels(torch.device("cpu")),
         }
         if nested:
             like["nested_absmax"] = torch.empty_like(self.nested, device="meta")
             like["nested_quant_map"] = nf4.dynamic_levels(torch.device("cpu"))
         for part, expected in like.items():
+            wanted = f"expected {tuple(expected.shape)} {expected.dtype}"
             tensor = found.get(part)
-            if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-                is_ = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                return f"has a part {part} that is {is_}; expected {tuple(expected.shape)} {expected.dtype}"
+            if tensor is None:
+                raise ValueError(f"has a part {part} that is missing; {wanted}")
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                raise ValueError(f"has a part {part} that is {tuple(tensor.shape)} {tensor.dtype}; {wanted}")
             # 1e-6: the second table is off by a unit in the last place where the file was made on a CPU without
             # fused multiply-add (ops/nf4.py, evenly)
             if not expected.is_meta and not torch.allclose(tensor, expected, rtol=1e-6, atol=0):
-                return f"has a {part} other than that of NF4"
+                raise ValueError(f"has a {part} other than that of NF4")
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"has a {part} with numbers that are not finite"
-        self.weight, self.absmax, self.dtype = found["weight"].clone(), found["absmax"].clone(), dtype
-        self.nested = found["nested_absmax"].clone() if nested else torch.empty(0)
-        self.mean = torch.tensor(mean)
-        return ""
+                raise ValueError(f"has a {part} with numbers that are not finite")
 
 
 def quantization_config(skipped: list[str]) -> dict:

@@ -38,6 +38,7 @@ BATCH = "batch"
 SAVED = "saved for backward"
 PASSING = "in passing"
 CASTS = "casts"
+UPDATES = "operators in place"
 OTHERS = "other operators"
 KINDS = (FROZEN, TRAINED, GRADIENTS, MOMENTS, BATCH, SAVED, PASSING)
 
@@ -124,7 +125,7 @@ class Ledger(TorchDispatchMode):
         self.snapshot: list[Held] = []  # what was held at the peak, as soon as it is over
         self.saved: Counter[str] = Counter()  # bytes that the last forward pass left for backward, by module
         self.flops: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()  # bytes read and written outside of products: by kernels, CASTS and OTHERS
+        self.moved: Counter[str] = Counter()  # bytes read and written outside of products: by kernels, CASTS, UPDATES, OTHERS
         self.products: Counter[Product] = Counter()
         self.kernels: dict[tuple, tuple[Kernel, int]] = {}  # of a forecast: different calls, and how many there are
         self.calls = 0  # of operators and kernels
@@ -188,7 +189,11 @@ class Ledger(TorchDispatchMode):
         if packet in PRODUCTS:
             self.products[product_of(packet, args)] += 1
         elif packet not in COUNTED and not is_free(function):
-            what = CASTS if packet is aten._to_copy else OTHERS
+            what = OTHERS
+            if packet is aten._to_copy:
+                what = CASTS
+            elif function._schema.is_mutable:
+                what = UPDATES
             self.moved[what] += bytes_moved(function, args, kwargs, out)
         return out
 

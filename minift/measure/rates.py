@@ -20,7 +20,7 @@ from ..ops import int8
 from ..ops.dropout import Noise
 from ..ops.gelu import gelu_tanh
 from ..ops.linear import product, weight_gradient
-from .ledger import CASTS, OTHERS, Kernel, Ledger, Product, Shape
+from .ledger import CASTS, OTHERS, UPDATES, Kernel, Ledger, Product, Shape
 
 WORTH = 0.01  # seconds for one part
 REPEATS = 4  # at most
@@ -28,12 +28,15 @@ ROWS = 128  # products of so many tokens more or less have one rate
 LARGEST = 4096  # of a product's sides, and twice its tokens: a larger one has the rate of this
 COLD = 1 << 26  # bytes of copies of a product's matrices
 LARGE = 1 << 26  # bytes of a tensor that no cache holds together with its copy
+BETWEEN = 1 << 22  # bytes that are written between two calls: more than the cache of a core
 MOST = 1 << 28  # bytes of a kernel's arguments: with more it is not called, and they move at the rate of a copy
 
 
 def seconds_of(ledger: Ledger, dtype: torch.dtype, device: torch.device) -> float:
     """What all that a ledger saw would take: products, kernels, memory, and calls."""
-    total = ledger.moved[OTHERS] / copy_rate(device) + ledger.moved[CASTS] / cast_rate(device)
+    total = ledger.moved[OTHERS] / copy_rate(device)
+    total += ledger.moved[UPDATES] / update_rate(device)
+    total += ledger.moved[CASTS] / cast_rate(device)
     total += ledger.calls * call_seconds()
     for what, count in ledger.products.items():
         if not what.flops:
@@ -116,6 +119,16 @@ def copy_rate(device: torch.device) -> float:
     return rates[key]
 
 
+def update_rate(device: torch.device) -> float:
+    """Bytes/s of a sum in place, as of an optimizer's update, read and written: it writes what it has just read."""
+    key = "update", device.type
+    if key not in rates:
+        large = torch.zeros(LARGE // 4, device=device)
+        other = torch.zeros_like(large)
+        rates[key] = 3 * large.nbytes / median_seconds(lambda: large.add_(other), device)
+    return rates[key]
+
+
 def cast_rate(device: torch.device) -> float:
     """Bytes/s of a cast of a layer's weights between float32 and bfloat16, read and written."""
     key = "cast", device.type
@@ -140,9 +153,14 @@ def best_product_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def call_seconds() -> float:
-    """Seconds of a call of an operator that has hardly anything to compute, with the Python around it."""
+    """Seconds of a call of an operator that has hardly anything to compute, with the Python around it.
+
+    In a step what an operator computes drives Python out of the core's cache: here something else does.
+    """
     key = ("call",)
     if key not in rates:
+        cpu = torch.device("cpu")
+        between = torch.zeros(BETWEEN // 4)
         layers = nn.ModuleList([Linear(8, 8), LayerNorm(8, 1e-5)])
         linear, norm = layers
         for p in layers.parameters():
@@ -152,12 +170,22 @@ def call_seconds() -> float:
         def few_calls() -> None:
             h = x = torch.ones(1, 8)
             for site in range(20):
-                h, x = norm.add(gelu_tanh(linear(x)), h, 0.1, noise, site)
+                x = linear(x)
+                between.zero_()
+                x = gelu_tanh(x)
+                between.zero_()
+                h, x = norm.add(x, h, 0.1, noise, site)
+                between.zero_()
             x.sum().backward()
+
+        def what_is_between() -> None:
+            for _ in range(60):
+                between.zero_()
 
         with Ledger(layers) as ledger:
             few_calls()
-        rates[key] = median_seconds(few_calls, torch.device("cpu")) / ledger.calls
+        seconds = median_seconds(few_calls, cpu) - median_seconds(what_is_between, cpu)
+        rates[key] = max(seconds, 0) / (ledger.calls - 60)
     return rates[key]
 
 

@@ -1,30 +1,27 @@
-"""The page of a report: one HTML file that refers to nothing outside and runs nothing.
+"""The page of a report, a section after the other, from what reporting.py has gathered.
 
-It takes what reporting.py has gathered. Every text from outside is escaped by `shown`; what a run lacks is said in a
-line where it would stand.
+Every text from outside is escaped by `shown`; what a run lacks is said in a line where it would stand.
 """
 
-import importlib.util
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from ..adapters.learned import Learned
-from ..errors import printable
-from . import pictures
+from . import html, pictures
+from .html import NO_PLOTS, can_draw, cut, figure, legend, panels, paragraph, shown, table
 from .ledger import KINDS
 from .pictures import Curve, Panel, finite
 
-NO_PLOTS = 'no pictures: matplotlib is not installed; `pip install "minift[plots]"` installs it'
 POINTS = 1000  # of a curve; of longer ones every n-th is drawn
 LAYERS = 24  # rows of the table of what layers learned, where there is one run
 FEW = 8  # where there are several
 LONG = 600  # signs of a text that are shown
 SHORT = 200  # of one in a table
+LABELS = 6  # that the summary names
 
 
 @dataclass
@@ -77,67 +74,6 @@ class Seen:
         return finite([step.get(name) for step in self.steps])
 
 
-# ---- HTML
-
-
-def shown(text: object) -> str:
-    """A text from outside as HTML: nothing in it is markup, and what is not printable stands as its escape."""
-    lines = [printable(line) for line in str(text).split("\n")]
-    return escape("\n".join(lines))
-
-
-def cut(text: str, most: int) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= most else text[:most].rstrip() + " …"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], sides: str, name: str = "") -> str:
-    """A table of cells that are HTML already; sides: < or > for each column, ? for one of running text."""
-    kinds = {"<": "", ">": ' class="number"', "?": ' class="text"'}
-    lines = [f'<div class="scroll"><table class="{name}"><thead><tr>']
-    lines += [f'<th scope="col"{kinds[side]}>{cell}</th>' for cell, side in zip(head, sides, strict=True)]
-    lines.append("</tr></thead><tbody>")
-    for first, *others in rows:
-        lines.append(f'<tr><th scope="row"{kinds[sides[0]]}>{first}</th>')
-        lines += [f"<td{kinds[side]}>{cell}</td>" for cell, side in zip(others, sides[1:], strict=True)]
-        lines.append("</tr>")
-    lines.append("</tbody></table></div>")
-    return "".join(lines)
-
-
-def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of HTML."""
-    return f'<p class="{kind}">{text}</p>' if kind else f"<p>{text}</p>"
-
-
-def legend(names: list[str]) -> str:
-    """Which line is whose."""
-    items = [f"<li>{pictures.line_sample(i)}<span>{shown(name)}</span></li>" for i, name in enumerate(names)]
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def figure(svg: str, what: str, wide: bool = False) -> str:
-    """A picture. what: said of it to those who do not see it."""
-    kind = ' class="wide"' if wide else ""
-    labelled = svg.replace('role="img"', f'role="img" aria-label="{shown(what)}"', 1)
-    return f"<figure{kind}>{labelled}</figure>"
-
-
-def panels(section: str, found: list[Panel]) -> str:
-    """Pictures side by side, those that have anything to show."""
-    told = []
-    for panel in found:
-        if can_draw() and any(curve and not all(map(math.isnan, curve.y)) for curve in panel.curves):
-            svg = pictures.as_svg(f"{section}{len(told)}", pictures.curves, panel)
-            told.append(figure(svg, panel.title))
-    return f'<div class="panels">{"".join(told)}</div>' if told else ""
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def lacking(section: str, runs: list[Seen]) -> str:
     """What the runs lack in a section, a line for each lack."""
     names: dict[str, list[str]] = {}
@@ -146,8 +82,10 @@ def lacking(section: str, runs: list[Seen]) -> str:
             names.setdefault(sentence, []).append(f"<b>{shown(run.name)}</b>")
     lines = []
     for sentence, whose in names.items():
-        who = f"{', '.join(whose)}: " if len(runs) > 1 else ""
-        lines.append(paragraph(f"{who}{shown(sentence)}", "missing"))
+        said = shown(sentence)
+        if len(runs) > 1:
+            said = f"{', '.join(whose)}: {said}"
+        lines.append(paragraph(said, "missing"))
     return "".join(lines)
 
 
@@ -168,20 +106,15 @@ def page(runs: list[Seen], trace: dict | None, written: str) -> str:
         ("options", "Options", options(runs)),
     ]
     title = f"minift report: {', '.join(run.name for run in runs)}"
-    contents = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{content}</section>' for name, heading, content in sections)
-    first = "" if can_draw() else paragraph(shown(NO_PLOTS), "missing")
+    heading = "What this run did"
+    if len(runs) > 1:
+        heading = "What these runs did"
     names = ", ".join(f"<b>{shown(run.name)}</b>" for run in runs)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # a browser is told not to fetch anything, whatever might have slipped in
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{shown(cut(title, 200))}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>What {'these runs' if len(runs) > 1 else 'this run'} did</h1><p>{names}</p>"
-        f'<p class="note">{shown(written)}</p></header>{first}'
-        f'<nav aria-label="contents"><ol>{contents}</ol></nav><main>{body}</main></body></html>\n'
-    )
+    first = f"<h1>{heading}</h1><p>{names}</p>" + paragraph(shown(written), "note")
+    warning = ""
+    if not can_draw():
+        warning = paragraph(shown(NO_PLOTS), "missing")
+    return html.document(title, first, warning, sections)
 
 
 # ---- the sections
@@ -212,8 +145,13 @@ def summary(runs: list[Seen]) -> str:
 
 def task_words(run: Seen) -> str:
     """The task and its labels."""
-    names = run.labels if len(run.labels) <= 6 else [*run.labels[:6], f"{len(run.labels)} in all"]
-    return f"{run.config.get('task', '')}" + (f": {', '.join(names)}" if names else "")
+    task = run.config.get("task", "")
+    if not run.labels:
+        return f"{task}"
+    names = ", ".join(run.labels[:LABELS])
+    if len(run.labels) > LABELS:
+        names += f", {len(run.labels)} in all"
+    return f"{task}: {names}"
 
 
 def weights_words(run: Seen) -> str:
@@ -228,9 +166,13 @@ def steps_words(run: Seen) -> str:
     """How many steps were made."""
     if not run.steps:
         return ""
+    words = f"{run.steps[-1]['step']:,}"
     epochs = [e for e in run.values("train/epoch") if not math.isnan(e)]
-    words = f"{run.steps[-1]['step']:,}" + (f", {epochs[-1]:.3g} epochs" if epochs else "")
-    return words if run.finished else f"{words}; interrupted"
+    if epochs:
+        words += f", {epochs[-1]:.3g} epochs"
+    if not run.finished:
+        words += "; interrupted"
+    return words
 
 
 def best_words(run: Seen) -> str:
@@ -258,13 +200,17 @@ def loss_words(run: Seen) -> str:
 def numbers_words(run: Seen, name: str, make: Callable, unit: float, what: str) -> str:
     """One number of all steps, with its unit."""
     values = [v for v in run.values(name) if v == v]
-    return f"{make(values) / unit:,.0f} {what}" if values else ""
+    if not values:
+        return ""
+    return f"{make(values) / unit:,.0f} {what}"
 
 
 def time_words(run: Seen) -> str:
     """How long all steps took together."""
-    total = seconds_until(run)[-1:] or [0.0]
-    return duration(total[0]) if total[0] else ""
+    times = seconds_until(run)
+    if not times or not times[-1]:
+        return ""
+    return duration(times[-1])
 
 
 def duration(seconds: float) -> str:
@@ -278,7 +224,8 @@ def duration(seconds: float) -> str:
 
 def pair_words(run: Seen, name: str, unit: float, what: str) -> str:
     """A forecast, what was measured, and how far off the first was."""
-    forecast, found = run.ledger.get("forecast", {}).get(name), run.ledger.get("measured", {}).get(name)
+    forecast = run.ledger.get("forecast", {}).get(name)
+    found = run.ledger.get("measured", {}).get(name)
     if not forecast or not found:
         return ""
     return f"{forecast / unit:,.0f} / {found / unit:,.0f} {what} ({forecast / found - 1:+.1%})"
@@ -286,7 +233,8 @@ def pair_words(run: Seen, name: str, unit: float, what: str) -> str:
 
 def seconds_until(run: Seen) -> list[float]:
     """The time that all steps up to each took; a step whose speed is not known counts nothing."""
-    total, found = 0.0, []
+    total = 0.0
+    found = []
     for tokens, rate in zip(run.values("train/tokens"), run.values("train/tokens_per_second"), strict=True):
         if tokens == tokens and rate > 0:
             total += tokens / rate
@@ -295,20 +243,25 @@ def seconds_until(run: Seen) -> list[float]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """A running mean over about ten values, of those before too; it begins at the first."""
-    mean, weight, found = 0.0, 0.0, []
+    """A running mean over about ten values, of those before too; it begins at the first, and leaves nan as it is."""
+    mean = 0.0
+    weight = 0.0
+    found = []
     for value in values:
-        if value == value:
-            mean = 0.9 * mean + 0.1 * value
-            weight = 0.9 * weight + 0.1
-        found.append(mean / weight if value == value else math.nan)
+        if math.isnan(value):
+            found.append(value)
+            continue
+        mean = 0.9 * mean + 0.1 * value
+        weight = 0.9 * weight + 0.1
+        found.append(mean / weight)
     return found
 
 
 def thinned(curve: Curve) -> Curve:
     """The curve with POINTS points at most."""
     n = math.ceil(len(curve.x) / POINTS)
-    return Curve(curve.x[::n], curve.y[::n], curve.pale and curve.pale[::n], curve.marked)
+    pale = curve.pale and curve.pale[::n]
+    return Curve(curve.x[::n], curve.y[::n], pale, curve.marked)
 
 
 def curve_of(run: Seen, name: str, smooth: bool = False, unit: float = 1.0, x: list[float] | None = None):
@@ -316,11 +269,16 @@ def curve_of(run: Seen, name: str, smooth: bool = False, unit: float = 1.0, x: l
     values = [value / unit for value in run.values(name)]
     if all(map(math.isnan, values)):
         return None
-    x = [step["step"] for step in run.steps] if x is None else x
+    if x is None:
+        x = [step["step"] for step in run.steps]
     if name.startswith("eval/"):  # at a few steps: a line from one to the next
         known = [(a, v) for a, v in zip(x, values, strict=True) if v == v]
-        return thinned(Curve([a for a, _ in known], [v for _, v in known], marked=len(known) < 50))
-    return thinned(Curve(x, smoothed(values), values) if smooth else Curve(x, values))
+        curve = Curve([a for a, _ in known], [v for _, v in known], marked=len(known) < 50)
+    elif smooth:
+        curve = Curve(x, smoothed(values), values)
+    else:
+        curve = Curve(x, values)
+    return thinned(curve)
 
 
 UNITS = {
@@ -349,8 +307,11 @@ def curves(runs: list[Seen]) -> str:
         short = name.partition("/")[2]
         what = WORDS.get(short, short.replace("_", " "))
         unit = UNITS.get(short, what)
-        where = "held out" if name.startswith("eval/") else "training"
-        title = f"{what}, {where}" if name not in LAST else what
+        title = what
+        if name.startswith("eval/"):
+            title = f"{what}, held out"
+        elif name not in LAST:
+            title = f"{what}, training"
         smooth = name.startswith("train/") and name not in EXACT
         drawn = [curve_of(run, name, smooth) for run in runs]
         found.append(Panel(title[0].upper() + title[1:], "optimizer step", unit, drawn, whole=True, reach=last))
@@ -370,9 +331,13 @@ def speed(runs: list[Seen]) -> str:
     """Tokens a second and memory, over the time that the steps took."""
     times = [seconds_until(run) for run in runs]
     longest = max((time[-1] for time in times if time), default=0.0)
-    scale, unit = (60.0, "min") if longest > 600 else (1.0, "s")
-    x = f"time in steps, {unit}"
-    rates, peaks = [], []
+    scale = 1.0
+    x = "time in steps, s"
+    if longest > 600:
+        scale = 60.0
+        x = "time in steps, min"
+    rates = []
+    peaks = []
     for run, time in zip(runs, times, strict=True):
         at = [t / scale for t in time]
         rates.append(curve_of(run, "train/tokens_per_second", smooth=True, x=at))
@@ -398,23 +363,36 @@ def ledger(runs: list[Seen]) -> str:
     if not parts:
         return lacking("ledger", runs)
     found = dict.fromkeys(kind for _, _, segments in parts for kind in segments)
-    kinds = sorted(found, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(KINDS) - 0.5)
     # a kind has one look in every report, whatever others are there
+    known = [kind for kind in ORDER if kind in found]
+    others = [kind for kind in found if kind not in ORDER]
+    place = len([kind for kind in known if kind in KINDS])
+    kinds = known[:place] + others + known[place:]
     places = [ORDER.index(kind) if kind in ORDER else i for i, kind in enumerate(kinds)]
-    bars, columns = [], []
+    bars = []
+    columns = []
     for run, which, segments in parts:
-        whose = f"{pictures.shortened(run.name, 30)}, " if len(runs) > 1 else ""
+        name = of_run(which, run, runs)
         sizes = [segments.get(kind, 0) / 1e6 for kind in kinds]
-        bars.append((whose + which, sizes))
+        bars.append((name, sizes))
         if WHOLE not in segments:
-            columns.append((run, whose + which, sizes))
+            columns.append((run, name, sizes))
     drawn = ""
     if can_draw():
         svg = pictures.as_svg("ledger", pictures.stacked_bars, bars, places)
         drawn = figure(svg, "memory by kind, forecast and measured", wide=True)
     words = "The numbers in the bars are those of the table. A run measures the whole at its peak, not its parts."
-    numbers = ledger_table(kinds, places, columns) if columns else ""
+    numbers = ""
+    if columns:
+        numbers = ledger_table(kinds, places, columns)
     return lacking("ledger", runs) + drawn + numbers + paragraph(words, "note")
+
+
+def of_run(what: str, run: Seen, runs: list[Seen]) -> str:
+    """What stands for one of several runs, with its name; for the only run, as it is."""
+    if len(runs) == 1:
+        return what
+    return f"{pictures.shortened(run.name, 30)}, {what}"
 
 
 def ledger_table(kinds: list[str], places: list[int], columns: list[tuple[Seen, str, list[float]]]) -> str:
@@ -512,7 +490,10 @@ def learned(runs: list[Seen]) -> str:
         drawn = panels(f"learned{number}-", found)
         if drawn:
             told += [legend(kinds), drawn]
-        most = sorted(run.learned, key=lambda update: -update.norm)[: LAYERS if len(runs) == 1 else FEW]
+        rows_at_most = LAYERS
+        if len(runs) > 1:
+            rows_at_most = FEW
+        most = sorted(run.learned, key=lambda update: -update.norm)[:rows_at_most]
         rows = []
         for update in most:
             values = " ".join(f"{s:.2g}" for s in update.singular[:6])
@@ -526,7 +507,9 @@ def learned(runs: list[Seen]) -> str:
         "|update| / |W|: Frobenius norm of what was added to a weight over that of the weight before. Effective rank: "
         "exp of the entropy of the singular values’ shares, 1 where one direction is all."
     )
-    return "".join(told) + (paragraph(words, "note") if any(run.learned for run in runs) else "")
+    if any(run.learned for run in runs):
+        told.append(paragraph(words, "note"))
+    return "".join(told)
 
 
 def learned_panels(updates: list[Learned]) -> tuple[list[str], list[Panel]]:
@@ -536,7 +519,9 @@ def learned_panels(updates: list[Learned]) -> tuple[list[str], list[Panel]]:
         found = re.search(r"(?:^|\.)(\d+)\.(.+)$", update.layer)
         if found:
             by_kind.setdefault(found[2], []).append((int(found[1]), update))
-    norms, ranks, spectra = [], [], []
+    norms = []
+    ranks = []
+    spectra = []
     for pairs in by_kind.values():
         depth = [float(number) for number, _ in pairs]
         norms.append(Curve(depth, [update.norm or math.nan for _, update in pairs], marked=True))
@@ -560,7 +545,9 @@ def asked(runs: list[Seen]) -> str:
     for run in runs:
         for one in run.asked:
             lines = cards.setdefault((one.question, one.right), [])
-            whose = f", {pictures.shortened(run.name, 30)}" if len(runs) > 1 else ""
+            whose = ""
+            if len(runs) > 1:
+                whose = f", {pictures.shortened(run.name, 30)}"
             if one.before is not None:
                 lines.append((f"before{whose}", one.before))
             lines.append((f"after{whose}", one.after))
@@ -585,25 +572,21 @@ def hard(runs: list[Seen]) -> str:
             told.append(f"<h3>{shown(run.name)}</h3>")
         rows = []
         for one in run.hard:
-            first, last = f"{one.losses[0]:.3f}", f"{one.losses[-1]:.3f}"
-            never = "<b>never learned</b>" if one.never else "learned late"
-            rows.append(
-                (
-                    f"{one.number}",
-                    never,
-                    first,
-                    last,
-                    shown(cut(one.right.strip(), 60)),
-                    shown(cut(one.question, SHORT)),
-                )
-            )
+            when = "learned late"
+            if one.never:
+                when = "<b>never learned</b>"
+            losses = (f"{one.losses[0]:.3f}", f"{one.losses[-1]:.3f}")
+            right = shown(cut(one.right.strip(), 60))
+            rows.append((f"{one.number}", when, *losses, right, shown(cut(one.question, SHORT))))
         head = ("example", "", "loss, first epoch", "last epoch", "right", "text")
         told.append(table(head, rows, "><>><?", "hard"))
     words = (
         "Numbers count the training examples from 0; losses are those of the passes that trained on them, in nats a "
         "target. Never learned: in no epoch below the median example’s loss in the first. Wrong labels are often here."
     )
-    return "".join(told) + (paragraph(words, "note") if any(run.hard for run in runs) else "")
+    if any(run.hard for run in runs):
+        told.append(paragraph(words, "note"))
+    return "".join(told)
 
 
 def options(runs: list[Seen]) -> str:
@@ -612,72 +595,14 @@ def options(runs: list[Seen]) -> str:
     rows = []
     for name in names:
         cells = [shown(run.config.get(name, "–")) for run in runs]
-        what = f"--{name.replace('_', '-')}"
-        rows.append((f"<b>{shown(what)}</b>" if len(set(cells)) > 1 else shown(what), *cells))
+        what = shown(f"--{name.replace('_', '-')}")
+        if len(set(cells)) > 1:
+            what = f"<b>{what}</b>"
+        rows.append((what, *cells))
     if not rows:
         return lacking("options", runs)
     head = ["", *(shown(run.name) for run in runs)]
-    words = "What is not here has its default. In bold: what differs between the runs." if len(runs) > 1 else (
-        "What is not here has its default; the run’s config.json has all of it."
-    )  # fmt: skip
+    words = "What is not here has its default; the run’s config.json has all of it."
+    if len(runs) > 1:
+        words = "What is not here has its default. In bold: what differs between the runs."
     return lacking("options", runs) + table(head, rows, "<" * len(head), "facts") + paragraph(words, "note")
-
-
-STYLE = """
-:root{color:#1a1a1a;background:#fff;font:16px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",Arial,sans-serif}
-body{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 3rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem}
-h2{font-size:1.3rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:2px solid #1a1a1a}
-h3{font-size:1.05rem;margin:1.5rem 0 .5rem}
-h1,h3,header p,.facts th,.facts td,.missing{overflow-wrap:anywhere}
-th,td{overflow-wrap:break-word}
-p{margin:.5rem 0;max-width:45rem}
-.note{color:#4a4a4a;font-size:.875rem}
-.missing{border-left:4px solid #D55E00;padding:.25rem .75rem;background:#fbf3ee;font-size:.9375rem}
-nav ol{columns:2 16rem;padding-left:1.5rem;margin:1rem 0;font-size:.9375rem}
-a{color:#00508a}
-.scroll{overflow-x:auto;margin:.75rem 0}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd;min-width:3rem}
-thead th{border-bottom:2px solid #777;vertical-align:bottom}
-tbody th{font-weight:400}
-table.facts tbody th{font-weight:600;min-width:9rem}
-table.facts td{min-width:8.5rem}
-table.sums tbody th{white-space:nowrap}
-table.sums tbody tr:nth-last-child(-n+2)>*{font-weight:700;border-top:2px solid #777}
-table.layers th,table.layers td,table.hard b{white-space:nowrap}
-table.sums thead th,table.hard td{max-width:14rem}
-td.number,th.number{text-align:right}
-table.hard td.text{min-width:18rem;max-width:none}
-th.number+td:not(.number){padding-left:.5rem}
-figure{margin:0}
-figure svg{display:block;width:100%;height:auto}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:1rem 1.5rem;margin:.5rem 0}
-.panels figure{max-width:31rem}
-figure.wide{overflow-x:auto}
-figure.wide svg{min-width:44rem}
-ul.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.5rem;margin:.5rem 0;padding:0;font-size:.875rem}
-ul.legend li{display:flex;align-items:baseline;gap:.5rem;overflow-wrap:anywhere}
-.sample{flex:none}
-.swatch{display:inline-block;flex:none;width:.8rem;height:.8rem;margin-right:.4rem;border:1px solid #555}
-article{border:1px solid #ccc;border-radius:4px;padding:.6rem .9rem;margin:.75rem 0;max-width:48rem}
-.quote{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 .5rem}
-dl{display:grid;grid-template-columns:fit-content(13rem) 1fr;gap:.15rem 1rem;margin:0;font-size:.9375rem}
-dt{color:#4a4a4a;overflow-wrap:anywhere}
-@media(max-width:30rem){dl{grid-template-columns:1fr}dd{margin-bottom:.35rem!important}}
-dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{
-@page{margin:14mm}
-:root{font-size:11px}
-body{max-width:none;padding:0}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-a{color:inherit;text-decoration:none}
-h2,h3,ul.legend{break-after:avoid}
-figure,article,tr,ul.legend{break-inside:avoid}
-.scroll,figure.wide{overflow:visible}
-figure.wide svg{min-width:0}
-.panels{grid-template-columns:1fr 1fr}
-table.layers th,table.layers td{white-space:normal}
-td.text{min-width:0}
-}
-"""

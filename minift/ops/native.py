@@ -44,11 +44,9 @@ def use(wanted: str, device: torch.device = CPU) -> str:
         if device.type == "cuda":
             what = cuda.describe_device(device)
         else:
-            when = (
-                "at first use"
-                if compile.keeps()
-                else f"for this process alone: {compile.cache_folder()} cannot be used"
-            )
+            when = "at first use"
+            if not compile.keeps():
+                when = f"for this process alone: {compile.cache_folder()} cannot be used"
             what = f"native on the CPU, compiled {when} ({compile.compiler()[1]})"
     except Unavailable as e:
         if mode == "native":
@@ -66,9 +64,11 @@ def use(wanted: str, device: torch.device = CPU) -> str:
 
 def make_all(device: torch.device) -> None:
     """Makes every kernel there is for the device. Raises ValueError where one fails."""
+    pattern = "cpu/*.cpp"
     if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    pattern = "cuda/*.cu" if device.type == "cuda" else "cpu/*.cpp"
+        pattern = "cuda/*.cu"
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     for path in sorted(sources.folder().glob(pattern), reverse=True):  # so attention is the last that is waited for
         load_kernel(path.stem, device)
 
@@ -89,15 +89,24 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
     for t in tensors:
         if t is not None and not (t.dtype is dtype and t.is_cpu is on_cpu and type(t) in PLAIN):
             return None
-    if dtype not in (ON_CPU if on_cpu else ON_CUDA):
-        return None
-    device = CPU
-    if not on_cpu:
+    if on_cpu:
+        device = CPU
+        fits = dtype in ON_CPU
+    else:
         device = first.device
-        if device.type != "cuda" or any(t is not None and t.device != device for t in tensors):
-            return None
+        fits = dtype in ON_CUDA and device.type == "cuda"
+        fits = fits and all(t is None or t.device == device for t in tensors)
+    if not fits:
+        return None
+    return made(name, device)
+
+
+def made(name: str, device: torch.device) -> Library | None:
+    """The kernel, made once; None where that failed."""
     key = name, device
-    return loaded[key] if key in loaded else load_kernel(name, device)
+    if key in loaded:
+        return loaded[key]
+    return load_kernel(name, device)
 
 
 def watched_kernel(name: str, *tensors: Tensor | None) -> Library | None:
@@ -105,12 +114,12 @@ def watched_kernel(name: str, *tensors: Tensor | None) -> Library | None:
     global watch
     given = [t for t in tensors if t is not None]
     if any(t.is_meta for t in given):  # stands for a tensor on the CPU
-        is_fit = len({t.dtype for t in given}) == 1 and given[0].dtype in ON_CPU
         library = None
-        if is_fit:
-            library = loaded[name, CPU] if (name, CPU) in loaded else load_kernel(name)
+        if len({t.dtype for t in given}) == 1 and given[0].dtype in ON_CPU:
+            library = made(name, CPU)
     else:
-        looks_on, watch = watch, None
+        looks_on = watch
+        watch = None
         try:
             library = kernel(name, *tensors)
         finally:

@@ -33,7 +33,9 @@ def folder() -> Path:
     """The folder with cpu/ and cuda/: in the installed package, or beside it in the repository."""
     package = Path(__file__).parents[1]
     installed = package / "kernels"
-    return installed if installed.is_dir() else package.parent / "kernels"
+    if installed.is_dir():
+        return installed
+    return package.parent / "kernels"
 
 
 def read_sources(path: Path) -> dict[str, str]:
@@ -51,9 +53,13 @@ def read_sources(path: Path) -> dict[str, str]:
 
 def functions(texts: dict[str, str]) -> dict[str, Arguments | None]:
     """The functions that a source (as `read_sources` gives it) offers, each with its arguments; None: it takes none."""
-    source, everything = next(iter(texts.values())), "\n".join(texts.values())
+    source = next(iter(texts.values()))
+    everything = "\n".join(texts.values())
     offered = re.findall(r'^extern "C" (?:__global__ )?void (\w+)\((?:const )?(\w*)', source, re.MULTILINE)
-    return {function: arguments(name, everything) if name else None for function, name in offered}
+    found = {}
+    for function, name in offered:
+        found[function] = arguments(name, everything) if name else None
+    return found
 
 
 def arguments(name: str, text: str) -> Arguments:
