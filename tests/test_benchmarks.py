@@ -36,7 +36,7 @@ CASES = {
         ["bert-full-imdb floor", "bert-full-imdb compiled"],
     ),
     "ladder": ("case rung", [f"bert-imdb {rung}" for rung in ("longest", "packed", "rows", "bf16")]),
-    "all --only plans": ("script result", ["plans done"]),
+    "all --only quality": ("script result", ["quality done"]),
     "peers --data sst2": ("engine", ["minift", "trainer"]),
     "methods": ("engine", ["qlora", "peft-lora"]),
     "quality --data webnlg": ("engine", ["float32", "int8"]),

@@ -47,6 +47,7 @@ print(model.source, model.size(), tokenizer.vocab_size, model.report.notes)
 """
 
 
+@pytest.mark.slow
 @models
 def test_it_loads_without_a_network_and_a_home(name, tmp_path):
     """From anywhere; nothing is written to the home."""

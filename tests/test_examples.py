@@ -129,6 +129,7 @@ def test_a_run_does_not_differ_from_itself(folder):
     assert all(line.split()[1] == "0.00e+00" for line in out.splitlines() if line.startswith("bert."))
 
 
+@pytest.mark.slow
 def test_near_duplicates_show_what_they_taught(folder, tmp_path):
     """Twelve variants of one sentence, among reviews that never have its words: without them, that is not known."""
     reviews = [line.split("\t") for line in (folder / "train.tsv").read_text().splitlines()]

@@ -96,6 +96,7 @@ def make_whole(folder, form):
 FORMS = ["saved", "hub", "vocabulary alone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pieces", ["gpt2_vocabulary", "vocabulary"])
 def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sentences, entailment):

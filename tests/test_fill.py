@@ -177,6 +177,7 @@ TRAIN = (
 )
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_micro_batches(folder, tmp_path, monkeypatch):
     """Of every step the same tokens are shown and asked about, in micro-batches of any size; so the losses agree.
 
@@ -198,6 +199,7 @@ def test_masks_do_not_depend_on_micro_batches(folder, tmp_path, monkeypatch):
     assert curves[0] == pytest.approx(curves[1], abs=BOUND) and curves[0] == pytest.approx(curves[2], abs=BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["texts.jsonl", "book.txt"])
 def test_stopped_and_resumed_it_is_the_same_run(data, folder, tmp_path, monkeypatch):
     """To the bit, dropout on: SIGTERM after the third step."""
@@ -236,6 +238,7 @@ def test_two_processes_are_the_run_of_one(data, folder, tmp_path):
             assert one.get(key) == pytest.approx(two.get(key), abs=BOUND)
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_asked_the_same_each_time(folder, tmp_path):
     """Whatever the seed and the step; `eval` asks that too. (At this learning rate no weight changes.)"""
     found = []
@@ -251,6 +254,7 @@ def test_what_is_held_out_is_asked_the_same_each_time(folder, tmp_path):
     assert said["loss"] == pytest.approx(held_out[0], abs=BOUND)
 
 
+@pytest.mark.slow
 def test_it_learns(folder, tmp_path):
     """Sentences of one word, again and again: accuracy from chance to nearly all."""
     write(tmp_path / "d.jsonl", *({"text": " ".join([word] * 12)} for word in WORDS))
@@ -433,6 +437,7 @@ def test_a_model_without_the_head(folder):
 # adapters
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_the_head(folder, tmp_path):
     """It is learned, saved, asked, and merged; the head stays as it was."""
     works(f"{TRAIN} --method lora --valid 0.2", f=folder, data=folder / "texts.jsonl", out=tmp_path / "run")

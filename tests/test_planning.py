@@ -248,6 +248,7 @@ def test_a_run_is_made_to_fit(options, part, trained, middling, tmp_path):
     assert ledger["measured"]["memory"] == pytest.approx(ledger["forecast"]["memory"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_before_anything_is_read(middling, tmp_path):
     line = f"train --model {middling}/bert --data {middling}/data.jsonl --out {tmp_path}/run --fit"
     said = fails(f"{line} 20MB", "--fit: expected at least", "found 20.0")
@@ -269,6 +270,7 @@ def test_products_are_told_apart_by_what_they_are_for(tmp_path, compiled):
     assert {(width, inner), (inner, width), (width, width)} <= sides
 
 
+@pytest.mark.slow
 def test_seconds_grow_with_the_step(middling):
     """And are of the order of those that a step takes: the machine that tests run on may be busy."""
     small = forecast(PlanConfig(model=f"{middling}/bert", data=f"{middling}/data.jsonl", batch=2, init="random"))
@@ -277,6 +279,7 @@ def test_seconds_grow_with_the_step(middling):
     assert large.bound[1] <= large.seconds * 1.5
 
 
+@pytest.mark.slow
 def test_many_micro_batches_are_told_from_some(middling, monkeypatch):
     """Sequences have one length here: the count is that of all micro-batches, or as many times that of some."""
     options = dict(model=f"{middling}/bert", data=f"{middling}/data.jsonl", batch=32, init="random", tokens=150)
@@ -301,6 +304,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_import_torchs_compiler(middling):
     assert python(WITHOUT_COMPILER, middling) == "done\n"
 
@@ -318,6 +322,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_stand_in_for_the_compiler_gives_way():
     assert python(GIVES_WAY) == "done\n"
 
@@ -329,6 +334,7 @@ def test_sizes(text, size):
     assert size_of(text) == size
 
 
+@pytest.mark.slow
 def test_a_plan_allocates_and_writes_nothing(middling, tmp_path, monkeypatch):
     """Weights of 80 GB are planned for as any others."""
     monkeypatch.chdir(tmp_path)

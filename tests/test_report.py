@@ -110,6 +110,7 @@ def page_of(*folders: Path, options: str = "") -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_a_full_run_and_a_lora_run(runs):
     page = page_of(runs / "full", runs / "lora", runs / "gpt")
     for name in ("Loss, training", "Accuracy, held out", "Throughput", "Effective rank", "optimizer step", "tokens/s"):
@@ -149,6 +150,7 @@ def test_one_run_says_what_the_others_would(runs):
         assert f"{size / 1e6:,.1f}" in page.text
 
 
+@pytest.mark.slow
 def test_masked_words_and_running_text(runs, tmp_path):
     """A masked word is asked about before and after; of running text nothing is."""
     write(tmp_path / "texts.jsonl", *[{"text": "the film was great and the plot is fine"}] * 8)

@@ -63,6 +63,7 @@ def test_with_a_validation(folder):
     assert right / 21 == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_after_a_resume_the_figures_are_still_those_of_the_best(folder):
     """Nothing is left to do for it, but to tell it once more."""
     options = f"{TRAIN} --valid {{f}}/valid.tsv --eval-every 2 --out {{f}}/again"
@@ -126,6 +127,7 @@ def test_every_task_names_the_command_that_asks_its_model():
         assert callable(task_named(name).next_command), name
 
 
+@pytest.mark.slow
 def test_json_has_what_is_shown(folder):
     reviews(folder / "test.tsv", 31, seed=2)
     works(f"{TRAIN} --out {{f}}/plain", f=folder)

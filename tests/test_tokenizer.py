@@ -58,6 +58,7 @@ def test_sentences(both, sentences, max_length):
     assert_same(both, sentences, max_length=max_length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [0, 3, 4, 5, 16, 33, 64, 128])
 def test_pairs(both, entailment, max_length):
     assert_same(both, *entailment, max_length)

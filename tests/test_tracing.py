@@ -241,6 +241,7 @@ def slow(function):
     return call
 
 
+@pytest.mark.slow
 def test_a_slow_kernel_is_in_the_first_screen(tmp_path, monkeypatch, compiled):
     library = native.load_kernel("gelu")
     monkeypatch.setattr(library, "gelu_backward", slow(library.gelu_backward))
@@ -251,6 +252,7 @@ def test_a_slow_kernel_is_in_the_first_screen(tmp_path, monkeypatch, compiled):
         assert any("mlp" in line for line in tree)
 
 
+@pytest.mark.slow
 def test_a_slow_function_in_python_is_in_the_first_screen(tmp_path, monkeypatch, compiled):
     """It is between operators, at the line that calls it."""
     monkeypatch.setattr(norm, "add_norm", slow(norm.add_norm))

@@ -38,8 +38,10 @@ BATCH = "batch"
 SAVED = "saved for backward"
 PASSING = "in passing"
 CASTS = "casts"
+SMALL_CASTS = "casts of a few MB"
 UPDATES = "operators in place"
 OTHERS = "other operators"
+SMALL = 1 << 22  # bytes of a tensor that is used while a cache still has it
 KINDS = (FROZEN, TRAINED, GRADIENTS, MOMENTS, BATCH, SAVED, PASSING)
 
 
@@ -125,7 +127,7 @@ class Ledger(TorchDispatchMode):
         self.snapshot: list[Held] = []  # what was held at the peak, as soon as it is over
         self.saved: Counter[str] = Counter()  # bytes that the last forward pass left for backward, by module
         self.flops: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()  # bytes read and written outside of products: by kernels, CASTS, UPDATES, OTHERS
+        self.moved: Counter[str] = Counter()  # bytes read and written by kernels, casts, UPDATES and OTHERS
         self.products: Counter[Product] = Counter()
         self.kernels: dict[tuple, tuple[Kernel, int]] = {}  # of a forecast: different calls, and how many there are
         self.calls = 0  # of operators and kernels
@@ -191,7 +193,7 @@ class Ledger(TorchDispatchMode):
         elif packet not in COUNTED and not is_free(function):
             what = OTHERS
             if packet is aten._to_copy:
-                what = CASTS
+                what = CASTS if out.nbytes > SMALL else SMALL_CASTS
             elif function._schema.is_mutable:
                 what = UPDATES
             self.moved[what] += bytes_moved(function, args, kwargs, out)
@@ -199,6 +201,8 @@ class Ledger(TorchDispatchMode):
 
     def call(self, function: Callable, args: tuple, kwargs: dict):
         """Runs an operator or a kernel."""
+        if function in ON_META and args[1].is_meta:
+            return ON_META[function](*args)
         return function(*args, **kwargs)
 
     def launch(self, name: str, function: str, library, /, **given) -> None:
@@ -300,6 +304,12 @@ COUNTED[aten._int_mm] = flop_registry[aten.mm]
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     COUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, *_, out_val: 2 * x.numel() * out_val.shape[-1]
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._int_mm}
+
+# Without memory PyTorch finds the shape of these in Python, which would be a quarter of a plan's time.
+ON_META = {
+    aten.addmm.default: lambda onto, a, b: a.new_empty(len(a), b.shape[1]),
+    aten.addmm_.default: lambda onto, a, b: onto,
+}
 
 # operators that touch some rows of their first argument, as many as they give or take
 SOME_ROWS = {"embedding", "index_select", "index", "gather", "index_add_", "index_put_"}

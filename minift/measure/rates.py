@@ -8,6 +8,7 @@ PyTorch does moves memory: its bytes, at the rate of a copy. To that comes what 
 """
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from ..ops import int8
 from ..ops.dropout import Noise
 from ..ops.gelu import gelu_tanh
 from ..ops.linear import product, weight_gradient
-from .ledger import CASTS, OTHERS, UPDATES, Kernel, Ledger, Product, Shape
+from .ledger import CASTS, OTHERS, SMALL, SMALL_CASTS, UPDATES, Kernel, Ledger, Product, Shape
 
 WORTH = 0.01  # seconds for one part
 REPEATS = 4  # at most
@@ -37,6 +38,7 @@ def seconds_of(ledger: Ledger, dtype: torch.dtype, device: torch.device) -> floa
     total = ledger.moved[OTHERS] / copy_rate(device)
     total += ledger.moved[UPDATES] / update_rate(device)
     total += ledger.moved[CASTS] / cast_rate(device)
+    total += ledger.moved[SMALL_CASTS] / small_cast_rate(device)
     total += ledger.calls * call_seconds()
     for what, count in ledger.products.items():
         if not what.flops:
@@ -146,6 +148,20 @@ def cast_rate(device: torch.device) -> float:
     return rates[key]
 
 
+def small_cast_rate(device: torch.device) -> float:
+    """The same of parts of weights in bfloat16, each of which is gone before the next is made float32."""
+    key = "small cast", device.type
+    if key not in rates:
+        parts = [torch.zeros(SMALL // 4, dtype=torch.bfloat16, device=device) for _ in range(LARGE // SMALL)]
+
+        def cast_all() -> None:
+            for x in parts:
+                x.float()
+
+        rates[key] = 3 * sum(x.nbytes for x in parts) / median_seconds(cast_all, device)
+    return rates[key]
+
+
 def best_product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The highest FLOP/s of all products that were measured, a large one among them."""
     product_rate(Product("layer", 1024, 1024, 4096, dtype), device)
@@ -200,7 +216,6 @@ def median_seconds(function: Callable, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
         total += found[-1]
-        if total > WORTH and len(found) > 2:
+        if total > WORTH and len(found) > 3:
             break
-    counted = sorted(found[1:])
-    return counted[len(counted) // 2]
+    return statistics.median(found[1:])

@@ -8,6 +8,7 @@ them, both take five times as long as in float32; there the numbers are made flo
 rounded once, as the instructions do it. Anywhere else and with --kernels reference all are torch's own. N tokens.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from .compile import cpu
 
 LEAST = 1 << 16  # weights of a matrix that is worth it
 TOKENS, OUT = 704, 3072  # of dy in a piece of dW's product: it is turned round first, which has to stay in the cache
-AS_FLOATS = 1 << 20  # weights of a bfloat16 matrix that are float32 at once
+AS_FLOATS = 1 << 20  # weights of a bfloat16 matrix that are float32 at once, about
+EVEN = 64  # rows of them are a multiple of this: an odd number of them costs a seventh of the rate
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,7 +143,7 @@ def product_by_floats(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (N, out), of bfloat16 numbers, the float32 sums rounded once."""
     if not w.is_contiguous():  # W lies by columns, as in dy W: some of them at a time add to all sums
         sums = x.new_zeros(len(x), len(w), dtype=torch.float32)
-        columns = max(1, AS_FLOATS // max(1, len(w)))
+        columns = at_once(w.shape[1], len(w))
         for x_part, w_part in zip(x.split(columns, 1), w.split(columns, 1), strict=True):
             sums.addmm_(x_part.float(), w_part.float().t())
         if bias is not None:
@@ -150,7 +152,7 @@ def product_by_floats(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
     floats = x.float()
     y = x.new_empty(len(x), len(w))
-    rows = max(1, AS_FLOATS // max(1, w.shape[1]))
+    rows = at_once(*w.shape)
     for i in range(0, len(w), rows):
         b = None
         if bias is not None:
@@ -164,10 +166,16 @@ def weight_gradient_by_floats(dy: Tensor, x: Tensor, onto: Tensor | None) -> Ten
     if onto is None:
         onto = x.new_zeros(dy.shape[1], x.shape[1], dtype=torch.float32)
     floats = x.float()
-    rows = max(1, AS_FLOATS // max(1, len(x)))
+    rows = at_once(len(onto), len(x))
     for i in range(0, len(onto), rows):
         onto[i : i + rows].addmm_(dy[:, i : i + rows].float().t(), floats)
     return onto
+
+
+def at_once(rows: int, width: int) -> int:
+    """Rows of a bfloat16 matrix (rows, width) that are float32 at once: in parts of one size, of about AS_FLOATS."""
+    parts = max(1, round(rows * width / AS_FLOATS))
+    return EVEN * max(1, math.ceil(rows / parts / EVEN))
 
 
 def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
