@@ -143,6 +143,17 @@ def test_bfloat16_by_floats(rows, width, out, has_bias, plain_cpu):
     torch.testing.assert_close(w.grad, exact_dw.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [0, 1, 768, 3072, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 63, 768, 2304, 3072, 50_257])
+def test_parts_that_are_float32_at_once_are_even_and_about_a_million_numbers(rows, width):
+    n = ops.at_once(rows, width)
+    assert n > 0 and n % ops.EVEN == 0
+    if rows * width <= 1.5 * ops.AS_FLOATS:
+        assert n >= rows
+    else:
+        assert 0.5 * ops.AS_FLOATS < n * width < 1.5 * ops.AS_FLOATS + ops.EVEN * width
+
+
 def test_bfloat16_by_floats_in_every_way(plain_cpu, monkeypatch):
     """dx by a matrix that lies by columns, with a bias too; a gradient on top of another; narrow matrices; and only
     there: not where the CPU multiplies them, nor with --kernels reference."""
