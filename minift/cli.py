@@ -44,9 +44,8 @@ def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
     from .checkpoints.hub import default_model
     from .engine.distributed import leave
-    from .measure.summary import summarize
-    from .measure.track import peak_memory, say, speaks
-    from .planning import fit_aside, footprint, forecast_run, write_ledger
+    from .measure.track import say, speaks
+    from .planning import fit_aside, footprint
     from .runs import Interrupted, check_out, prepare_run, read_training, set_aside
     from .setup import load_model
     from .tasks import task_named
@@ -74,23 +73,29 @@ def train(config: TrainConfig) -> int:
     finally:
         leave()
     if speaks():
-        peak = peak_memory()
-        plan = forecast_run(job, sequences, before)
-        print_metrics({f"valid {name}": value for name, value in done.metrics.items()}, done.details, task)
-        folder = shlex.quote(config.out)
-        if plan:
-            write_ledger(Path(config.out), plan)
-        lines = summarize(
-            done,
-            model,
-            config.method,
-            n_valid=len(examples[1]),
-            peak=peak,
-            forecast=plan and {"memory": plan.memory, "seconds": plan.seconds},
-            next_command=task.next_command(folder, examples[0][0], tokenizer),
-        )
-        say("\n".join(["", *lines]))
+        next_command = task.next_command(shlex.quote(config.out), examples[0][0], tokenizer)
+        tell_end(done, job, sequences, before, len(examples[1]), next_command)
     return 0
+
+
+def tell_end(done, job, sequences: list, before: tuple[int, int], n_valid: int, next_command: str) -> None:
+    """Prints how a run ended, with what it took beside what it should have taken.
+
+    done, job: its Run and Job; sequences: that it trained on; before: its `footprint`; n_valid: examples held out.
+    """
+    from .measure.summary import summarize
+    from .measure.track import peak_memory, say
+    from .planning import forecast_run, write_ledger
+
+    peak = peak_memory()  # before a forecast takes some
+    plan = forecast_run(job, sequences, before)
+    planned = None
+    if plan:
+        planned = {"memory": plan.memory, "seconds": plan.seconds}
+        write_ledger(done.out, plan)
+    print_metrics({f"valid {name}": value for name, value in done.metrics.items()}, done.details, job.task)
+    lines = summarize(done, job.model, job.config.method, n_valid, peak, planned, next_command)
+    say("\n".join(["", *lines]))
 
 
 def plan(config: PlanConfig) -> None:
