@@ -30,6 +30,7 @@ LARGEST = 4096  # of a product's sides, and twice its tokens: a larger one has t
 COLD = 1 << 26  # bytes of copies of a product's matrices
 LARGE = 1 << 26  # bytes of a tensor that no cache holds together with its copy
 BETWEEN = 1 << 22  # bytes that are written between two calls: more than the cache of a core
+SITES = 20  # of three operators each, whose calls are timed
 MOST = 1 << 28  # bytes of a kernel's arguments: with more it is not called, and they move at the rate of a copy
 
 
@@ -185,7 +186,7 @@ def call_seconds() -> float:
 
         def few_calls() -> None:
             h = x = torch.ones(1, 8)
-            for site in range(20):
+            for site in range(SITES):
                 x = linear(x)
                 between.zero_()
                 x = gelu_tanh(x)
@@ -195,13 +196,13 @@ def call_seconds() -> float:
             x.sum().backward()
 
         def what_is_between() -> None:
-            for _ in range(60):
+            for _ in range(3 * SITES):
                 between.zero_()
 
         with Ledger(layers) as ledger:
             few_calls()
         seconds = median_seconds(few_calls, cpu) - median_seconds(what_is_between, cpu)
-        rates[key] = max(seconds, 0) / (ledger.calls - 60)
+        rates[key] = max(seconds, 0) / (ledger.calls - 3 * SITES)
     return rates[key]
 
 
