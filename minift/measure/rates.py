@@ -11,6 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def seconds_of(ledger: Ledger, dtype: torch.dtype, device: torch.device) -> floa
     return total
 
 
-rates: dict[tuple, float] = {}  # what was measured: FLOP/s, bytes/s, seconds of a kernel
+rates: dict[tuple, float] = {}  # what was measured: FLOP/s of a product, seconds of a kernel
 kept = 0  # bytes that libraries kept of what was measured, as they do in a run (planning.py)
 
 
@@ -112,55 +113,47 @@ def stand_in(value, device: torch.device):
     return tensor.fill_(0.5) if tensor.is_floating_point() else tensor.zero_()
 
 
+@cache
 def copy_rate(device: torch.device) -> float:
     """Bytes/s of a copy, those that are read and those that are written."""
-    key = "copy", device.type
-    if key not in rates:
-        large = torch.zeros(LARGE // 4, device=device)
-        other = torch.zeros_like(large)
-        rates[key] = 2 * large.nbytes / median_seconds(lambda: other.copy_(large), device)
-    return rates[key]
+    large = torch.zeros(LARGE // 4, device=device)
+    other = torch.zeros_like(large)
+    return 2 * large.nbytes / median_seconds(lambda: other.copy_(large), device)
 
 
+@cache
 def update_rate(device: torch.device) -> float:
     """Bytes/s of a sum in place, as of an optimizer's update, read and written: it writes what it has just read."""
-    key = "update", device.type
-    if key not in rates:
-        large = torch.zeros(LARGE // 4, device=device)
-        other = torch.zeros_like(large)
-        rates[key] = 3 * large.nbytes / median_seconds(lambda: large.add_(other), device)
-    return rates[key]
+    large = torch.zeros(LARGE // 4, device=device)
+    other = torch.zeros_like(large)
+    return 3 * large.nbytes / median_seconds(lambda: large.add_(other), device)
 
 
+@cache
 def cast_rate(device: torch.device) -> float:
     """Bytes/s of a cast of a layer's weights between float32 and bfloat16, read and written."""
-    key = "cast", device.type
-    if key not in rates:
-        # several, for in a step neither the weights nor where they go are in the cache
-        weights = [torch.zeros(1 << 22, device=device) for _ in range(4)]
-        casts = [x.bfloat16() for x in weights]
+    # several, for in a step neither the weights nor where they go are in the cache
+    weights = [torch.zeros(1 << 22, device=device) for _ in range(4)]
+    casts = [x.bfloat16() for x in weights]
 
-        def cast_all() -> None:
-            for i, x in enumerate(weights):
-                casts[i] = None
-                casts[i] = x.to(torch.bfloat16)
+    def cast_all() -> None:
+        for i, x in enumerate(weights):
+            casts[i] = None
+            casts[i] = x.to(torch.bfloat16)
 
-        rates[key] = 1.5 * sum(x.nbytes for x in weights) / median_seconds(cast_all, device)
-    return rates[key]
+    return 1.5 * sum(x.nbytes for x in weights) / median_seconds(cast_all, device)
 
 
+@cache
 def small_cast_rate(device: torch.device) -> float:
     """The same of parts of weights in bfloat16, each of which is gone before the next is made float32."""
-    key = "small cast", device.type
-    if key not in rates:
-        parts = [torch.zeros(SMALL // 4, dtype=torch.bfloat16, device=device) for _ in range(LARGE // SMALL)]
+    parts = [torch.zeros(SMALL // 4, dtype=torch.bfloat16, device=device) for _ in range(LARGE // SMALL)]
 
-        def cast_all() -> None:
-            for x in parts:
-                x.float()
+    def cast_all() -> None:
+        for x in parts:
+            x.float()
 
-        rates[key] = 3 * sum(x.nbytes for x in parts) / median_seconds(cast_all, device)
-    return rates[key]
+    return 3 * sum(x.nbytes for x in parts) / median_seconds(cast_all, device)
 
 
 def best_product_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -169,41 +162,39 @@ def best_product_rate(dtype: torch.dtype, device: torch.device) -> float:
     return max(rate for key, rate in rates.items() if key[-2:] == (dtype, device.type))
 
 
+@cache
 def call_seconds() -> float:
     """Seconds of a call of an operator that has hardly anything to compute, with the Python around it.
 
     In a step what an operator computes drives Python out of the core's cache: here something else does.
     """
-    key = ("call",)
-    if key not in rates:
-        cpu = torch.device("cpu")
-        between = torch.zeros(BETWEEN // 4)
-        layers = nn.ModuleList([Linear(8, 8), LayerNorm(8, 1e-5)])
-        linear, norm = layers
-        for p in layers.parameters():
-            p.data.fill_(0.5)
-        noise = Noise(keys=torch.zeros(1, dtype=torch.int32))
+    cpu = torch.device("cpu")
+    between = torch.zeros(BETWEEN // 4)
+    layers = nn.ModuleList([Linear(8, 8), LayerNorm(8, 1e-5)])
+    linear, norm = layers
+    for p in layers.parameters():
+        p.data.fill_(0.5)
+    noise = Noise(keys=torch.zeros(1, dtype=torch.int32))
 
-        def few_calls() -> None:
-            h = x = torch.ones(1, 8)
-            for site in range(SITES):
-                x = linear(x)
-                between.zero_()
-                x = gelu_tanh(x)
-                between.zero_()
-                h, x = norm.add(x, h, 0.1, noise, site)
-                between.zero_()
-            x.sum().backward()
+    def few_calls() -> None:
+        h = x = torch.ones(1, 8)
+        for site in range(SITES):
+            x = linear(x)
+            between.zero_()
+            x = gelu_tanh(x)
+            between.zero_()
+            h, x = norm.add(x, h, 0.1, noise, site)
+            between.zero_()
+        x.sum().backward()
 
-        def what_is_between() -> None:
-            for _ in range(3 * SITES):
-                between.zero_()
+    def what_is_between() -> None:
+        for _ in range(3 * SITES):
+            between.zero_()
 
-        with Ledger(layers) as ledger:
-            few_calls()
-        seconds = median_seconds(few_calls, cpu) - median_seconds(what_is_between, cpu)
-        rates[key] = max(seconds, 0) / (ledger.calls - 3 * SITES)
-    return rates[key]
+    with Ledger(layers) as ledger:
+        few_calls()
+    seconds = median_seconds(few_calls, cpu) - median_seconds(what_is_between, cpu)
+    return max(seconds, 0) / (ledger.calls - 3 * SITES)
 
 
 def median_seconds(function: Callable, device: torch.device) -> float:
