@@ -105,6 +105,7 @@ def test_inspect(run):
     assert learned[1].split()[:2] == ["bert.encoder.layer.0.attention.self.query", "32"]
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_by_its_config(run):
     """`--config RUN/config.json` with another --out: the same losses, to the bit."""
     works("train --config {run}/runs/a/config.json --out {run}/runs/again", run=run)

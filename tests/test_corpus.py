@@ -142,6 +142,7 @@ def test_large_ids(letters, cache, tmp_path, monkeypatch):
     assert found.kind == np.uint32 and found.read(0, 3).tolist() == letters.encode(["ab\n"])[0].ids
 
 
+@pytest.mark.slow
 def test_a_run_is_the_run_of_a_list(folder, cache, tmp_path):
     """--valid and --limit choose the same pieces: losses and the fingerprints of the data, to the bit."""
     path = put(tmp_path / "d.txt.gz", TEXT)

@@ -208,6 +208,7 @@ def test_tokens_that_are_lacking(tmp_path):
 # ---- DistilBERT's ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("cls", ["DistilBertTokenizer", "DistilBertTokenizerFast", "BertTokenizer", None])
 def test_distilbert(assets, tmp_path, sentences, entailment, whole, cls):

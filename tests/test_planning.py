@@ -385,6 +385,7 @@ def test_what_control_groups_leave(tmp_path, monkeypatch):
     assert memory.available(cpu) == 0
 
 
+@pytest.mark.slow
 def test_no_forecast_where_there_is_no_memory_for_one(middling, tmp_path, monkeypatch):
     """A run that fits ends well, whatever a forecast of it would take."""
     monkeypatch.setattr(memory, "available", lambda device: 1000)

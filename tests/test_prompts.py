@@ -252,6 +252,7 @@ def test_check_says_that_there_is_nothing_to_learn_from(tmp_path, tokenizer, nam
 # ---- streaming -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_streamed_sequences_are_those_of_encode(tmp_path, tokenizer):
     """Running text too: cut at the same places, though its end is not known."""
     path = write(tmp_path / "d.txt", *(f"line {i} of the text" for i in range(5000)))

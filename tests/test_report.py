@@ -130,6 +130,7 @@ def test_a_full_run_and_a_lora_run(runs):
     assert "before, gpt" in page.words and "A <b>bold</b> question & its" in page.words
 
 
+@pytest.mark.slow
 def test_the_example_that_was_never_learned(runs):
     """The one whose loss stayed at 3 comes first, with its text and its label."""
     page = page_of(runs / "full", options="--examples 0")
@@ -164,6 +165,7 @@ def test_masked_words_and_running_text(runs, tmp_path):
     assert "of running text nothing is asked" in page.words
 
 
+@pytest.mark.slow
 def test_names_and_texts_are_not_markup(runs, tmp_path):
     """What stands in a run's name, options, data and trace is shown as it is."""
     name = "<img src=x onerror=alert(1)>&\"'$x_1$\n\x1b日本"
@@ -214,6 +216,7 @@ def empty(run):
     (run / "examples.jsonl").write_text('{"epoch": 0}\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -317,6 +320,7 @@ def check_texts(figure) -> list[str]:
     return [text for text, _ in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-7, 1, 12345])
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("steps", [1, 40, 1_000_000])

@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     return model_and_data(folder, 60, 21)
 
 
+@pytest.mark.slow
 def test_with_a_validation(folder):
     said = works(f"{TRAIN} --valid {{f}}/valid.tsv --eval-every 2 --out {{f}}/run", f=folder)
     found = last_lines(said)
@@ -100,6 +101,7 @@ def test_a_masked_language_model(folder):
     assert len(row["masks"]) == 1 and "[MASK]" not in row["text"]
 
 
+@pytest.mark.slow
 def test_many_labels_are_counted(folder):
     rows = [{"text": f"film {i}", "label": f"class {i % 15}"} for i in range(30)]
     data = write(folder / "many.jsonl", *rows)
