@@ -5,7 +5,9 @@ python -m pytest tests/test_demo.py
 
 import os
 import re
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def in_a_bare_place(line: str, place: Path) -> subprocess.CompletedProcess:
         "PATH": os.environ["PATH"],
         "HOME": str(place / "home"),
         "PYTHONPATH": f"{place / 'outside'}{os.pathsep}{ROOT}",
-        "OMP_NUM_THREADS": "1",  # where other tests run beside it, two threads wait for each other: three times as long
+        "OMP_NUM_THREADS": "1",  # where other tests run beside it, threads wait for each other: three times as long
     }
     return subprocess.run(command(line), env=environment, cwd=place / "work", capture_output=True, text=True)
 
@@ -100,8 +102,23 @@ def test_a_folder_with_something_in_it(tmp_path):
 
 
 def test_a_training_that_fails_is_told(tmp_path):
-    """With the end of its log."""
-    job = tour.Job("broken", "nothing", "--epochs nothing")
+    """With the end of its log; those that wait for it do not begin."""
+    broken = tour.Job("broken", "nothing", "reviews.train.jsonl", 1, "--lr nothing")
+    others = [replace(broken, name=f"other-{i}") for i in range(6)]
+    shutil.copy(tour.DATA / broken.data, tmp_path)
+    trainings = tour.Trainings(tmp_path)
+    trainings.start([broken, *others])
     with pytest.raises(tour.InputError, match="exit code 2; the end of .*broken.log"):
-        tour.train_in_process(job, tour.DATA / "reviews.train.jsonl", tmp_path)
-    assert "expected a whole number" in (tmp_path / "broken.log").read_text()
+        trainings.costs([broken])
+    trainings.stop()
+    assert "expected a number" in (tmp_path / "broken.log").read_text()
+    assert not (tmp_path / "other-5.log").exists()
+
+
+@pytest.mark.slow
+def test_steps_of_a_training(tmp_path):
+    """As many as its curve has lines."""
+    job = tour.Job("short", "nothing", "few.jsonl", 2, "--lr 1e-4")
+    put(tmp_path / "few.jsonl", "".join(f'{{"text": "number {i}", "label": {i % 2}}}\n' for i in range(9)))
+    tour.train_in_process(job, tmp_path)
+    assert len((tmp_path / "short/metrics.jsonl").read_text().splitlines()) == job.steps(tmp_path) == 4

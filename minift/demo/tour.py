@@ -1,28 +1,36 @@
 """`minift demo`: the main job from end to end, on models and data that ship with minift. No network, about a minute.
 
-Each training is a process of its own, so that its time and memory are its own, and its command can be typed again.
+Each training is a process of its own, so that its memory is its own, and its command can be typed again. Two run at a
+time, with half of the threads each: steps of such small models leave much of two cores idle.
 """
 
 import io
 import json
+import math
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..checkpoints.hub import PREFIX
 from ..checkpoints.loading import load
-from ..config import DemoConfig, EvalConfig
+from ..config import DemoConfig, EvalConfig, TrainConfig
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError, printable, table_lines
 from ..evaluation import evaluate, predict
 from ..files import check_new_folder, real
 from ..generation import generate
+from ..measure.track import Progress
 from ..models import Model
 
 DATA = Path(__file__).parent / "data"
@@ -37,17 +45,35 @@ class Job:
 
     name: str  # of its run folder
     what: str  # in the table
+    data: str  # of DATA
+    epochs: int
     options: str
 
+    def command(self, out: Path) -> str:
+        """The arguments of minift, as they are typed."""
+        files = f"--data {shlex.quote(str(out / self.data))} --out {shlex.quote(str(out / self.name))}"
+        return f"train {files} --epochs {self.epochs} {self.options}"
 
+    def steps(self, out: Path) -> int:
+        """How many it takes."""
+        return self.epochs * math.ceil(lines_in(out / self.data) / TrainConfig.batch)
+
+
+REVIEWS_TO_LEARN = "reviews.train.jsonl"
+PROMPTS_TO_LEARN = "prompts.train.jsonl"
 CLASSIFY = (
-    Job("reviews-full", "all weights", "--epochs 5 --lr 1e-4"),
-    Job("reviews-lora", "LoRA", "--method lora --epochs 5 --lr 1e-3"),
-    Job("reviews-qlora", "LoRA, 4-bit base", "--method lora --base nf4 --epochs 5 --lr 1e-3"),
+    Job("reviews-full", "all weights", REVIEWS_TO_LEARN, 5, "--lr 1e-4"),
+    Job("reviews-lora", "LoRA", REVIEWS_TO_LEARN, 5, "--lr 1e-3 --method lora"),
+    Job("reviews-qlora", "LoRA, 4-bit base", REVIEWS_TO_LEARN, 5, "--lr 1e-3 --method lora --base nf4"),
 )
 COMPLETE = Job(
-    "prompts-lora", "LoRA", "--task complete --method lora --targets all-linear --rank 16 --epochs 3 --lr 3e-3"
+    "prompts-lora",
+    "LoRA",
+    PROMPTS_TO_LEARN,
+    3,
+    "--lr 3e-3 --task complete --method lora --targets all-linear --rank 16",
 )
+AT_ONCE = 2  # trainings; `classify` tells
 
 REVIEWS = ("Not a bad film at all.", "I wanted to love it, but I nearly fell asleep.")
 PROMPTS = (
@@ -64,8 +90,12 @@ def run(config: DemoConfig) -> None:
     for path in sorted(DATA.glob("*.jsonl")):
         shutil.copy(path, out / path.name)
     start = time.perf_counter()
-    classify(out)
-    complete(out)
+    trainings = Trainings(out)
+    try:
+        classify(out, trainings)
+        complete(out, trainings)
+    finally:
+        trainings.stop()
     seconds = time.perf_counter() - start
     print(
         f"\nAll of it took {seconds:.0f} s. {out} has the data, a folder for each run, and what that printed (*.log)."
@@ -75,22 +105,24 @@ def run(config: DemoConfig) -> None:
     print("and a larger model, from the Hugging Face hub or a folder: --model bert-base-uncased")
 
 
-def classify(out: Path) -> None:
+def classify(out: Path, trainings: "Trainings") -> None:
     """A text's label: by all weights, by LoRA, and by LoRA over 4 bits."""
-    train, test = out / "reviews.train.jsonl", out / "reviews.test.jsonl"
+    test = out / "reviews.test.jsonl"
     print(f"1. {BERT} learns to tell good reviews from bad")
-    print(f"   {lines_in(train)} reviews to learn from, {lines_in(test)} others to be asked about\n")
+    print(f"   {lines_in(out / REVIEWS_TO_LEARN)} reviews to learn from, {lines_in(test)} others to be asked about\n")
+    trainings.tell(CLASSIFY)
+    print("\n   Two trainings run at a time, with half of the threads each.", flush=True)
     model, tokenizer = load(BERT, task="classify", labels=["negative", "positive"], seed=SEED)
     before = measure(model, tokenizer, test)
     said = [labels_of(model, tokenizer)]
     rows = [("before", "", f"{before['accuracy']:.1%}", "", "")]
+    trainings.start((*CLASSIFY, COMPLETE))  # now that the kernels are compiled, once for all of them
     gains = []
-    for job in CLASSIFY:
-        done = train_in_process(job, train, out)
+    for job, cost in zip(CLASSIFY, trainings.costs(CLASSIFY), strict=True):
         model, tokenizer = load(out / job.name, task="classify", fresh_head=False)
         after = measure(model, tokenizer, test)
         gains.append(after["accuracy"] - before["accuracy"])
-        rows.append(row_of(job, learned_in(model), f"{after['accuracy']:.1%}", done))
+        rows.append(row_of(job, learned_in(model), f"{after['accuracy']:.1%}", cost))
         if job is CLASSIFY[0]:
             said.append(labels_of(model, tokenizer))
     print_rows(("what learns", "weights", "accuracy", "seconds", "memory"), rows)
@@ -101,21 +133,22 @@ def classify(out: Path) -> None:
     print(f'\n   Ask it yourself: minift predict --model {out / CLASSIFY[0].name} --text "..."\n')
 
 
-def complete(out: Path) -> None:
+def complete(out: Path, trainings: "Trainings") -> None:
     """A text after a prompt, by LoRA."""
-    train, test = out / "prompts.train.jsonl", out / "prompts.test.jsonl"
+    train, test = out / PROMPTS_TO_LEARN, out / "prompts.test.jsonl"
     print(f"2. {GPT2} learns to write a short review from a few facts")
     print(f"   {lines_in(train)} prompts with completions to learn from, {lines_in(test)} others to be asked about\n")
+    trainings.tell([COMPLETE])
     model, tokenizer = load(GPT2, task="complete")
     before = measure(model, tokenizer, test)
     texts = {prompt: [text] for prompt, text in completions(model, tokenizer)}
-    done = train_in_process(COMPLETE, train, out)
+    [cost] = trainings.costs([COMPLETE])
     model, tokenizer = load(out / COMPLETE.name, task="complete")
     after = measure(model, tokenizer, test)
     for prompt, text in completions(model, tokenizer):
         texts[prompt].append(text)
     rows = [("before", "", f"{before['perplexity']:.1f}", "", "")]
-    rows.append(row_of(COMPLETE, learned_in(model), f"{after['perplexity']:.1f}", done))
+    rows.append(row_of(COMPLETE, learned_in(model), f"{after['perplexity']:.1f}", cost))
     print_rows(("what learns", "weights", "perplexity", "seconds", "memory"), rows)
     less = 1 - after["perplexity"] / before["perplexity"]
     print(f"\n   {less:.0%} less perplexed by reviews that it never saw.")
@@ -137,20 +170,56 @@ class Cost:
     memory: int  # bytes, its peak
 
 
-def train_in_process(job: Job, data: Path, out: Path) -> Cost:
+class Trainings:
+    """Trainings in the folder `out`, each by a process of its own, AT_ONCE at a time."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.pool = ThreadPoolExecutor(AT_ONCE)
+        self.started: dict[str, Future] = {}
+
+    def tell(self, jobs: Sequence[Job]) -> None:
+        """Prints what they are, as they would be typed."""
+        for job in jobs:
+            print(f"   $ minift {job.command(self.out)}", flush=True)
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Starts them in this order, and does not wait."""
+        for job in jobs:
+            self.started[job.name] = self.pool.submit(train_in_process, job, self.out)
+
+    def costs(self, jobs: Sequence[Job]) -> list[Cost]:
+        """What they took; waits for them, with a bar of their steps. Raises InputError as soon as one has failed."""
+        futures = [self.started[job.name] for job in jobs]
+        curves = [self.out / job.name / "metrics.jsonl" for job in jobs]  # a line a step
+        progress = Progress(sum(job.steps(self.out) for job in jobs), "step")
+        done, running = wait(futures, timeout=0.0)
+        while running and not any(future.exception() for future in done):
+            done, running = wait(futures, timeout=0.5)
+            progress.add(sum(lines_in(curve) for curve in curves if curve.exists()) - progress.done)
+        progress.close()
+        return [future.result() for future in futures]
+
+    def stop(self) -> None:
+        """Those that wait for others do not begin; those that run end."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+def train_in_process(job: Job, out: Path) -> Cost:
     """`minift train` as a command, whose messages go to a log beside the run. Raises InputError where it fails."""
-    arguments = f"train --data {shlex.quote(str(data))} {job.options} --out {shlex.quote(str(out / job.name))}"
-    print(f"   $ minift {arguments}", flush=True)
+    threads = max(1, torch.get_num_threads() // AT_ONCE)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "minift", *shlex.split(job.command(out))]
     log = out / f"{job.name}.log"
     start = time.perf_counter()
     with open(log, "wb") as file:
-        code = subprocess.run([sys.executable, "-m", "minift", *shlex.split(arguments)], stderr=file).returncode
+        code = subprocess.run(command, stderr=file, env=environment).returncode
+    seconds = time.perf_counter() - start
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         raise InputError(f"the training ended with exit code {code}; the end of {log}:\n" + "\n".join(last))
     steps = [json.loads(line) for line in (out / job.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    memory = max(step.get("train/peak_memory", 0) for step in steps)
-    return Cost(time.perf_counter() - start, memory)
+    return Cost(seconds, max(step.get("train/peak_memory", 0) for step in steps))
 
 
 def measure(model: Model, tokenizer: Tokenizer, data: Path) -> dict:
