@@ -19,6 +19,7 @@ from .data.batch import Sequence, order
 from .data.examples import sample, split
 from .data.tokenizer import Tokenizer
 from .engine.distributed import World, local
+from .engine.precision import name_of
 from .errors import InputError
 from .evaluation import measure
 from .layers.packed import packed_as
@@ -83,6 +84,7 @@ def prepare_run(
     check_loggers(config.log)
     optimizer_settings(config)
     engine = choose_engine(config)
+    config = dataclasses.replace(config, precision=name_of(engine.dtype))  # what goes on elsewhere goes on the same
     max_length = check_length(model, config.max_length)
     examples, valid = examples or read_examples(config)
     tokenise_texts(tokenizer, engine.world, examples, valid)

@@ -28,6 +28,21 @@ def few_forecasts(request):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default():
+    """--precision auto is float32 on every CPU, as the figures here want it; test_precision.py tests the choice."""
+    from minift.engine import precision  # here, for whoever only asks for --help does without torch
+
+    real = precision.native_bf16
+
+    def native_bf16(device):
+        return (False, "a CPU in a test") if device.type == "cpu" else real(device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "native_bf16", native_bf16)
+        yield
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with data/ and weights/."""

@@ -44,8 +44,14 @@ class Said(NamedTuple):
 
 
 def arguments(line: str, **places) -> list[str]:
-    """The arguments of a command line; {name} stands for one of the places, spaces and quotes in it included."""
-    return [word.format(**places) for word in shlex.split(line)]
+    """The arguments of a command line; {name} stands for one of the places, spaces and quotes in it included.
+
+    A training that names no --precision is float32 on every machine, as it is from Python (conftest.py).
+    """
+    words = [word.format(**places) for word in shlex.split(line)]
+    if words and words[0] in ("train", "plan", "trace") and not {"--precision", "--resume", "--config"} & {*words}:
+        words[1:1] = ["--precision", "fp32"]
+    return words
 
 
 def cli(line: str, **places) -> Said:

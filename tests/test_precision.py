@@ -3,14 +3,21 @@
 python -m pytest tests/test_precision.py
 """
 
+import json
+import signal
+
 import pytest
 import torch
-from helpers import metrics, peer, random_ids, reviews, sequence, small_bert, train
+from helpers import cli, losses, metrics, model_and_data, peer, random_ids, reviews, sequence, small_bert, train, works
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
+from minift import setup
 from minift.data.batch import pack
 from minift.engine import precision
+from minift.engine.distributed import World
+from minift.engine.precision import native_bf16
+from minift.measure.track import Tracker
 from minift.ops.dropout import Noise
 from minift.tasks import task_named
 from minift.training import train_step
@@ -115,8 +122,41 @@ def test_all_learn_the_same(kind, tmp_path, capsys):
 def test_the_choice_on_a_cpu(wanted, amx, avx, dtype, word, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(precision, "native_bf16", native_bf16)  # the real one, not conftest.py's
     found, reason = precision.choose_dtype(wanted, torch.device("cpu"))
     assert found == dtype and word in reason
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(tmp_path, monkeypatch):
+    """--precision auto where bfloat16 is fast, stopped, and gone on with where it is not."""
+    folder = model_and_data(tmp_path, 32)
+    line = "train --precision auto --model {f}/model --data {f}/train.tsv --steps 4 --out {f}/"
+    with monkeypatch.context() as fast:
+        fast.setattr(precision, "native_bf16", lambda device: (True, "a fast CPU"))
+        said = works(f"{line}whole", f=folder).err
+        assert "bfloat16 (a fast CPU; --precision fp32 is" in said
+
+        written = Tracker.step
+
+        def step(self, *values):
+            written(self, *values)
+            signal.raise_signal(signal.SIGINT)
+
+        fast.setattr(Tracker, "step", step)
+        assert cli(f"{line}part", f=folder).code == 130
+    assert json.loads((folder / "part/config.json").read_text())["precision"] == "bf16"
+    works("train --resume --out {f}/part", f=folder)
+    assert losses(folder / "part") == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("shard, dtype", [(False, torch.float16), (True, torch.float32)])
+def test_shards_on_an_older_gpu(shard, dtype, monkeypatch):
+    """Which have no float16: by default they are float32."""
+    monkeypatch.setattr(setup, "choose_device", lambda wanted: (torch.device("cuda"), "an old one"))
+    monkeypatch.setattr(setup, "join", lambda device, shard: World(sharded=shard))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    engine = setup.choose_engine(minift.TrainConfig(shard=shard, kernels="reference"))
+    assert engine.dtype == dtype
 
 
 @pytest.mark.parametrize(

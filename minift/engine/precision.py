@@ -32,10 +32,15 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if wanted != "auto":
         return DTYPES[wanted], "asked for"
     if fast:
-        return torch.bfloat16, what
+        return torch.bfloat16, f"{what}; --precision fp32 is slower and closer"
     if device.type == "cuda":
         return torch.float16, what
     return torch.float32, what
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What `--precision` calls a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def native_bf16(device: torch.device) -> tuple[bool, str]:
