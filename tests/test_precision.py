@@ -155,7 +155,7 @@ def test_shards_on_an_older_gpu(shard, dtype, monkeypatch):
     monkeypatch.setattr(setup, "choose_device", lambda wanted: (torch.device("cuda"), "an old one"))
     monkeypatch.setattr(setup, "join", lambda device, shard: World(sharded=shard))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    engine = setup.choose_engine(minift.TrainConfig(shard=shard, kernels="reference"))
+    engine = setup.choose_engine(minift.TrainConfig(shard=shard, precision="auto", kernels="reference"))
     assert engine.dtype == dtype
 
 
