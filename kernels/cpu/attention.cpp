@@ -6,7 +6,8 @@
 //
 // N tokens, M query rows, S sequences, H heads, D head size. A tile of scores lies with keys down and queries across:
 // what belongs to a query (maximum, sum, position, dropout word) is one lane of a vector, and nothing is summed across
-// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end.
+// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end. On a CPU that
+// multiplies bf16 itself, attention_tiles.h takes its place for bf16, and shares all but the products.
 // What one piece of work writes no other does, and no sum's order depends on the number of threads.
 
 #include "attention.h"
@@ -16,6 +17,7 @@
 #include <initializer_list>
 
 #include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -48,6 +50,7 @@ Matrix<T> written(void* x, int64_t H, int64_t D) {  // contiguous
 template <class T>
 struct Call {
     const Attention& a;
+    const int64_t width;
     const Matrix<T> q = given<T>(a.q), k = given<T>(a.k), v = given<T>(a.v), dout = given<T>(a.dout);
     const Matrix<T> out = written<T>(a.out, a.H, a.D);
     const Matrix<T> dq = written<T>(a.dq, a.H, a.D), dk = written<T>(a.dk, a.H, a.D), dv = written<T>(a.dv, a.H, a.D);
@@ -55,7 +58,7 @@ struct Call {
     float* const sum = a.stats + a.M * a.H;      // (M, H): the sum of exp(score - largest)
     const int64_t *const offsets = a.offsets, *const rows = a.rows;
     const int32_t* const keys = a.keys;
-    const int64_t H = a.H, D = a.D, width = round_up(a.D);
+    const int64_t H = a.H, D = a.D;
     const bool causal = a.causal != 0;
     const float scale = a.scale, inverse = a.inverse;
     const uint32_t salt_row = a.salt_row, salt_col = a.salt_col;
@@ -112,10 +115,10 @@ void write(const float* from, Matrix<T> x, int64_t first, int64_t n, int64_t hea
     }
 }
 
-// ---- one piece of work
+// ---- the scores of one piece of work
 
 template <class T>
-struct Piece {
+struct Scores {
     const Call<T>& c;
     const Range range;
     Work w;
@@ -124,15 +127,12 @@ struct Piece {
     // Of query q: how many keys it sees.
     int64_t sees(int64_t q) const { return c.causal ? (c.rows ? c.rows[q] : q) + 1 - range.k0 : range.k1 - range.k0; }
 
-    void read_keys() {
-        const int64_t n = sees(range.q1 - 1);
-        read(w.k, c.k, range.k0, n, range.head, c.D, c.width, 1);
-        read(w.v, c.v, range.k0, n, range.head, c.D, c.width, 1);
+    void name_keys(int64_t n) {
         for (int64_t j = 0; c.keys && j < n; j++)
             w.col[j] = int32_t(mix(uint32_t(j * c.H + range.head) * GOLDEN ^ c.salt_col));
     }
 
-    void read_queries(int64_t i) {
+    void name_queries(int64_t i) {
         first = i, m = range.q1 - i < QUERIES ? range.q1 - i : QUERIES, lanes = round_up(m);
         for (int64_t l = 0; l < lanes; l++) {
             const int64_t q = first + (l < m ? l : m - 1);  // lanes past the last query repeat it, and are not used
@@ -140,19 +140,10 @@ struct Piece {
             w.row[l] = c.keys ? int32_t(mix(uint32_t(c.keys[q]) ^ c.salt_row)) : 0;
         }
         seen = sees(first + m - 1);
-        read(w.q, c.q, first, m, range.head, c.D, c.width, c.scale);
-        if (m > FEW) transpose(m, c.width, w.q, w.q_t, QUERIES);
     }
 
-    // tile (n x lanes) = x y^T, x (n, D) of keys, y (m, D) of queries
-    void times(int64_t n, const float* x, const float* y, const float* y_t, float* tile) {
-        if (m <= FEW) dots(n, m, c.width, x, y, tile, QUERIES);
-        else product<false>(n, lanes, c.D, x, c.width, y_t, QUERIES, tile, QUERIES, false);
-    }
-
-    // tile: the scores of the keys j..j + n, scale * K Q^T, -inf where a causal query must not look.
-    void scores(int64_t j, int64_t n, float* tile) {
-        times(n, w.k + j * c.width, w.q, w.q_t, tile);
+    // The scores of the keys j..j + n become -inf where a causal query must not look.
+    void mask(int64_t j, int64_t n, float* tile) {
         if (!c.causal || j + n - 1 <= w.position[0]) return;
         for (int64_t i = 0; i < n; i++)
             for (int64_t l = 0; l < lanes; l += LANES) {
@@ -171,10 +162,9 @@ struct Piece {
         return where((Ints)x < c.threshold, Vec{} + 1.0f);
     }
 
-    // The scores become dropped exponentials, and acc is turned to the new maximum where that rose.
+    // The scores become dropped exponentials; turn: what those before are to be multiplied by, where the maximum rose.
     template <bool DROP>
-    void softmax(int64_t j, int64_t n) {
-        float turn[QUERIES];
+    void softmax(int64_t j, int64_t n, float* turn) {
         for (int64_t l = 0; l < lanes; l += LANES) {
             const Vec old = *at(w.top + l);
             const Words row = (Words)*at(w.row + l);
@@ -193,31 +183,33 @@ struct Piece {
             *at(w.sum + l) = *at(w.sum + l) * *at(turn + l) + sum;
             *at(w.top + l) = top;
         }
-        for (int64_t i = 0; j > 0 && i < m; i++)
-            for (int64_t d = 0; turn[i] != 1 && d < c.width; d += LANES) *at(w.acc + i * c.width + d) *= turn[i];
     }
 
-    void forward() {
-        if (range.q0 < range.q1) read_keys();
-        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
-            read_queries(i);
-            for (int64_t l = 0; l < lanes; l++) w.top[l] = -INFINITY, w.sum[l] = 0;
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                scores(j, n, w.tile);
-                c.keys ? softmax<true>(j, n) : softmax<false>(j, n);
-                product<true>(m, c.width, n, w.tile, QUERIES, w.v + j * c.width, c.width, w.acc, c.width, j > 0);
-            }
-            for (int64_t l = 0; l < m; l++) {
-                const int64_t i = (first + l) * c.H + range.head;
-                c.top[i] = w.top[l], c.sum[i] = w.sum[l];
-                write(w.acc + l * c.width, c.out, first + l, 1, range.head, c.D, c.width, c.inverse / w.sum[l]);
-            }
+    void softmax(int64_t j, int64_t n, float* turn) { c.keys ? softmax<true>(j, n, turn) : softmax<false>(j, n, turn); }
+
+    void begin_statistics() {
+        for (int64_t l = 0; l < lanes; l++) w.top[l] = -INFINITY, w.sum[l] = 0;
+    }
+
+    // o (m x width): drop(exponentials) V
+    void write_output(const float* o) {
+        for (int64_t l = 0; l < m; l++) {
+            const int64_t i = (first + l) * c.H + range.head;
+            c.top[i] = w.top[l], c.sum[i] = w.sum[l];
+            write(o + l * c.width, c.out, first + l, 1, range.head, c.D, c.width, c.inverse / w.sum[l]);
+        }
+    }
+
+    // Of lanes past the last query P is 0.
+    void read_statistics() {
+        for (int64_t l = 0; l < lanes; l++) {
+            const int64_t i = (first + l) * c.H + range.head;
+            w.top[l] = l < m ? c.top[i] : INFINITY, w.sum[l] = l < m ? c.sum[i] : 1, w.delta[l] = 0;
         }
     }
 
     // The scores of the keys j..j + n become P, negative where dropped; dtile becomes dP, and P * dP is added to delta.
-    // The factor 1 / (1 - p) is in dout already.
+    // The factor 1 / (1 - p) is in dP already.
     template <bool DROP>
     void probabilities(int64_t j, int64_t n) {
         for (int64_t l = 0; l < lanes; l += LANES) {
@@ -235,6 +227,8 @@ struct Piece {
         }
     }
 
+    void probabilities(int64_t j, int64_t n) { c.keys ? probabilities<true>(j, n) : probabilities<false>(j, n); }
+
     // P of the keys j..j + n becomes drop(P), and dP becomes dS.
     void softmax_backward(int64_t j, int64_t n) {
         for (int64_t l = 0; l < lanes; l += LANES) {
@@ -247,14 +241,66 @@ struct Piece {
         }
     }
 
+};
+
+// ---- one piece of work, by products of floats
+
+template <class T>
+struct Piece : Scores<T> {
+    using Scores<T>::c, Scores<T>::range, Scores<T>::w, Scores<T>::first, Scores<T>::m, Scores<T>::lanes;
+    using Scores<T>::seen;
+    typedef T Element;
+
+    static int64_t keys(int64_t longest) { return longest; }
+    static int64_t width(int64_t D) { return round_up(D); }
+
+    void read_keys() {
+        const int64_t n = this->sees(range.q1 - 1);
+        read(w.k, c.k, range.k0, n, range.head, c.D, c.width, 1);
+        read(w.v, c.v, range.k0, n, range.head, c.D, c.width, 1);
+        this->name_keys(n);
+    }
+
+    void read_queries(int64_t i) {
+        this->name_queries(i);
+        read(w.q, c.q, first, m, range.head, c.D, c.width, c.scale);
+        if (m > FEW) transpose(m, c.width, w.q, w.q_t, QUERIES);
+    }
+
     void read_gradient() {
+        this->read_statistics();
         read(w.dout, c.dout, first, m, range.head, c.D, c.width, c.inverse);
         if (m > FEW) transpose(m, c.width, w.dout, w.dout_t, QUERIES);
-        for (int64_t l = 0; l < m; l++) {
-            const int64_t i = (first + l) * c.H + range.head;
-            w.top[l] = c.top[i], w.sum[l] = c.sum[i];
+    }
+
+    // tile (n x lanes) = x y^T, x (n, D) of keys, y (m, D) of queries
+    void times(int64_t n, const float* x, const float* y, const float* y_t, float* tile) {
+        if (m <= FEW) dots(n, m, c.width, x, y, tile, QUERIES);
+        else product<false>(n, lanes, c.D, x, c.width, y_t, QUERIES, tile, QUERIES, false);
+    }
+
+    // tile: the scores of the keys j..j + n, scale * K Q^T
+    void scores(int64_t j, int64_t n, float* tile) {
+        times(n, w.k + j * c.width, w.q, w.q_t, tile);
+        this->mask(j, n, tile);
+    }
+
+    void forward() {
+        float turn[QUERIES];
+        if (range.q0 < range.q1) read_keys();
+        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
+            read_queries(i);
+            this->begin_statistics();
+            for (int64_t j = 0; j < seen; j += KEYS) {
+                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
+                scores(j, n, w.tile);
+                this->softmax(j, n, turn);
+                for (int64_t l = 0; j > 0 && l < m; l++)
+                    for (int64_t d = 0; turn[l] != 1 && d < c.width; d += LANES) *at(w.acc + l * c.width + d) *= turn[l];
+                product<true>(m, c.width, n, w.tile, QUERIES, w.v + j * c.width, c.width, w.acc, c.width, j > 0);
+            }
+            this->write_output(w.acc);
         }
-        for (int64_t l = 0; l < lanes; l++) w.delta[l] = 0;
     }
 
     void backward() {
@@ -268,12 +314,12 @@ struct Piece {
                 const int64_t n = seen - j < KEYS ? seen - j : KEYS;
                 scores(j, n, w.tile + j * QUERIES);
                 times(n, w.v + j * width, w.dout, w.dout_t, w.dtile + j * QUERIES);
-                c.keys ? probabilities<true>(j, n) : probabilities<false>(j, n);
+                this->probabilities(j, n);
             }
             for (int64_t j = 0; j < seen; j += KEYS) {
                 const int64_t n = seen - j < KEYS ? seen - j : KEYS;
                 const float *tile = w.tile + j * QUERIES, *dtile = w.dtile + j * QUERIES;
-                softmax_backward(j, n);
+                this->softmax_backward(j, n);
                 product<false>(n, width, m, tile, QUERIES, w.dout, width, w.dv + j * width, width, true);
                 product<false>(n, width, m, dtile, QUERIES, w.q, width, w.dk + j * width, width, true);
                 product<true>(m, width, n, dtile, QUERIES, w.k + j * width, width, w.acc, width, j > 0);
@@ -284,6 +330,14 @@ struct Piece {
         write(w.dv, c.dv, range.k0, all, range.head, c.D, width, 1);
     }
 };
+
+}  // namespace
+
+#ifdef HAS_TILES
+#include "attention_tiles.h"
+#endif
+
+namespace {
 
 // ---- all pieces
 
@@ -299,28 +353,41 @@ int64_t query_at(const Attention& a, int64_t token) {
     return low;
 }
 
+// Floats that a worker needs.
+template <class P>
+int64_t scratch_size(int64_t longest, int64_t D) {
+    return Work::size(P::keys(longest), P::width(D));
+}
+
 // Calls f(piece) for every sequence, chunk of its queries and head. A worker takes the next piece when it is free.
-template <class T, class F>
+template <class P, class F>
 void pieces(const Attention& a, int64_t chunk, const F& f) {
-    const Call<T> call{a};
+    const Call<typename P::Element> call{a, P::width(a.D)};
     const int64_t chunks = (a.longest + chunk - 1) / chunk;
     std::atomic<int64_t> next{0};
     parallel(a.workers, 1, [&](int64_t worker, int64_t) {
-        const Work work(a.scratch + worker * Work::size(a.longest, call.width), a.longest, call.width);
+        float* const scratch = a.scratch + worker * scratch_size<P>(a.longest, a.D);
+        const Work work(scratch, P::keys(a.longest), call.width);
         for (int64_t i; (i = next++) < a.S * chunks * a.H;) {
             const int64_t s = i / a.H / chunks, k0 = a.offsets[s], k1 = a.offsets[s + 1];
             const int64_t q0 = query_at(a, k0) + i / a.H % chunks * chunk, end = query_at(a, k1);
-            Piece<T> piece{call, {q0, q0 + chunk < end ? q0 + chunk : end, k0, k1, i % a.H}, work, 0, 0, 0, 0};
+            P piece{{call, {q0, q0 + chunk < end ? q0 + chunk : end, k0, k1, i % a.H}, work, 0, 0, 0, 0}};
             f(piece);
         }
     });
 }
 
-template <class T>
+template <class P>
 void run(const Attention& a) {
-    if (a.backward) pieces<T>(a, at_least_1(a.longest), [](Piece<T>& piece) { piece.backward(); });
-    else pieces<T>(a, CHUNK, [](Piece<T>& piece) { piece.forward(); });
+    if (a.backward) pieces<P>(a, at_least_1(a.longest), [](P& piece) { piece.backward(); });
+    else pieces<P>(a, CHUNK, [](P& piece) { piece.forward(); });
 }
+
+#ifdef HAS_TILES
+typedef TilePiece PieceOfBf16;
+#else
+typedef Piece<bf16> PieceOfBf16;
+#endif
 
 }  // namespace
 
@@ -331,10 +398,11 @@ extern "C" void attention_scratch(const AttentionScratch* a) {
         if (length > longest) longest = length;
     }
     a->found[0] = longest;
-    a->found[1] = Work::size(longest, round_up(a->D));
+    const int64_t one = scratch_size<Piece<float>>(longest, a->D), other = scratch_size<PieceOfBf16>(longest, a->D);
+    a->found[1] = one > other ? one : other;
 }
 
 extern "C" void attention(const Attention* a) {
-    if (a->dtype == FLOAT32) run<float>(*a);
-    else run<bf16>(*a);
+    if (a->dtype == FLOAT32) run<Piece<float>>(*a);
+    else run<PieceOfBf16>(*a);
 }

@@ -25,6 +25,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_al
 inline Vec* at(float* x) { return reinterpret_cast<Vec*>(x); }
 inline const Vec* at(const float* x) { return reinterpret_cast<const Vec*>(x); }
 inline const Ints* at(const int32_t* x) { return reinterpret_cast<const Ints*>(x); }
+inline Words* at(uint32_t* x) { return reinterpret_cast<Words*>(x); }
+inline const Words* at(const uint32_t* x) { return reinterpret_cast<const Words*>(x); }
 
 // x where the mask is set, else 0.
 inline Vec where(Ints mask, Vec x) { return (Vec)(mask & (Ints)x); }

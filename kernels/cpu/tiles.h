@@ -1,0 +1,241 @@
+// Products of bf16 matrices with float sums, by the instructions for them: AMX's tiles, or AVX512-BF16's pairs.
+//
+//     C (m x columns) = or += A (m x n) B (n x columns)          m and columns in whole blocks, n in whole depths
+//
+// A lies row by row. B lies in pairs, as the instructions want it: word (i, j) of (n / 2 x columns) is B's bf16 at (2i, j),
+// and above it that at (2i + 1, j). Where the CPU has neither, HAS_TILES is not defined, and attention.cpp goes by floats.
+// With -DTILES_BY_LOOPS loops stand in for AMX's instructions, with -DPAIRS_BY_LOOPS for AVX512-BF16's: for tests.
+#pragma once
+
+#include "products.h"
+
+#if defined(TILES_BY_LOOPS) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#define HAS_TILES
+#define HAS_AMX
+#elif defined(PAIRS_BY_LOOPS) || defined(__AVX512BF16__)
+#define HAS_TILES
+#endif
+
+#if defined(HAS_AMX) && !defined(TILES_BY_LOOPS)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#ifdef HAS_TILES
+
+namespace {
+
+const int64_t BLOCK = 32;  // rows and columns of a block: two tiles each way
+const int64_t DEPTH = 32;  // of A's columns at once: a tile's row is 64 bytes
+
+inline int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- bf16 in words
+
+// x rounded to bf16, to nearest, ties to even, in the low half of each word.
+inline Words rounded(Vec x) {
+    const Words u = (Words)x;
+    return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+}
+
+// pairs (n / 2 x m) of the float rows x (n x m), m in whole vectors; n rows are read, and zeros stand for those up to `all`.
+inline void pair_floats(const float* x, int64_t n, int64_t all, int64_t m, uint32_t* pairs) {
+    for (int64_t i = 0; i < all; i += 2, pairs += m)
+        for (int64_t j = 0; j < m; j += LANES) {
+            const Words low = i < n ? rounded(*at(x + i * m + j)) : Words{};
+            const Words high = i + 1 < n ? rounded(*at(x + (i + 1) * m + j)) : Words{};
+            *at(pairs + j) = low | high << 16;
+        }
+}
+
+// The float rows x (n x m) in bf16, and zeros up to the row `all`.
+inline void round_floats(const float* x, int64_t n, int64_t all, int64_t m, bf16* y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n * m; i++) store(y + i, x[i]);
+    for (int64_t i = n * m; i < all * m; i++) y[i].bits = 0;
+}
+
+// pairs (n / 2 x m) of the rows x (n x m).
+inline void pair_rows(const bf16* x, int64_t n, int64_t m, uint32_t* pairs) {
+    for (int64_t i = 0; i < n; i += 2, pairs += m)
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) pairs[j] = x[i * m + j].bits | uint32_t(x[(i + 1) * m + j].bits) << 16;
+}
+
+// The words x (n x m), turned: y (m x n). n and m in whole vectors.
+inline void turn_words(int64_t n, int64_t m, const void* x, void* y) {
+    transpose(n, m, static_cast<const float*>(x), static_cast<float*>(y), n);
+}
+
+// ---- a pair of products: by AVX512-BF16, or as it is defined
+
+// sum + the pair in `left` times those in `right`.
+inline Vec pair_product(Vec sum, uint32_t left, Words right) {
+#if defined(__AVX512BF16__) && !defined(PAIRS_BY_LOOPS)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Words{} + left), (__m512bh)right);
+#else
+    const Vec low = (Vec)(right << 16), high = (Vec)(right & 0xFFFF0000u);
+    return sum + from_bits(left & 0xFFFF0000u) * high + from_bits(left << 16) * low;
+#endif
+}
+
+// ROWS x 2 vectors of C.
+inline void block_by_pairs(int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                           bool add) {
+    const int R = 4;
+    Vec sum[R][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Vec{};
+    for (int64_t i = 0; i < n / 2; i++) {
+        const Words left = *at(b + i * ldb), right = *at(b + i * ldb + LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            uint32_t pair;
+            __builtin_memcpy(&pair, a + r * lda + 2 * i, sizeof pair);
+            sum[r][0] = pair_product(sum[r][0], pair, left);
+            sum[r][1] = pair_product(sum[r][1], pair, right);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < 2; w++) {
+            Vec& to = *at(c + r * ldc + w * LANES);
+            to = add ? to + sum[r][w] : sum[r][w];
+        }
+}
+
+// ---- a block of four tiles, by AMX
+
+#ifdef HAS_AMX
+
+struct TileShapes {  // as LDTILECFG reads them: eight tiles of 16 rows of 64 bytes
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+#ifdef TILES_BY_LOOPS
+
+thread_local uint32_t tile[8][16][16];
+
+inline bool may_use_tiles() { return true; }
+inline void open_tiles(const TileShapes*) {}
+inline void close_tiles() {}
+
+inline void load_tile(int t, const void* from, int64_t stride) {
+    for (int r = 0; r < 16; r++) __builtin_memcpy(tile[t][r], static_cast<const char*>(from) + r * stride, 64);
+}
+
+inline void store_tile(int t, void* to, int64_t stride) {
+    for (int r = 0; r < 16; r++) __builtin_memcpy(static_cast<char*>(to) + r * stride, tile[t][r], 64);
+}
+
+inline void zero_tile(int t) { __builtin_memset(tile[t], 0, sizeof tile[t]); }
+
+inline void multiply_tiles(int c, int a, int b) {
+    for (int r = 0; r < 16; r++)
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 16; j++) {
+                const uint32_t x = tile[a][r][i], y = tile[b][i][j];
+                float sum = from_bits(tile[c][r][j]);
+                sum += from_bits(x << 16) * from_bits(y << 16);
+                sum += from_bits(x & 0xFFFF0000u) * from_bits(y & 0xFFFF0000u);
+                tile[c][r][j] = to_bits(sum);
+            }
+}
+
+#else
+
+// Whether the kernel lets this process use tiles: it has to be asked once, and remembers.
+inline bool may_use_tiles() {
+    static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return allowed;
+}
+
+// macros, for the instructions' names hold the numbers of the tiles
+#define open_tiles _tile_loadconfig
+#define close_tiles _tile_release
+#define load_tile _tile_loadd
+#define store_tile _tile_stored
+#define zero_tile _tile_zero
+#define multiply_tiles _tile_dpbf16ps
+
+#endif
+
+// BLOCK x BLOCK of C.
+inline void block_by_tiles(int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                           bool add) {
+    const int64_t a_step = lda * 2, b_step = ldb * 4, c_step = ldc * 4;  // bytes
+    float *c1 = c + 16 * ldc, *c0 = c;
+    if (add) {
+        load_tile(0, c0, c_step);
+        load_tile(1, c0 + 16, c_step);
+        load_tile(2, c1, c_step);
+        load_tile(3, c1 + 16, c_step);
+    } else {
+        zero_tile(0);
+        zero_tile(1);
+        zero_tile(2);
+        zero_tile(3);
+    }
+    for (int64_t i = 0; i < n; i += DEPTH) {
+        const uint32_t* right = b + i / 2 * ldb;
+        load_tile(4, a + i, a_step);
+        load_tile(5, a + 16 * lda + i, a_step);
+        load_tile(6, right, b_step);
+        load_tile(7, right + 16, b_step);
+        multiply_tiles(0, 4, 6);
+        multiply_tiles(1, 4, 7);
+        multiply_tiles(2, 5, 6);
+        multiply_tiles(3, 5, 7);
+    }
+    store_tile(0, c0, c_step);
+    store_tile(1, c0 + 16, c_step);
+    store_tile(2, c1, c_step);
+    store_tile(3, c1 + 16, c_step);
+}
+
+#endif
+
+// ---- any size
+
+// The tiles of the thread at hand, while one of these lives.
+struct Tiles {
+    bool there = false;
+
+    Tiles() {
+#ifdef HAS_AMX
+        there = may_use_tiles();
+        const TileShapes shapes;
+        if (there) open_tiles(&shapes);
+#endif
+    }
+    ~Tiles() {
+#ifdef HAS_AMX
+        if (there) close_tiles();
+#endif
+    }
+    Tiles(const Tiles&) = delete;
+
+    void product(int64_t m, int64_t columns, int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                 float* c, int64_t ldc, bool add) const {
+#ifdef HAS_AMX
+        if (there) {
+            for (int64_t i = 0; i < m; i += BLOCK)
+                for (int64_t j = 0; j < columns; j += BLOCK)
+                    block_by_tiles(n, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+            return;
+        }
+#endif
+        for (int64_t i = 0; i < m; i += 4)
+            for (int64_t j = 0; j < columns; j += 2 * LANES)
+                block_by_pairs(n, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+    }
+};
+
+}  // namespace
+
+#endif
