@@ -6,8 +6,8 @@
 //
 // N tokens, M query rows, S sequences, H heads, D head size. A tile of scores lies with keys down and queries across:
 // what belongs to a query (maximum, sum, position, dropout word) is one lane of a vector, and nothing is summed across
-// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end. On a CPU that
-// multiplies bf16 itself, attention_tiles.h takes its place for bf16, and shares all but the products.
+// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end. On a CPU
+// with AMX attention_tiles.h takes its place for bf16, and shares all but the products.
 // What one piece of work writes no other does, and no sum's order depends on the number of threads.
 
 #include "attention.h"
@@ -383,11 +383,6 @@ void run(const Attention& a) {
     else pieces<P>(a, CHUNK, [](P& piece) { piece.forward(); });
 }
 
-#ifdef HAS_TILES
-typedef TilePiece PieceOfBf16;
-#else
-typedef Piece<bf16> PieceOfBf16;
-#endif
 
 }  // namespace
 
@@ -398,11 +393,17 @@ extern "C" void attention_scratch(const AttentionScratch* a) {
         if (length > longest) longest = length;
     }
     a->found[0] = longest;
-    const int64_t one = scratch_size<Piece<float>>(longest, a->D), other = scratch_size<PieceOfBf16>(longest, a->D);
-    a->found[1] = one > other ? one : other;
+    a->found[1] = scratch_size<Piece<float>>(longest, a->D);
+#ifdef HAS_TILES
+    const int64_t of_tiles = scratch_size<TilePiece>(longest, a->D);
+    if (of_tiles > a->found[1]) a->found[1] = of_tiles;
+#endif
 }
 
 extern "C" void attention(const Attention* a) {
-    if (a->dtype == FLOAT32) run<Piece<float>>(*a);
-    else run<PieceOfBf16>(*a);
+    if (a->dtype == FLOAT32) return run<Piece<float>>(*a);
+#ifdef HAS_TILES
+    if (may_use_tiles()) return run<TilePiece>(*a);
+#endif
+    run<Piece<bf16>>(*a);
 }

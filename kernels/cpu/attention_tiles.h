@@ -1,4 +1,4 @@
-// Attention in bf16 by the CPU's own products of it (tiles.h): attention.cpp's pieces, multiplied in bf16, summed in float.
+// Attention in bf16 by AMX (tiles.h): attention.cpp's pieces, multiplied in bf16 and summed in float.
 //
 // Scores, statistics, dropout and all sums are float, as there. What goes into a product is bf16, in one of four forms:
 //     rows      as it is, for A
@@ -93,7 +93,7 @@ struct TilePiece : Scores<bf16> {
 
     void forward() {
         float turn[QUERIES];
-        if (range.q0 == range.q1) return;
+        if (range.q0 >= range.q1) return;
         read_keys();
         turn_rows(v);
         for (int64_t i = range.q0; i < range.q1; i += QUERIES) {

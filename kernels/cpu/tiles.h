@@ -1,30 +1,25 @@
-// Products of bf16 matrices with float sums, by the instructions for them: AMX's tiles, or AVX512-BF16's pairs.
+// Products of bf16 matrices with float sums, by AMX's tiles of 16 x 32 by 32 x 16.
 //
 //     C (m x columns) = or += A (m x n) B (n x columns)          m and columns in whole blocks, n in whole depths
 //
-// A lies row by row. B lies in pairs, as the instructions want it: word (i, j) of (n / 2 x columns) is B's bf16 at (2i, j),
-// and above it that at (2i + 1, j). Where the CPU has neither, HAS_TILES is not defined, and attention.cpp goes by floats.
-// With -DTILES_BY_LOOPS loops stand in for AMX's instructions, with -DPAIRS_BY_LOOPS for AVX512-BF16's: for tests.
+// A lies row by row. B lies in pairs, as the instruction wants it: word (i, j) of (n / 2 x columns) is B's bf16 at (2i, j),
+// and above it that at (2i + 1, j). HAS_TILES is defined where the CPU has AMX, and with -DTILES_BY_LOOPS, for tests: then
+// loops stand in for the instructions.
 #pragma once
 
 #include "products.h"
 
-#if defined(TILES_BY_LOOPS) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#if defined(TILES_BY_LOOPS) || defined(__AMX_BF16__)
 #define HAS_TILES
-#define HAS_AMX
-#elif defined(PAIRS_BY_LOOPS) || defined(__AVX512BF16__)
-#define HAS_TILES
-#endif
-
-#if defined(HAS_AMX) && !defined(TILES_BY_LOOPS)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#elif defined(__AVX512BF16__)
-#include <immintrin.h>
 #endif
 
 #ifdef HAS_TILES
+
+#ifndef TILES_BY_LOOPS
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -70,46 +65,7 @@ inline void turn_words(int64_t n, int64_t m, const void* x, void* y) {
     transpose(n, m, static_cast<const float*>(x), static_cast<float*>(y), n);
 }
 
-// ---- a pair of products: by AVX512-BF16, or as it is defined
-
-// sum + the pair in `left` times those in `right`.
-inline Vec pair_product(Vec sum, uint32_t left, Words right) {
-#if defined(__AVX512BF16__) && !defined(PAIRS_BY_LOOPS)
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Words{} + left), (__m512bh)right);
-#else
-    const Vec low = (Vec)(right << 16), high = (Vec)(right & 0xFFFF0000u);
-    return sum + from_bits(left & 0xFFFF0000u) * high + from_bits(left << 16) * low;
-#endif
-}
-
-// ROWS x 2 vectors of C.
-inline void block_by_pairs(int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                           bool add) {
-    const int R = 4;
-    Vec sum[R][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Vec{};
-    for (int64_t i = 0; i < n / 2; i++) {
-        const Words left = *at(b + i * ldb), right = *at(b + i * ldb + LANES);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            uint32_t pair;
-            __builtin_memcpy(&pair, a + r * lda + 2 * i, sizeof pair);
-            sum[r][0] = pair_product(sum[r][0], pair, left);
-            sum[r][1] = pair_product(sum[r][1], pair, right);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-        for (int w = 0; w < 2; w++) {
-            Vec& to = *at(c + r * ldc + w * LANES);
-            to = add ? to + sum[r][w] : sum[r][w];
-        }
-}
-
-// ---- a block of four tiles, by AMX
-
-#ifdef HAS_AMX
+// ---- the instructions
 
 struct TileShapes {  // as LDTILECFG reads them: eight tiles of 16 rows of 64 bytes
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -155,7 +111,7 @@ inline bool may_use_tiles() {
     return allowed;
 }
 
-// macros, for the instructions' names hold the numbers of the tiles
+// macros, for the numbers of tiles stand in the instructions
 #define open_tiles _tile_loadconfig
 #define close_tiles _tile_release
 #define load_tile _tile_loadd
@@ -165,11 +121,19 @@ inline bool may_use_tiles() {
 
 #endif
 
+// What was written there is in memory: GCC's tile loads do not tell its optimiser that they read.
+inline void in_memory(const void* x) { __asm__ volatile("" : : "r"(x) : "memory"); }
+
+// ---- products
+
 // BLOCK x BLOCK of C.
-inline void block_by_tiles(int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                           bool add) {
+inline void block(int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                  bool add) {
     const int64_t a_step = lda * 2, b_step = ldb * 4, c_step = ldc * 4;  // bytes
-    float *c1 = c + 16 * ldc, *c0 = c;
+    float *c0 = c, *c1 = c + 16 * ldc;
+    in_memory(a);
+    in_memory(b);
+    in_memory(c);
     if (add) {
         load_tile(0, c0, c_step);
         load_tile(1, c0 + 16, c_step);
@@ -198,41 +162,21 @@ inline void block_by_tiles(int64_t n, const bf16* a, int64_t lda, const uint32_t
     store_tile(3, c1 + 16, c_step);
 }
 
-#endif
-
-// ---- any size
-
 // The tiles of the thread at hand, while one of these lives.
 struct Tiles {
-    bool there = false;
-
     Tiles() {
-#ifdef HAS_AMX
-        there = may_use_tiles();
         const TileShapes shapes;
-        if (there) open_tiles(&shapes);
-#endif
+        in_memory(&shapes);
+        open_tiles(&shapes);
     }
-    ~Tiles() {
-#ifdef HAS_AMX
-        if (there) close_tiles();
-#endif
-    }
+    ~Tiles() { close_tiles(); }
     Tiles(const Tiles&) = delete;
 
     void product(int64_t m, int64_t columns, int64_t n, const bf16* a, int64_t lda, const uint32_t* b, int64_t ldb,
                  float* c, int64_t ldc, bool add) const {
-#ifdef HAS_AMX
-        if (there) {
-            for (int64_t i = 0; i < m; i += BLOCK)
-                for (int64_t j = 0; j < columns; j += BLOCK)
-                    block_by_tiles(n, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
-            return;
-        }
-#endif
-        for (int64_t i = 0; i < m; i += 4)
-            for (int64_t j = 0; j < columns; j += 2 * LANES)
-                block_by_pairs(n, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+        for (int64_t i = 0; i < m; i += BLOCK)
+            for (int64_t j = 0; j < columns; j += BLOCK)
+                block(n, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
     }
 };
 

@@ -30,6 +30,20 @@ def native_mode():
     native.mode = before
 
 
+LOOPS = " -DTILES_BY_LOOPS"  # in place of AMX's instructions
+KINDS = {"float32": (torch.float32, ""), "bfloat16": (torch.bfloat16, ""), "tiles": (torch.bfloat16, LOOPS)}
+
+
+@pytest.fixture(params=KINDS)
+def dtype(request, monkeypatch):
+    """A dtype, with the kernel that works on it: bfloat16 has one more, by tiles (attention_tiles.h)."""
+    dtype, flags = KINDS[request.param]
+    if flags:
+        monkeypatch.setattr(compile, "FLAGS", compile.FLAGS + flags)
+        monkeypatch.setitem(native.loaded, ("attention", native.CPU), compile.build("attention"))
+    return dtype
+
+
 def pack(lengths):
     """offsets (S + 1,) and noise."""
     lengths = torch.tensor(lengths)
@@ -86,7 +100,6 @@ def some(kind, offsets):
     }[kind]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("heads, size", [(1, 1), (3, 7), (12, 32), (2, 64), (3, 80), (1, 128)])
@@ -97,27 +110,27 @@ def test_error_is_at_most_twice_plain_pytorchs(heads, size, causal, p, dtype):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("asked", ["some", "first", "last", "few", "one sequence's", "none"])
-def test_rows(asked, causal):
+def test_rows(asked, causal, dtype):
     offsets, noise = pack(MIXED)
     rows = some(asked, offsets)
-    judge(draw(sum(MIXED), 3, 48), offsets, rows, scale=0.2, causal=causal, p=0.4, noise=noise)
+    judge(draw(sum(MIXED), 3, 48, dtype), offsets, rows, scale=0.2, causal=causal, p=0.4, noise=noise)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_long_sequences(causal):
+def test_long_sequences(causal, dtype):
     """Several tiles of queries and of keys, and several pieces of forward."""
     lengths = [1, 1023, 7, 1024]
     offsets, noise = pack(lengths)
-    judge(draw(sum(lengths), 2, 64), offsets, scale=0.125, causal=causal, p=0.1, noise=noise)
+    judge(draw(sum(lengths), 2, 64, dtype), offsets, scale=0.125, causal=causal, p=0.1, noise=noise)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_masks_are_the_references_bit_for_bit(causal):
+def test_masks_are_the_references_bit_for_bit(causal, dtype):
     """With one-hot values the output is drop(P) itself; with a one-hot gradient, dV is its transpose."""
     lengths, heads = [1, 40, 127, 128], 3
     offsets, noise = pack(lengths)
-    q, k, _, _ = draw(sum(lengths), heads, 128)
-    hot = torch.eye(128)[torch.cat([torch.arange(n) for n in lengths])].unsqueeze(1).expand(-1, heads, -1)
+    q, k, _, _ = draw(sum(lengths), heads, 128, dtype)
+    hot = torch.eye(128, dtype=dtype)[torch.cat([torch.arange(n) for n in lengths])].unsqueeze(1).expand(-1, heads, -1)
     out, _, _, dv = every(attend, q, k, hot, hot, offsets, scale=0.01, causal=causal, p=0.4, noise=noise)
     for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         n = b - a
@@ -129,7 +142,6 @@ def test_masks_are_the_references_bit_for_bit(causal):
         assert torch.equal(dv[a:b, :, :n] != 0, want.transpose(0, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_views_give_the_same_bits(dtype):
     offsets, noise = pack(MIXED)
     tensors = draw(sum(MIXED), 3, 40, dtype)
@@ -152,20 +164,20 @@ def test_a_gradient_without_strides():
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
-def test_extreme_scores(size):
+def test_extreme_scores(size, dtype):
     """Scores far beyond exp's range neither overflow nor lose the largest."""
     offsets, noise = pack(MIXED)
-    q, k, v, dout = draw(sum(MIXED), 2, 16)
+    q, k, v, dout = draw(sum(MIXED), 2, 16, dtype)
     largest = 0.25 * size * (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item()
     judge((q * size, k, v, dout), offsets, largest=largest, scale=0.25, noise=noise)
 
 
 @pytest.mark.parametrize("which, value", [("q", torch.inf), ("k", torch.inf), ("v", -torch.inf), ("v", torch.nan)])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_an_inf_stays_visible_and_at_home(which, value, causal):
+def test_an_inf_stays_visible_and_at_home(which, value, causal, dtype):
     """It shows in what it touches, and changes no bit of another sequence or head."""
     offsets, noise = pack([70, 140, 3])
-    clean = draw(213, 2, 16)
+    clean = draw(213, 2, 16, dtype)
     dirty = [t.clone() for t in clean]
     dirty["qkv".index(which)][75, 1, 3] = value  # the second sequence's sixth token, second head
     options = dict(scale=0.3, causal=causal, p=0.0, noise=noise)
@@ -180,10 +192,10 @@ def test_an_inf_stays_visible_and_at_home(which, value, causal):
     assert not dq[75, 1].isfinite().any()
 
 
-def test_threads_change_no_bit():
+def test_threads_change_no_bit(dtype):
     lengths = [300, 1, 513, 22, 22, 22, 64]
     offsets, noise = pack(lengths)
-    tensors, before = draw(sum(lengths), 5, 24), torch.get_num_threads()
+    tensors, before = draw(sum(lengths), 5, 24, dtype), torch.get_num_threads()
     runs = []
     try:
         for n in (1, 2, 3):
@@ -284,10 +296,11 @@ int main() {
 
 
 @pytest.mark.slow
-def test_memory_and_undefined_behaviour(tmp_path):
+@pytest.mark.parametrize("loops", ["", LOOPS], ids=["", "tiles"])
+def test_memory_and_undefined_behaviour(tmp_path, loops):
     """A program of its own with the compiler's sanitizers: no byte outside a buffer is touched."""
     (tmp_path / "driver.cpp").write_text(DRIVER)
-    flags = [f for f in compile.FLAGS.split() if f not in ("-O3", "-shared")]
+    flags = [f for f in (compile.FLAGS + loops).split() if f not in ("-O3", "-shared")]
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     files = ["-I", str(sources.folder()), "-I", str(sources.folder() / "cpu"), "driver.cpp", "-o", "driver"]
     made = subprocess.run(
