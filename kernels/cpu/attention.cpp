@@ -403,7 +403,7 @@ extern "C" void attention_scratch(const AttentionScratch* a) {
 extern "C" void attention(const Attention* a) {
     if (a->dtype == FLOAT32) return run<Piece<float>>(*a);
 #ifdef HAS_TILES
-    if (may_use_tiles()) return run<TilePiece>(*a);
+    if (tiles_work()) return run<TilePiece>(*a);
 #endif
     run<Piece<bf16>>(*a);
 }

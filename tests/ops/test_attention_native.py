@@ -39,9 +39,14 @@ def dtype(request, monkeypatch):
     """A dtype, with the kernel that works on it: bfloat16 has one more, by tiles (attention_tiles.h)."""
     dtype, flags = KINDS[request.param]
     if flags:
-        monkeypatch.setattr(compile, "FLAGS", compile.FLAGS + flags)
-        monkeypatch.setitem(native.loaded, ("attention", native.CPU), compile.build("attention"))
+        compile_with(flags, monkeypatch)
     return dtype
+
+
+def compile_with(flags, monkeypatch):
+    """Puts the kernel made with these flags in the place of the other."""
+    monkeypatch.setattr(compile, "FLAGS", compile.FLAGS + flags)
+    monkeypatch.setitem(native.loaded, ("attention", native.CPU), compile.build("attention"))
 
 
 def pack(lengths):
@@ -84,6 +89,18 @@ def judge(inputs, offsets, rows=None, largest=1.0, **options):
             floor = torch.finfo(a.dtype).eps * largest * max(greatest(t), 1)
             at_most_twice(a, b, t, floor / 2, root_mean_square)
             at_most_twice(a, b, t, 4 * floor)
+
+
+def test_tiles_are_in_use(monkeypatch):
+    """Where they err they are not: then P is not rounded, and results have other bits."""
+    offsets, noise = pack(MIXED)
+    inputs = draw(sum(MIXED), 2, 64, torch.bfloat16)
+    options = dict(scale=0.125, noise=noise)
+    compile_with(" -mno-amx-bf16" if "amx_bf16" in compile.cpu() else "", monkeypatch)
+    by_floats = every(attend, *inputs, offsets, **options)
+    compile_with(LOOPS, monkeypatch)
+    by_tiles = every(attend, *inputs, offsets, **options)
+    assert not any(map(torch.equal, by_floats, by_tiles))
 
 
 def some(kind, offsets):
