@@ -176,7 +176,7 @@ def test_its_card_says_where_it_comes_from(name):
     assert commands[0].startswith("minift new ") and len(commands) >= 2
     assert all(line.startswith("minift train ") and TASKS[name] in line.split() for line in commands[1:])
     assert f"{model.config.longest} tokens at most" in card
-    assert int(re.search(r"--vocab (\d+)", commands[0])[1]) == tokenizer.vocab_size == model.config.vocabulary
+    assert int(re.search(r"--vocab (\d+)", commands[0])[1]) == tokenizer.vocab_size == model.config.vocab_size
     assert re.search(r"little else|seldom", card)  # of what it is not good at
 
 

@@ -164,7 +164,7 @@ def test_empty_lines_inside_a_vocabulary(bert):
 def test_a_vocabulary_padded_to_a_multiple(bert):
     """NVIDIA/DeepLearningExamples 1275; QwenLM/Qwen-Audio 27: more rows than tokens."""
     model, ours = minift.load(bert, task="classify")
-    assert ours.vocab_size == len(VOCABULARY) < model.config.vocabulary
+    assert ours.vocab_size == len(VOCABULARY) < model.config.vocab_size
 
 
 def test_a_token_that_has_no_row(bert):
@@ -235,7 +235,7 @@ def test_an_adapter_with_fewer_rows_or_more(gpt2, tmp_path, rows):
     model, _ = minift.load(tmp_path / "a", task="complete")
     with torch.no_grad():
         assert torch.allclose(model.logits(pack([sequence(0, ids)])), peer_logits(theirs.eval(), [ids]), atol=1e-5)
-    assert model.settings["vocab_size"] == rows == model.config.vocabulary
+    assert model.settings["vocab_size"] == rows == model.config.vocab_size
 
 
 @pytest.mark.parametrize("kind", ["XLORA", "VERA", "PROMPT_TUNING", None])

@@ -227,10 +227,10 @@ def find_adapter(given: Path, base_model: str | Path, notes: list[str]) -> tuple
 
 def check_tokenizer(tokenizer: Tokenizer, model: Model, folder: Path) -> None:
     """Raises InputError where the tokenizer gives what the model has no embedding for."""
-    if tokenizer.vocab_size > model.config.vocabulary:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}; expected below "
-            f"{model.config.vocabulary}, the rows of the model's embedding"
+            f"{model.config.vocab_size}, the rows of the model's embedding"
         )
     kinds = model.config.token_types
     if kinds and tokenizer.types > kinds:

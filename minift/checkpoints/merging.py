@@ -126,7 +126,7 @@ def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Ba
             if len(chosen) < SAMPLE:  # the rest is only judged
                 chosen.append(example)
         return pack(task.encode(chosen, model, tokenizer, check_length(model, 0), labelled=False))
-    ids = torch.randint(model.config.vocabulary, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.config.vocab_size, (SAMPLE, length), generator=torch.Generator().manual_seed(0))
     return pack([task.probe(i, x.int().numpy(), model) for i, x in enumerate(ids)])
 
 

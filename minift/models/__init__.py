@@ -11,7 +11,6 @@ ops/ have, and is given a Batch (data/batch.py); bert.py shows them all. The fil
                    The rows of the word embedding are the field vocab_size, which changes where they are added to.
                    Also these attributes, properties or fields:
                    longest         the most tokens that a sequence can have
-                   vocabulary      rows of the word embedding
                    token_types     rows of the token type embedding, 0 where the family has none
                    with_dropout(p) -> the changes of fields that set every dropout rate to p
     Body           nn.Module, Body(config); forward(batch, noise) -> hidden states at batch.rows, (M, C). Its layers are

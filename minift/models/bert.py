@@ -56,11 +56,6 @@ class Config:
         return self.max_position_embeddings
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the word embedding."""
-        return self.vocab_size
-
-    @property
     def token_types(self) -> int:
         """Rows of the token type embedding."""
         return self.type_vocab_size

@@ -52,11 +52,6 @@ class Config:
         return self.max_position_embeddings
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the word embedding."""
-        return self.vocab_size
-
-    @property
     def token_types(self) -> int:
         """0: DistilBERT has none."""
         return 0

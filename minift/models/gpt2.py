@@ -55,11 +55,6 @@ class Config:
         return self.n_positions
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the word embedding."""
-        return self.vocab_size
-
-    @property
     def token_types(self) -> int:
         """0: GPT-2 has none."""
         return 0

@@ -58,11 +58,6 @@ class Config:
         return self.max_position_embeddings - self.pad_token_id - 1
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the word embedding."""
-        return self.vocab_size
-
-    @property
     def token_types(self) -> int:
         """Rows of the token type embedding."""
         return self.type_vocab_size
