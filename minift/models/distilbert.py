@@ -61,6 +61,20 @@ class Config:
         return dict(dropout=p, attention_dropout=p, seq_classif_dropout=p)
 
 
+def bert_config(config: Config) -> bert.Config:
+    """The fields that BERT's parts read, under their names there."""
+    return bert.Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.hidden_dim,
+        hidden_act=config.activation,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        layer_norm_eps=EPS,
+    )
+
+
 class Embeddings(nn.Module):
     """Word and position, summed and normalised."""
 
@@ -79,15 +93,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, site: int):
         super().__init__()
-        shape = bert.Config(
-            hidden_size=config.dim,
-            num_attention_heads=config.n_heads,
-            intermediate_size=config.hidden_dim,
-            hidden_act=config.activation,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.attention_dropout,
-            layer_norm_eps=EPS,
-        )
+        shape = bert_config(config)
         self.attention = bert.Attention(replace(shape, hidden_dropout_prob=0.0), site)
         self.mlp = bert.MLP(shape, site + 2)
 
@@ -145,14 +151,7 @@ class FillHead(bert.FillHead):
     bias_twin = ""
 
     def __init__(self, config: Config, n_labels: int = 0):
-        shape = bert.Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            num_attention_heads=config.n_heads,
-            hidden_act=config.activation,
-            layer_norm_eps=EPS,
-        )
-        super().__init__(shape)
+        super().__init__(bert_config(config))
 
 
 HEADS = {"sequence": ClassifyHead, "masked": FillHead}

@@ -16,36 +16,19 @@ from ..data.batch import Batch
 from ..layers import Linear
 from ..ops.dropout import SILENT, Noise, dropout
 from ..ops.gelu import ACTIVATIONS
-from . import bert, check_config
+from . import bert
 
 
 @dataclass(frozen=True)
-class Config:
-    """The fields of a RoBERTa config.json that change what is computed, under their names there."""
+class Config(bert.Config):
+    """The fields of a RoBERTa config.json that change what is computed: BERT's, and where positions begin."""
 
     vocab_size: int = 50265
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
-    add_cross_attention: bool = False
-    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         """Raises ValueError for a kind of RoBERTa that this file does not compute."""
-        accepted = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
-        check_config(self, accepted, "hidden_act", "hidden_size", "num_attention_heads", "num_hidden_layers")
+        super().__post_init__()
         if self.longest < 1:
             raise ValueError(
                 f"max_position_embeddings is {self.max_position_embeddings}; "
@@ -56,15 +39,6 @@ class Config:
     def longest(self) -> int:
         """The longest sequence there are positions for, in tokens: 512 of roberta-base's 514."""
         return self.max_position_embeddings - self.pad_token_id - 1
-
-    @property
-    def token_types(self) -> int:
-        """Rows of the token type embedding."""
-        return self.type_vocab_size
-
-    def with_dropout(self, p: float) -> dict:
-        """The changes that set every dropout rate to p."""
-        return dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p, classifier_dropout=None)
 
 
 def positions(batch: Batch, padding: int) -> Tensor:
@@ -79,23 +53,15 @@ def positions(batch: Batch, padding: int) -> Tensor:
     return (counted - before) * is_text + padding
 
 
-class Body(nn.Module):
-    """The encoder. Dropout places: 0 after the embeddings, then three a layer; the head's follow."""
+class Body(bert.Body):
+    """BERT's encoder, with other positions."""
 
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.embeddings = bert.Embeddings(config)
-        self.layers = nn.ModuleList(bert.Layer(config, 1 + 3 * i) for i in range(config.num_hidden_layers))
-        self.dtype = torch.float32  # of activations
-        self.recompute = False  # whether a layer saves only its input
+    config: Config
 
     def forward(self, batch: Batch, noise: Noise = SILENT) -> Tensor:
         """Hidden states at batch.rows, (M, C)."""
         placed = replace(batch, positions=positions(batch, self.config.pad_token_id))
-        x = self.embeddings(placed).to(self.dtype)
-        x = dropout(x, self.config.hidden_dropout_prob, noise, 0)  # (N, C)
-        return bert.run_layers(self, x, batch, noise)  # (M, C)
+        return super().forward(placed, noise)
 
 
 class ClassifyHead(nn.Module):
