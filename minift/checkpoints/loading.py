@@ -14,14 +14,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import parse_json
 from ..data import tokenizer as tokenizers
 from ..data.tokenizer import Tokenizer
 from ..engine import memory
 from ..errors import InputError, short_repr
-from ..layers import Linear
+from ..layers import linear_of
 from ..layers.packed import PackedLinear, base_of_file, linears, part_of, swap, way_named
 from ..models import Model, family_named
 from ..tables import BASES, TASKS
@@ -135,7 +135,7 @@ def finish(model: Model, place: Place, classes: Classes, seed: int) -> None:
     """What is done when all weights are there: the head in float32, the adapter, the rows of the classes."""
     if model.task and isinstance(model.last, PackedLinear):
         # transformers packs it too; here a head's numbers are looked at, and learn
-        model.set_last(unpacked(model.last))
+        model.set_last(linear_of(model.last.matrix(torch.float32), model.last.bias))
     if place.adapter:
         peft_format.put_adapter(model, place.given, place.adapter, place.tensors)
     if classes.own is not None:
@@ -371,11 +371,3 @@ def pack_layers(model: Model, folder: Path, base: str) -> None:
                 packed.add(name.removesuffix(".weight"))
     for name in sorted(layers | packed):
         swap(model, name, in_file or base).is_packed_in_file = name in packed
-
-
-def unpacked(layer: PackedLinear) -> Linear:
-    """The same layer with its weight in float32."""
-    new = Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    new.weight = nn.Parameter(layer.matrix(torch.float32).clone())
-    new.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
-    return new

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.targets import wrappers
 from ..config import MergeConfig
@@ -20,7 +20,7 @@ from ..data.batch import Batch, pack
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..files import check_new_folder
-from ..layers import Linear
+from ..layers import linear_of
 from ..layers.packed import PackedLinear, swap
 from ..models import Model, check_length
 from ..tables import BASES
@@ -66,8 +66,8 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
     for name, layer in wrappers(model).items():
         want = layer.matrix(torch.float32)
         if name in originals:
-            layer.set_frozen(linear(originals[name], layer.frozen.bias))
-        new = linear(layer.matrix(torch.float32), layer.bias)
+            layer.set_frozen(linear_of(originals[name], layer.frozen.bias))
+        new = linear_of(layer.matrix(torch.float32), layer.bias)
         model.set_submodule(name, new)
         if into in BASES:
             new = swap(model, name, into)
@@ -79,7 +79,7 @@ def merge_layers(model: Model, into: str) -> dict[str, float]:
         weight = originals.get(name)
         if weight is None:
             weight = layer.matrix(torch.float32).clone()  # else the next layer's would take its memory
-        model.set_submodule(name, linear(weight, layer.bias))
+        model.set_submodule(name, linear_of(weight, layer.bias))
         if into in BASES:
             swap(model, name, into).pack(weight)
     model.adapter = None
@@ -101,15 +101,6 @@ def original_weights(model: Model) -> dict[str, Tensor]:
     outer = wrappers(model)  # a packed layer inside one had its name before it was wrapped
     names = {next((name for name in outer if inner.startswith(f"{name}.")), inner) for inner in packed}
     return {name: base.get_parameter(f"{name}.weight") for name in names}
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """A Linear of this weight and bias."""
-    layer = Linear(weight.shape[1], weight.shape[0], bias is not None)
-    layer.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().float())
-    return layer
 
 
 def sample(model: Model, tokenizer: Tokenizer | None, config: MergeConfig) -> Batch:

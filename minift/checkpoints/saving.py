@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..engine.distributed import whole
 from ..files import check_folder, write_folder
 from ..layers import Linear
-from ..layers.packed import config_for, packed_as
+from ..layers.packed import packed_as, way_named
 from ..models import LAST, Model
 from ..tasks import task_named
 from . import peft as peft_format
@@ -121,7 +121,7 @@ def settings_of(model: Model) -> dict:
     if base and model.adapter:  # the base is packed as it is loaded
         own["base"] = base
     elif base:  # and the head is not
-        settings["quantization_config"] = config_for(model, linears_of_head)
+        settings["quantization_config"] = way_named(base).quantization_config(linears_of_head)
     if own:
         settings["minift"] = own
     return settings

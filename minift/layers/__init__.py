@@ -23,10 +23,8 @@ from ..ops.linear import ByMatrix, linear
 def recomputed(f: Callable, *args):
     """f(*args), of which nothing inside is saved for backward: it is computed again there (https://arxiv.org/abs/1604.06174).
 
-    Exact, dropout too: noise is an argument and no generator's state.
+    Exact, dropout too: noise is an argument and no generator's state. Without gradients nothing would be saved anyway.
     """
-    if not torch.is_grad_enabled():
-        return f(*args)
     again = Again(f, args)
     with saved_tensors_hooks(again.number, again.tensor):
         return f(*args)
@@ -98,6 +96,15 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
         return linear(x, self.weight, self.bias)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> Linear:
+    """A Linear of a copy of this weight (out, in), and this bias in float32."""
+    layer = Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().float())
+    return layer
 
 
 class Embedding(nn.Module):

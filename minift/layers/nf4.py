@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..ops import nf4
-from ..ops.linear import ByMatrix
 from . import packed
 
 MARK = "quant_state.bitsandbytes__nf4"
@@ -42,10 +41,6 @@ class Packed(packed.PackedLinear):
         out = nf4.scratch(self.out_features, self.in_features, dtype, self.weight.device)
         twice = (self.nested, self.mean) if self.absmax.dtype == torch.uint8 else ()
         return nf4.dequantize(self.weight, self.absmax, out, *twice)
-
-    def products(self) -> ByMatrix:
-        """The products with W."""
-        return ByMatrix(self.matrix)
 
     def are_codes(self, shape: tuple) -> bool:
         """Whether a weight in a file has the shape of codes, kept as numbers of 1, 2 or 4 bytes (quant_storage)."""

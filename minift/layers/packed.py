@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dropout import SILENT, Noise
-from ..ops.linear import frozen_linear
+from ..ops.linear import ByMatrix, frozen_linear
 from ..tables import BASES
 from . import Linear
 
@@ -53,8 +53,8 @@ class PackedLinear(nn.Module):
         raise NotImplementedError
 
     def products(self):
-        """The products with W, as ops/linear.py's ByMatrix has them."""
-        raise NotImplementedError
+        """The products with W, with ByMatrix's members (ops/linear.py)."""
+        return ByMatrix(self.matrix)
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors beside `weight` in a file, by their names in PARTS."""
@@ -115,11 +115,6 @@ def quantize(model: nn.Module, base: str = "nf4") -> nn.Module:
         weight = layer.weight.detach()
         swap(model, name, base).pack(weight)
     return model
-
-
-def config_for(model: nn.Module, skipped: list[str]) -> dict:
-    """quantization_config in the config.json of a model with packed layers."""
-    return way_named(packed_as(model)).quantization_config(skipped)
 
 
 def base_of_file(settings: dict) -> str | None:

@@ -165,7 +165,7 @@ def run_layers(body: nn.Module, x: Tensor, batch: Batch, noise: Noise) -> Tensor
     """The layers of an encoder one after the other, the last at batch.rows alone: x (N, C) -> (M, C)."""
     for layer in body.layers:
         rows = batch.rows if layer is body.layers[-1] else None
-        if body.recompute and torch.is_grad_enabled():
+        if body.recompute:
             x = recomputed(layer, x, batch, noise, rows)
         else:
             x = layer(x, batch, noise, rows)

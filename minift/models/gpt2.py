@@ -171,7 +171,7 @@ class Body(nn.Module):
         x = dropout(x, self.config.embd_pdrop, noise, 0)  # (N, C)
         y = self.h[0].ln_1(x)
         for i in range(len(self.h)):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute:
                 x, y = recomputed(self.layer, i, x, y, batch, noise, cache)
             else:
                 x, y = self.layer(i, x, y, batch, noise, cache)
