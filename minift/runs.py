@@ -12,7 +12,7 @@ import torch
 
 from . import files
 from .adapters import changes_base, method_file, saved_as
-from .checkpoints import resume, saving
+from .checkpoints import resume, saving, weights
 from .config import TrainConfig, is_number, numbers_of
 from .data import corpus
 from .data.batch import Sequence, order
@@ -325,7 +325,7 @@ def check_finite(job: Job, step: int) -> None:
     faults = []
     for name, p in resume.trained(job.model):
         for tensor in (p, *job.optimizer.state.get(p, {}).values()):
-            if not resume.is_finite(local(tensor.detach())):
+            if not weights.is_finite(local(tensor.detach())):
                 faults.append(name)
     count = torch.tensor([len(faults)], dtype=torch.float64, device=job.model.device)
     if job.world.add_up(count).item():

@@ -27,6 +27,7 @@ from ..data.batch import Sequence
 from ..engine.distributed import like, whole
 from ..engine.optimizers import Optimizer
 from ..errors import InputError
+from .weights import is_finite
 
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FILES = {WEIGHTS, MOMENTS, STATE, files.MANIFEST}
@@ -145,14 +146,6 @@ def expected_moments(names: dict[str, nn.Parameter], found: dict[str, Tensor], o
     """Name -> (shape, dtype) of the optimizer's tensors. A parameter that never had a gradient has none."""
     updated = {key.rpartition("/")[0] for key in found} & names.keys() or names.keys()
     return {f"{name}/{k}": tensor for name in updated for k, tensor in optimizer.expected_state(names[name]).items()}
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite: its smallest and its largest are, in one pass."""
-    if not tensor.numel():
-        return True
-    low, high = tensor.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 @contextmanager

@@ -178,8 +178,8 @@ def untie_where_different(model: Model, folder: Path, raw: str, report: Report) 
     if not torch.equal(tensor.float(), embedding):
         model.untie()
         with torch.no_grad():
-            is_finite = copy_finite(model.head.out.weight, tensor)
-        if not is_finite:
+            is_whole = copy_finite(model.head.out.weight, tensor)
+        if not is_whole:
             raise InputError(f"{folder}: {raw} has numbers that are not finite")
         report.loaded += 1
         why = "though config.json ties the two (tie_word_embeddings)"
@@ -213,8 +213,8 @@ def place(model: Model, layers: dict[str, nn.Module], name: str, stored: Stored,
     pack = can_pack(layers, name)
     hub = model.hub_name(name)
     flip = is_transposed(model, hub)
-    want = (layer.out_features, layer.in_features) if pack else tuple(now.shape)
-    want = want[::-1] if flip else want
+    shape = (layer.out_features, layer.in_features) if pack else tuple(now.shape)
+    want = shape[::-1] if flip else shape  # in the file
     if not now.is_meta:
         return [f"{hub} is in the file twice, the second time as {stored.name}"]
     if stored.shape != want and is_last(name):
@@ -226,13 +226,13 @@ def place(model: Model, layers: dict[str, nn.Module], name: str, stored: Stored,
     if not tensor.is_floating_point():
         return [f"{stored.name} is {tensor.dtype} in the file; expected floating-point numbers"]
     if pack:
-        is_finite = math.isfinite(total(tensor)) or bool(tensor.isfinite().all())
+        is_whole = is_finite(tensor)
         layer.pack(tensor.t() if flip else tensor)
     else:
-        ours = torch.empty(want[::-1] if flip else want)
-        is_finite = copy_finite(ours, tensor, flip)
+        ours = torch.empty(shape)
+        is_whole = copy_finite(ours, tensor, flip)
         setattr(layer, leaf, nn.Parameter(ours))
-    if not is_finite:
+    if not is_whole:
         return [f"{stored.name} has numbers that are not finite"]
     report.loaded += 1
     return []
@@ -243,20 +243,20 @@ def copy_finite(target: Tensor, source: Tensor, flip: bool = False) -> bool:
 
     Large ones part by part, while they are in the cache: looking at all of it again would cost a tenth of loading.
     """
-    rows, found = max(1, IN_CACHE // max(1, math.prod(target.shape[1:]))), 0.0
     if flip:
-        found = total(source)
         target.copy_(source.t())
-    else:
-        for to, part in zip(target.split(rows), source.split(rows), strict=True):
-            found += total(part)
-            to.copy_(part)
-    return math.isfinite(found) or bool(target.isfinite().all())  # a sum may overflow by itself
+        return is_finite(target)
+    rows = max(1, IN_CACHE // max(1, math.prod(target.shape[1:])))
+    found = True
+    for to, part in zip(target.split(rows), source.split(rows), strict=True):
+        to.copy_(part)
+        found = is_finite(to) and found
+    return found
 
 
-def total(tensor: Tensor) -> float:
-    """The sum of a tensor's numbers, which is not finite where one of them is not."""
-    return tensor.sum(dtype=torch.float32).item()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite: their sum is, in one pass, unless it overflows by itself."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
 
 
 def is_transposed(model: Model, hub: str) -> bool:
