@@ -7,8 +7,6 @@ norm     the layer norms
 last-K   the last K transformer layers, and a norm after them
 """
 
-import re
-
 from torch import nn
 
 from ..errors import InputError
@@ -31,7 +29,7 @@ def add(model: nn.Module, options: Options) -> None:
         parts += [m for m in model.modules() if isinstance(m, LayerNorm)]
     elif policy != "head":
         layers = next(m for m in model.body.children() if isinstance(m, nn.ModuleList))
-        k = int(re.fullmatch(r"last-(\d+)", policy)[1])
+        k = int(policy.removeprefix("last-"))
         if not 1 <= k <= len(layers):
             raise InputError(f"--method is {policy}; expected last-1 to last-{len(layers)}, the layers that there are")
         parts += [*layers[-k:], *(m for m in model.body.children() if isinstance(m, LayerNorm))]

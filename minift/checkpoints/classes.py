@@ -15,13 +15,13 @@ from .weights import draw, hub_names
 class Classes:
     """Which classes a model gets, and what becomes of the rows that the checkpoint has for its own."""
 
-    rows: list[str] | None  # in the order of the head's rows as they are loaded; None: the checkpoint's own
+    rows: list[str]  # in the order of the head's rows as they are loaded
     labels: list[str] | None = None  # the order they are put in afterwards, if it is another
-    own: list[str] | None = None  # the checkpoint's
+    own: list[str] | None = None  # the checkpoint's; None of a task without classes
     fresh: bool = False  # whether the last layer is drawn anew
     said: str = ""  # of a last layer that is not drawn anew
 
-    def first_rows(self, is_adapter: bool) -> list[str] | None:
+    def first_rows(self, is_adapter: bool) -> list[str]:
         """The labels that the model is built with: those of an adapter's own head if that does not stay."""
         if is_adapter and self.rows and self.own and (self.fresh or len(self.rows) != len(self.own)):
             return self.own
@@ -34,7 +34,7 @@ def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> C
     LABEL_0 or 0 is no name, only a number: such rows are given the names wanted, in their order.
     """
     if wanted is None or own == wanted:
-        return Classes(wanted, own=own)
+        return Classes(own, own=own)
     if all(name in (f"LABEL_{i}", str(i)) for i, name in enumerate(own)):
         named = ", ".join(f"{i} {printable(name)}" for i, name in enumerate(wanted))
         same = len(own) == len(wanted)

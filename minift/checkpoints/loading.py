@@ -166,7 +166,7 @@ def check_random(place: Place) -> None:
 def find_classes(settings: dict, path: Path, task: str | None, labels: list[str] | None, ordered: bool) -> Classes:
     """The classes of the checkpoint and those asked for, joined; of a task without classes, none. Raises InputError."""
     if task is None or not task_named(task).NAMED_CLASSES:
-        return Classes(labels)
+        return Classes([])
     own = label_names(settings, path)
     task_named(task).check_settings(settings, labels, own, path)
     return choose_classes(own, labels, ordered)
@@ -265,7 +265,7 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: read().clone() for name, _, read in reader(path)}
 
 
-def build(settings: dict, folder: Path, task: str | None, labels: list[str] | None, dropout: float) -> Model:
+def build(settings: dict, folder: Path, task: str | None, labels: list[str], dropout: float) -> Model:
     """The model on the meta device."""
     family, path = family_named(settings["model_type"]), Path(folder, "config.json")
     known = shape_of(family, settings, path)
@@ -280,10 +280,6 @@ def build(settings: dict, folder: Path, task: str | None, labels: list[str] | No
         raise InputError(
             f"{folder}: {settings['model_type']} has no head for {task}; expected one of {', '.join(possible)}"
         )
-    if task is None or not task_named(task).NAMED_CLASSES:
-        labels = []
-    elif labels is None:
-        labels = label_names(settings, path)
     with torch.device("meta"):
         head = task_named(task).make_head(family, config, len(labels)) if task else None
         return Model(settings, config, head, task, labels)
@@ -349,7 +345,7 @@ def label_names(settings: dict, path: Path) -> list[str]:
 
 def pack_layers(model: Model, folder: Path, base: str) -> None:
     """Puts packed layers where weights are to be packed (base, of tables.BASES), or are packed in the file."""
-    settings = read_settings(folder).get("quantization_config") or {}
+    settings = model.settings.get("quantization_config") or {}
     in_file = base_of_file(settings)
     if in_file is None:
         raise InputError(

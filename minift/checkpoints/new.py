@@ -29,7 +29,7 @@ def make_folder(config: NewConfig) -> str:
     read = partial(just_texts, config.data, config.columns, config.header, config.max_line)
     tokenizer = learn_tokenizer(family.TOKENIZER, read, config.vocab, config.lowercase)
     settings = settings_of_size(config, tokenizer)
-    size = build(settings, folder, None, None, -1).size()
+    size = build(settings, folder, None, [], -1).size()
 
     def put_files(aside: Path) -> None:
         (aside / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -309,7 +309,7 @@ def test_a_pretrained_size_has_transformers_count(kind, tmp_path):
     changes = of_roberta if kind == "roberta" else {}
     with torch.device("meta"):
         theirs = cls(kind, "ForSequenceClassification")(transformers.AutoConfig.for_model(kind, **changes))
-    model = loading.build({"model_type": kind} | changes, "here", "classify", None, -1)
+    model = loading.build({"model_type": kind} | changes, "here", "classify", ["no", "yes"], -1)
     assert model.size() == theirs.num_parameters() and model.config.longest == 512
 
 

@@ -276,7 +276,7 @@ def test_a_pretrained_size_has_transformers_count(kind):
     config = transformers.AutoConfig.for_model(**settings)
     with torch.device("meta"):
         theirs = CLASSES[kind](config)
-        model = loading.build(settings, Path("here"), "fill", None, -1)
+        model = loading.build(settings, Path("here"), "fill", [], -1)
     assert model.size() == theirs.num_parameters()
     assert model.head.architecture == CLASSES[kind].__name__ == fill.architecture(family_named(kind))
 
