@@ -29,7 +29,7 @@ from ..tasks import task_named, task_of_architecture, task_of_peft
 from . import peft as peft_format
 from .classes import Classes, choose_classes, on_meta, settle_classes
 from .hub import adapter_file, address, base_of, has_weights, read_settings, resolve
-from .weights import Report, draw_all, fill, hub_names, known_name, pickled_in, safetensors_in, tensors
+from .weights import Report, draw_all, fill, hub_names, known_name, tensors, tensors_in
 
 LAYERS = 1024  # most layers of a model; a config.json that asks for billions is answered at once
 LABELS = 10**5  # most classes that have no names
@@ -261,8 +261,7 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     path = adapter_file(folder)
     if path is None:
         raise InputError(f"{folder}: no adapter; expected {' or '.join(peft_format.WEIGHT_FILES)}")
-    reader = safetensors_in if path.suffix == ".safetensors" else pickled_in
-    return {name: read().clone() for name, _, read in reader(path)}
+    return {name: read().clone() for name, _, read in tensors_in(path)}
 
 
 def build(settings: dict, folder: Path, task: str | None, labels: list[str], dropout: float) -> Model:

@@ -303,7 +303,7 @@ def tensors(folder: Path) -> Iterator[Stored]:
     if path is None:
         raise InputError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json":
-        yield from (safetensors_in if path.suffix == ".safetensors" else pickled_in)(path)
+        yield from tensors_in(path)
         return
     index = read_index(path)
     for shard in sorted(set(index.values())):
@@ -311,7 +311,7 @@ def tensors(folder: Path) -> Iterator[Stored]:
             raise InputError(f"{path}: names the file {shard}, which is not there")
         expected = {name for name, file in index.items() if file == shard}
         found = set()
-        for tensor in (safetensors_in if shard.endswith(".safetensors") else pickled_in)(folder / shard):
+        for tensor in tensors_in(folder / shard):
             found.add(tensor.name)
             yield tensor
         if different := expected ^ found:
@@ -329,6 +329,11 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith((".safetensors", ".bin")):
             raise InputError(f"{path}: puts {name} into {short_repr(shard)}; expected a weight file in the same folder")
     return index
+
+
+def tensors_in(path: Path) -> Iterator[Stored]:
+    """The tensors of one file, by the kind that its name ends in."""
+    return safetensors_in(path) if path.suffix == ".safetensors" else pickled_in(path)
 
 
 def safetensors_in(path: Path) -> Iterator[Stored]:

@@ -8,7 +8,7 @@ There are no token types, nothing is dropped after `out`, and the tanh layer of 
 pretraining did not leave. All else stands in bert.py. N tokens, M rows, C width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -88,18 +88,12 @@ class Embeddings(nn.Module):
         return self.norm(self.word(batch.ids) + self.position(batch.positions))  # (N, C)
 
 
-class Layer(nn.Module):
-    """BERT's attention, then its feed-forward. Dropout places: site, and site + 2; site + 1 is BERT's after `out`."""
+class Layer(bert.Layer):
+    """BERT's, without the dropout after `out`, at site + 1."""
 
     def __init__(self, config: Config, site: int):
-        super().__init__()
-        shape = bert_config(config)
-        self.attention = bert.Attention(replace(shape, hidden_dropout_prob=0.0), site)
-        self.mlp = bert.MLP(shape, site + 2)
-
-    def forward(self, x: Tensor, batch: Batch, noise: Noise, rows: Tensor | None = None) -> Tensor:
-        """x (N, C) -> (M, C) at `rows`, or (N, C) where rows is None."""
-        return self.mlp(self.attention(x, batch, noise, rows), noise.at(rows))
+        super().__init__(bert_config(config), site)
+        self.attention.p = 0.0
 
 
 class Body(nn.Module):
