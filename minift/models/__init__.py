@@ -55,7 +55,6 @@ layers, so they are in transformers' order. It has
 """
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -99,7 +98,7 @@ class Model(nn.Module):
     The rest is what a checkpoint says of itself: `settings` is its config.json, `labels` the names of its classes.
     """
 
-    def __init__(self, settings: dict, config, head: nn.Module | None, task: str | None, labels: Sequence[str] = ()):
+    def __init__(self, settings: dict, config, head: nn.Module | None, task: str | None, labels: list[str]):
         super().__init__()
         self.family = family_named(settings["model_type"])
         self.settings = settings
