@@ -228,6 +228,16 @@ def test_ill_formed_files_are_refused(packed, fault):
         minift.load(packed, task="classify")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_nan_is_not_packed(bert, base, dtype):
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    tensors = weights_in(bert)
+    rewrite(bert, tensors | {name: with_nan(tensors[name]).to(dtype)})
+    with pytest.raises(InputError, match=f"{name} has numbers that are not finite"):
+        minift.load(bert, task="classify", base=base)
+
+
 @pytest.mark.parametrize("config, words", [
     (..., "is packed, which config.json says nothing of"),
     ({"quant_method": "gptq", "bits": 4}, "quantization_config is .*; expected bitsandbytes' nf4"),

@@ -55,12 +55,12 @@ def choose_classes(own: list[str], wanted: list[str] | None, ordered: bool) -> C
 def settle_classes(model: Model, classes: Classes, seed: int) -> None:
     """What can be done only when all weights are there: a head under an adapter drawn anew, rows put in order."""
     report = model.report
-    if classes.rows and model.labels != classes.rows:
+    is_drawn = bool(classes.rows) and model.labels != classes.rows
+    if is_drawn:
         model.set_last(on_meta(model.last, len(classes.rows)))
         model.labels = classes.rows
         draw(model, seed)
-        report.relabelled = ["its last layer"]
-    if report.relabelled:
+    if is_drawn or report.relabelled:
         report.relabelled = [model.hub_name(f"{LAST}.{name}") for name, _ in model.last.named_parameters()]
         own = ", ".join(map(printable, classes.own))
         report.labels = f"the checkpoint's classes were {own}; to go on with these, name them all: --labels"

@@ -49,7 +49,9 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what else was unusual and how it was taken, a sentence each
 
     def __str__(self) -> str:
-        lines = [f"{self.loaded} tensors loaded" + f", {self.adapter} of an adapter" * bool(self.adapter)]
+        lines = [f"{self.loaded} tensors loaded"]
+        if self.adapter:
+            lines[0] += f", {self.adapter} of an adapter"
         for names, what in (
             (self.fresh, "missing, freshly initialised"),
             (self.reshaped, "of another shape, freshly initialised"),
@@ -256,7 +258,11 @@ def copy_finite(target: Tensor, source: Tensor, flip: bool = False) -> bool:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite: their sum is, in one pass, unless it overflows by itself."""
-    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
+    if math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        return True
+    if tensor.itemsize == 1:  # float8, for which torch has no isfinite
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
 
 
 def is_transposed(model: Model, hub: str) -> bool:
