@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import tempfile
+import weakref
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -41,9 +42,7 @@ VERSION = 1  # of the files' format, and of how a text is read into pieces
 CHARACTERS = 1 << 20  # of text tokenised at once, and lost where the process is killed
 TOKENS, ENDS, STATE = "tokens.bin", "ends.bin", "state.json"
 FILES = {TOKENS, ENDS, STATE, files.MANIFEST}
-AROUND = 1 << 16  # bytes of a mapped file that Linux maps with the one that is read
 TOGETHER = 100  # blocks that are made at once, where all are asked for
-MAPPED = 1 << 25  # bytes of it that count as this process's memory, at most
 
 
 # ---- the text
@@ -112,30 +111,23 @@ def is_running(examples: list) -> bool:
 
 
 class TokenFile:
-    """The tokens of a text, as a whole file has them. Memory is that of `ends`, and of at most MAPPED bytes mapped."""
+    """The tokens of a text, as a whole file has them. Of these two files, memory holds `ends` alone."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.kind = np.dtype(json.loads((folder / STATE).read_text())["kind"])
         self.ends = np.append(0, np.fromfile(folder / ENDS, np.int64))  # (pieces + 1,): piece i is ends[i] to ends[i+1]
-        self._map()
-
-    def _map(self) -> None:
-        self.touched = 0
-        self.mapped = np.zeros(0, self.kind)
-        if len(self):  # an empty file cannot be mapped
-            self.mapped = np.memmap(self.folder / TOKENS, self.kind, "r")
+        self.handle = os.open(folder / TOKENS, os.O_RDONLY)  # stays open: the file may be deleted at any time
+        weakref.finalize(self, os.close, self.handle)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Tokens begin to end, (n,) int32."""
-        # pages that were read count as ours until they are mapped no more; what they hold stays in the disk's cache
-        self.touched += max(AROUND, (end - begin) * self.kind.itemsize)
-        if self.touched > MAPPED:
-            self._map()
-        return self.mapped[begin:end].astype(np.int32)
+        size = self.kind.itemsize
+        words = os.pread(self.handle, (end - begin) * size, begin * size)
+        return np.frombuffer(words, self.kind).astype(np.int32)
 
 
 def key_of(text: Text, tokenizer: Tokenizer) -> str:
@@ -285,14 +277,11 @@ class Joined:
 
     def __init__(self, file: TokenFile, numbers: np.ndarray, before: list[int]):
         """numbers: (pieces,) int64."""
-        begins = file.ends[numbers]
-        ends = file.ends[numbers + 1]
-        is_first = np.append(True, begins[1:] != ends[:-1])  # of a run of pieces that are neighbours in the file
-        lengths = np.add.reduceat(ends - begins, np.flatnonzero(is_first))
+        lengths = file.ends[numbers + 1] - file.ends[numbers]
         self.file = file
         self.before = np.array(before, np.int32)
-        self.sources = begins[is_first]  # (runs,) where each run begins in the file
-        self.places = len(before) + np.append(0, lengths.cumsum())  # (runs + 1,) where it begins here, and the end
+        self.sources = file.ends[numbers]  # (pieces,) where each begins in the file
+        self.places = len(before) + np.append(0, lengths.cumsum())  # (pieces + 1,) where it begins here, and the end
 
     def __len__(self) -> int:
         return int(self.places[-1])
@@ -301,13 +290,13 @@ class Joined:
         """Tokens begin to end, (n,) int32."""
         found = [self.before[begin:end]]
         at = max(begin, len(self.before))
-        run = int(self.places.searchsorted(at, "right")) - 1
+        piece = int(self.places.searchsorted(at, "right")) - 1
         while at < end:
-            stop = min(end, int(self.places[run + 1]))
-            source = int(self.sources[run]) + at - int(self.places[run])
+            stop = min(end, int(self.places[piece + 1]))
+            source = int(self.sources[piece]) + at - int(self.places[piece])
             found.append(self.file.read(source, source + stop - at))
             at = stop
-            run += 1
+            piece += 1
         return np.concatenate(found)
 
 
