@@ -26,7 +26,7 @@ shares with another task from that one's file (`from . import classify`). The fi
     NAMED_CLASSES     whether config.json names the classes of such a model (id2label); else n_labels is 0, and
         model.labels is empty
     check_settings(settings, wanted, own, path)   raises InputError where a checkpoint's head, whose classes are `own`,
-        is for something else; wanted: the classes of the data, or None. Asked only where NAMED_CLASSES
+        is for something else; wanted: the classes of the data, or None. Only where NAMED_CLASSES
     settings(model) -> what stands in config.json beside the checkpoint's own
     PEFT_TYPE         PEFT's task_type; PEFT_HEADS: modules that PEFT trains for it without being told
     claims(settings) -> whether a config.json is for this task; only where architecture or PEFT_TYPE are another's too

@@ -69,10 +69,6 @@ def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
     return family.HEADS["vocabulary"](config, n_labels)
 
 
-def check_settings(settings: dict, wanted: list[str] | None, own: list[str], path: Path) -> None:
-    """Nothing of such a head is named in config.json."""
-
-
 def settings(model: Model) -> dict:
     """Nothing beside the checkpoint's own."""
     return {}
@@ -184,11 +180,6 @@ def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
 def summary(model: Model, sequences: list[Sequence]) -> list[str]:
     """Nothing beside the counts."""
     return []
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a prompt, as training saw it: what stands in front of a text, and nothing behind it."""
-    return tokenizer.before + tokenizer.encode([text], special=False)[0].ids
 
 
 def end_of_text(model: Model | None, tokenizer: Tokenizer) -> int:

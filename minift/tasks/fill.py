@@ -54,7 +54,6 @@ BEST = 5  # tokens that `predict` tells of each mask
 read = read_texts
 stream = stream_texts
 settings = complete.settings
-check_settings = complete.check_settings
 label_names = complete.label_names
 summary = complete.summary
 Metrics = complete.Metrics

@@ -155,10 +155,6 @@ def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
     return head
 
 
-def check_settings(settings: dict, wanted: list[str] | None, own: list[str], path: Path) -> None:
-    """Nothing of such a head is named in config.json."""
-
-
 def settings(model: Model) -> dict:
     """Nothing beside the checkpoint's own."""
     return {}
