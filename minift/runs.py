@@ -47,7 +47,8 @@ def read_examples(config: TrainConfig) -> tuple[list, list]:
 
 def read_training(config: TrainConfig, path: str) -> list:
     """All examples of a file, as the configuration says that it is read."""
-    return task_named(config.task).read(path, config.columns, header=config.header, max_line=config.max_line)
+    task = task_named(config.task)
+    return corpus.read_all(task.stream(path, config.columns, header=config.header, max_line=config.max_line))
 
 
 def set_aside(config: TrainConfig, examples: list) -> tuple[list, list]:

@@ -98,7 +98,7 @@ def exact_bitsandbytes(monkeypatch):
 @pytest.fixture(scope="session")
 def sentences(assets) -> list[str]:
     """1,000 real texts: 900 sentences and 100 reviews."""
-    from minift.data.examples import read_examples
+    from folders import read_examples
 
     short = read_examples(assets / "data/sst2-sentences/train.tsv")[:900]
     long = read_examples(assets / "data/imdb/train.jsonl.gz")[::250]
@@ -108,7 +108,7 @@ def sentences(assets) -> list[str]:
 @pytest.fixture(scope="session")
 def entailment(assets) -> tuple[list[str], list[str]]:
     """RTE's pairs: texts and seconds, 277 of each, of 8 to 200 tokens."""
-    from minift.data.examples import read_examples
+    from folders import read_examples
 
     examples = read_examples(assets / "data/glue-rte/dev.tsv", "text=sentence1,pair=sentence2,label=label")
     return [e.text for e in examples], [e.pair for e in examples]

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import minift
 from minift.data.check import Report, check_file
+from minift.data.examples import Example, stream_examples
+from minift.data.passages import Passage, stream_passages
 from minift.tasks import task_named
 
 # ---- files and folders
@@ -98,6 +100,16 @@ def no_file_beyond(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def read_examples(*arguments, **options) -> list[Example]:
+    """stream_examples(), all at once."""
+    return list(stream_examples(*arguments, **options))
+
+
+def read_passages(*arguments, **options) -> list[Passage]:
+    """stream_passages(), all at once."""
+    return list(stream_passages(*arguments, **options))
 
 
 # ---- faults

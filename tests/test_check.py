@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import check
+from folders import check, read_passages
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.config import LONGEST, CheckConfig
-from minift.data import passages, tokenizer
+from minift.data import tokenizer
 from minift.data.check import Lengths, summary
 from minift.errors import InputError
 from minift.tasks import complete
@@ -431,7 +431,7 @@ def test_tokens_of_a_chat(tmp_path, gpt2):
 def test_the_counts_are_those_of_training(assets, gpt2, name):
     path, most = assets / "data" / name, 50
     report, _ = judged(path, tokenizer=gpt2, max_length=most)
-    sequences = complete.encode(passages.read_passages(path), None, gpt2, most)
+    sequences = complete.encode(read_passages(path), None, gpt2, most)
     targets = sum(len(s.targets) for s in sequences)
     if name.endswith(".txt"):
         assert report.lengths.tokens == targets + 1

@@ -9,14 +9,13 @@ import math
 import pytest
 import torch
 import transformers
-from folders import put, refused, write
+from folders import put, read_passages, refused, write
 from helpers import losses, real_gpt2, train, trainer_log, works
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel
 
 import minift
-from minift.data import passages
 from minift.data.passages import Passage
 from minift.tasks import complete
 
@@ -55,7 +54,7 @@ def test_prompts_and_chats_and_text(tmp_path):
     ]
     rows = [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "", "completion": "x"}, {"messages": chat}]
     path = write(tmp_path / "a.jsonl", *rows)
-    first, second, third = passages.read_passages(path)
+    first, second, third = read_passages(path)
     assert first == Passage((("2+2=", False), (" 4", True)), "a.jsonl:1")
     assert second.parts == (("x", True),)
     assert third.parts == (
@@ -65,7 +64,7 @@ def test_prompts_and_chats_and_text(tmp_path):
         ("!", True),
     )
     text = "a line\n" * 5000 + "the end"
-    pieces = passages.read_passages(put(tmp_path / "b.txt", text))
+    pieces = read_passages(put(tmp_path / "b.txt", text))
     assert len(pieces) > 1 and "".join(p.parts[0][0] for p in pieces) == text and all(p.plain for p in pieces)
 
 
@@ -88,13 +87,13 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 ])  # fmt: skip
 def test_faults_name_their_line(tmp_path, row, words):
     good = {"prompt": "a", "completion": "b"}
-    refused(passages.read_passages, write(tmp_path / "a.jsonl", good, row, good), "a.jsonl:2", *words)
+    refused(read_passages, write(tmp_path / "a.jsonl", good, row, good), "a.jsonl:2", *words)
 
 
 def test_other_files_are_refused(tmp_path):
-    refused(passages.read_passages, put(tmp_path / "a.csv", "x"), "a.csv")
-    refused(passages.read_passages, tmp_path / "none.jsonl", "none.jsonl")
-    refused(passages.read_passages, put(tmp_path / "empty.txt", ""), "nothing to read")
+    refused(read_passages, put(tmp_path / "a.csv", "x"), "a.csv")
+    refused(read_passages, tmp_path / "none.jsonl", "none.jsonl")
+    refused(read_passages, put(tmp_path / "empty.txt", ""), "nothing to read")
 
 
 # encoding

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from folders import names_in, put, refused
+from folders import names_in, put, read_passages, refused
 from helpers import fails, losses, python, small_bert, small_gpt2, works
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,7 +81,7 @@ def tokens_in(folder):
 
 def make(path, tokenizer) -> list[int]:
     """What `tokenise` yields for a file."""
-    return list(corpus.tokenise(complete.read(path)[0].text, tokenizer))
+    return list(corpus.tokenise(corpus.read_all(complete.stream(path))[0].text, tokenizer))
 
 
 # the same blocks
@@ -99,11 +99,11 @@ def test_blocks_are_those_of_a_list(tokenizers, tmp_path_factory, name, lines, p
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setattr(passages, "PIECE", piece)
-        whole = complete.read(path)
+        whole = corpus.read_all(complete.stream(path))
         chosen = data.draw(st.lists(st.sampled_from(range(len(whole))), min_size=1, unique=True).map(sorted))
         encode = partial(complete.encode, model=None, tokenizer=tokenizers[name], max_length=length)
         try:
-            expected = encode(list(at(passages.read_passages(path), chosen)))
+            expected = encode(list(at(read_passages(path), chosen)))
         except minift.InputError:
             refused(encode, [whole[i] for i in chosen], "nothing to learn from; expected two tokens or more")
             return
@@ -118,7 +118,7 @@ def test_blocks_are_those_of_a_list(tokenizers, tmp_path_factory, name, lines, p
 @pytest.mark.parametrize("length", [5, 10**6])
 def test_blocks_without_an_overlap(length, letters, cache, tmp_path):
     """Every token is in one block, as a task wants it that puts tokens of its own around each."""
-    pieces = complete.read(put(tmp_path / "d.txt", TEXT))
+    pieces = corpus.read_all(complete.stream(put(tmp_path / "d.txt", TEXT)))
 
     def make(numbers: list, blocks: list) -> list:
         return [(number, tokens.tolist()) for number, tokens in zip(numbers, blocks, strict=True)]
@@ -136,7 +136,7 @@ def test_large_ids(letters, cache, tmp_path, monkeypatch):
     assert make(path, letters) == [0, 1] and [len(part) for part in tokens_in(cache)] == [6, 8]
     monkeypatch.setattr(letters, "vocab_size", 65537)
     monkeypatch.setattr(letters, "digest", lambda: "another")
-    (piece,) = complete.read(path)
+    (piece,) = corpus.read_all(complete.stream(path))
     assert list(corpus.tokenise(piece.text, letters)) == [0, 1]
     found = corpus.find(piece.text, letters)
     assert found.kind == np.uint32 and found.read(0, 3).tolist() == letters.encode(["ab\n"])[0].ids
@@ -150,7 +150,7 @@ def test_a_run_is_the_run_of_a_list(folder, cache, tmp_path):
     for name in ("list", "text"):
         config = minift.TrainConfig(out=str(tmp_path / name), kernels="reference", **options)
         model, tokenizer = minift.load(folder / "gpt2", task="complete")
-        examples = set_aside(config, passages.read_passages(path)) if name == "list" else None
+        examples = set_aside(config, read_passages(path)) if name == "list" else None
         train_on(model, tokenizer, config, examples)
     states = [json.loads((latest(tmp_path / name) / "state.json").read_text()) for name in ("list", "text")]
     assert losses(tmp_path / "list") == losses(tmp_path / "text")
@@ -175,7 +175,7 @@ def test_a_text_is_tokenised_once(folder, cache, tmp_path):
 
 def test_the_key_is_of_all_that_tokens_depend_on(folder, tokenizers, tmp_path, monkeypatch):
     def key(content, name="d.txt", tokenizer=tokenizers["gpt2"]):
-        return corpus.key_of(complete.read(put(tmp_path / name, content))[0].text, tokenizer)
+        return corpus.key_of(corpus.read_all(complete.stream(put(tmp_path / name, content)))[0].text, tokenizer)
 
     plain = key("ab\n")
     assert key("ab\n", "e.txt") == plain  # whatever the file is called
@@ -207,7 +207,7 @@ def test_faults_are_found_before_anything_is_made(folder, cache, tmp_path):
 
 def test_a_text_that_changes_leaves_nothing(letters, cache, tmp_path):
     path = put(tmp_path / "d.txt", TEXT)
-    text = complete.read(path)[0].text
+    text = corpus.read_all(complete.stream(path))[0].text
     work = corpus.tokenise(text, letters)
     assert [next(work), next(work)][1] > 0
     put(path, TEXT + "more\n")
@@ -235,7 +235,7 @@ def call(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 setattr(owner, where, call)
-print(*corpus.tokenise(complete.read(path)[0].text, read_tokenizer(model)))
+print(*corpus.tokenise(corpus.read_all(complete.stream(path))[0].text, read_tokenizer(model)))
 """
 
 
@@ -260,7 +260,7 @@ def test_killed_it_goes_on_from_there(name, where, at, done, folder, letters, ca
     monkeypatch.setattr(letters, "encode", lambda words, **options: (texts.extend(words), encode(words, **options))[1])
     steps = make(path, letters)
     assert steps[0] == done and steps[-1] == 7
-    assert texts == [p.parts[0][0] for p in passages.read_passages(path)[done:]]  # none of them twice
+    assert texts == [p.parts[0][0] for p in read_passages(path)[done:]]  # none of them twice
     assert names_in(cache / names_in(cache)[0]) == sorted(corpus.FILES)
 
     found = tokens_in(cache)
@@ -341,9 +341,10 @@ def test_memory_does_not_grow_with_the_text(folder, cache, tmp_path):
     code = """
 import re, sys
 from minift.checkpoints.resume import fingerprint
+from minift.data import corpus
 from minift.data.tokenizer import read_tokenizer
 from minift.tasks import complete
-blocks = complete.encode(complete.read(sys.argv[2]), None, read_tokenizer(sys.argv[1]), 128)
+blocks = complete.encode(corpus.read_all(complete.stream(sys.argv[2])), None, read_tokenizer(sys.argv[1]), 128)
 assert fingerprint(blocks) and sum(len(s.targets) for s in blocks) > 100_000
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """

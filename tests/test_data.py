@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from folders import check, checked, jsonl, put, refused
+from folders import check, checked, jsonl, put, read_passages, refused
+from folders import read_examples as read
 from helpers import python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,7 @@ from hypothesis import strategies as st
 from minift.config import LONGEST, TrainConfig
 from minift.data import lines
 from minift.data.examples import Example, sample, split
-from minift.data.examples import read_examples as read
 from minift.data.labels import label_ids, label_names
-from minift.data.passages import read_passages
 from minift.errors import InputError
 
 
@@ -401,7 +400,7 @@ from minift.errors import InputError
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 try:
-    examples.read_examples(sys.argv[1])
+    list(examples.stream_examples(sys.argv[1]))
 except InputError as error:
     assert "--max-line" in str(error)
     print(peak() - before)

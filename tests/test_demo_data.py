@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from folders import read_passages
 
 import minift
-from minift.data.passages import read_passages
 
 DATA = Path(minift.__file__).parent / "demo" / "data"
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from folders import put, refused, write
+from folders import put, read_examples, refused, write
 from helpers import fails, python, random_ids, reviews, sequence, small_bert
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,7 +132,7 @@ def test_limit_draws_the_same_examples_from_a_stream(tmp_path):
     """As when all were read and encoded first."""
     model, tokenizer = words_of(tmp_path / "bert")
     path = reviews(tmp_path / "d.tsv", 50)
-    chosen = examples.sample(examples.read_examples(path), 13, seed=3)
+    chosen = examples.sample(read_examples(path), 13, seed=3)
     metrics = measure(model, classify.encode(chosen, model, tokenizer, 40))
     want = metrics.result()
     config = minift.EvalConfig(data=str(path), limit=13, seed=3)

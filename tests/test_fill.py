@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from folders import put, refuse, refused, weights_in, write
+from folders import put, read_passages, refuse, refused, weights_in, write
 from helpers import VOCABULARY, WORDS, arguments, fails, losses, metrics, peer, small_bert, small_gpt2, works
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minift
 from minift import training
+from minift.data import corpus
 from minift.data.batch import pack
-from minift.data.passages import read_passages
 from minift.measure import track
 from minift.tasks import fill
 
@@ -190,7 +190,9 @@ def test_masks_do_not_depend_on_micro_batches(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(training, "pack", lambda micro, seen=seen: seen.extend(contents(micro)) or pack(micro))
         works(f"{TRAIN} --seed 7 --tokens {tokens}", f=folder, data=folder / "texts.jsonl", out=tmp_path / str(tokens))
         curves.append(losses(tmp_path / str(tokens)))
-    encoded = fill.encode(fill.read(folder / "texts.jsonl"), *minift.load(folder / "bert", task="fill"), 20)
+    encoded = fill.encode(
+        corpus.read_all(fill.stream(folder / "texts.jsonl")), *minift.load(folder / "bert", task="fill"), 20
+    )
     for step in range(8):
         part = shown[0][6 * step : 6 * step + 6]
         assert part == contents(fill.draw([encoded[number] for number, *_ in part], 7, step))
@@ -272,7 +274,7 @@ def test_it_learns(folder, tmp_path):
 def test_a_long_text_is_cut_into_several(max_length, folder, loaded):
     """With the special tokens around each, and nothing is lost."""
     model, tokenizer = loaded
-    texts = fill.read(folder / "texts.jsonl")
+    texts = corpus.read_all(fill.stream(folder / "texts.jsonl"))
     found = fill.encode(texts, model, tokenizer, max_length)
     assert max(map(len, found)) == max_length and [text.number for text in found] == list(range(len(found)))
     assert not any(text.cut for text in found)
@@ -290,7 +292,7 @@ def test_running_text_is_the_same_from_its_file_and_as_a_stream(max_length, fold
     model, tokenizer = loaded
     passages = list(read_passages(folder / "book.txt"))
     want = list(fill.encoded(passages, [True] * len(passages), model, tokenizer, max_length))
-    found = fill.encode(fill.read(folder / "book.txt"), model, tokenizer, max_length)
+    found = fill.encode(corpus.read_all(fill.stream(folder / "book.txt")), model, tokenizer, max_length)
     assert len(found) == len(want) and contents(found) == contents(want)
     assert contents(found[1::2]) == contents(want[1::2]) and contents([found[-1]]) == contents(want[-1:])
     assert all(len(text) == max_length for text in want[:-1])
@@ -331,7 +333,7 @@ def test_measures_are_those_of_the_peer(folder, loaded):
     model, tokenizer = loaded
     theirs = transformers.BertForMaskedLM.from_pretrained(folder / "bert").eval()
     total = right = n = 0
-    for text in fill.encode(fill.read(folder / "texts.jsonl"), model, tokenizer, 40):
+    for text in fill.encode(corpus.read_all(fill.stream(folder / "texts.jsonl")), model, tokenizer, 40):
         with torch.no_grad():
             logits = theirs(input_ids=torch.from_numpy(text.ids).long()[None]).logits[0, text.rows]
         targets = torch.from_numpy(text.targets)

@@ -5,11 +5,11 @@ Alone: pytest tests/test_headers.py
 
 import pytest
 from folders import checked, put, refused, write
+from folders import read_examples as read
 from helpers import fails, reviews, small_bert, works
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
 
 PRAISE = ("I loved it", "positive")

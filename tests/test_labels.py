@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from folders import checked, put, refuse, refused, write
+from folders import read_examples as read
 from helpers import peer, reviews, small_bert, works
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
 
 import minift
 from minift.checkpoints import saving
-from minift.data.examples import read_examples as read
 from minift.data.labels import label_names, look_alikes
 
 STILL = "--lr 1e-12 --steps 1"  # a run that learns nothing

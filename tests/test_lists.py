@@ -6,13 +6,14 @@ python -m pytest tests/test_lists.py
 import json
 
 import pytest
+from folders import read_examples, read_passages
 from helpers import small_bert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minift
-from minift.data.examples import Example, examples_from, read_examples
-from minift.data.passages import passages_from, read_passages
+from minift.data.examples import Example, examples_from
+from minift.data.passages import passages_from
 from minift.errors import InputError
 
 JSON = st.recursive(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import check, checked, jsonl, put, refused, write
+from folders import check, checked, jsonl, put, read_passages, refused, write
 from helpers import ENDS, EOS, fails, python, small_gpt2, works
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Tokenizer
 
@@ -17,7 +17,7 @@ import minift
 from minift.config import GenerateConfig
 from minift.data import examples, passages
 from minift.data.batch import pack
-from minift.data.passages import Passage, read_passages
+from minift.data.passages import Passage
 from minift.errors import InputError
 from minift.tasks import classify, complete
 

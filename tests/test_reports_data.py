@@ -8,14 +8,13 @@ Alone: pytest tests/test_reports_data.py
 
 import pytest
 import torch
-from folders import check, checked, jsonl, put, refused
+from folders import check, checked, jsonl, put, read_passages, refused
+from folders import read_examples as read
 from helpers import fails, peer, reviews, small_bert, works
 from transformers import BertForSequenceClassification
 
 import minift
-from minift.data.examples import read_examples as read
 from minift.data.labels import label_names
-from minift.data.passages import read_passages
 
 
 def both_refuse(path, task, *pieces):

@@ -4,11 +4,10 @@ Its weights are drawn when it is trained (`minift train --init random`).
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 from ..config import NewConfig
-from ..data.texts import just_texts
+from ..data.texts import stream_texts, text_of
 from ..data.tokenizer import Tokenizer
 from ..data.vocabulary import learn_tokenizer
 from ..errors import InputError
@@ -26,8 +25,8 @@ def make_folder(config: NewConfig) -> str:
         raise InputError(f"--width is {config.width} with --heads {config.heads}; expected a number that heads divide")
     folder = Path(config.out)
     check_new_folder("--out", folder)
-    read = partial(just_texts, config.data, config.columns, config.header, config.max_line)
-    tokenizer = learn_tokenizer(family.TOKENIZER, read, config.vocab, config.lowercase)
+    texts = stream_texts(config.data, config.columns, header=config.header, max_line=config.max_line)
+    tokenizer = learn_tokenizer(family.TOKENIZER, lambda: map(text_of, texts), config.vocab, config.lowercase)
     settings = settings_of_size(config, tokenizer)
     size = build(settings, folder, None, [], -1).size()
 

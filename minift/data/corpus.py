@@ -1,6 +1,6 @@
 """Running text of any size: tokenised once into a file, of which a run reads the blocks of the step at hand.
 
-    pieces = read_pieces(stream)                       the examples of a text: numbers, for its words stay in the file
+    pieces = read_all(stream)                          the examples of a text: numbers, for its words stay in the file
     for done in tokenise(pieces[0].text, tokenizer)    makes the file of tokens, or goes on with one that was begun
     blocks(pieces, tokenizer, length, overlap, make)   looks like a list of Sequences; each is made when asked for
 
@@ -80,6 +80,11 @@ class Piece:
 
     text: Text
     number: int  # from 0
+
+
+def read_all(stream: Stream) -> list:
+    """All examples of a file, of running text its pieces. Raises InputError."""
+    return read_pieces(stream) if stream.plain else list(stream)
 
 
 def read_pieces(stream: Stream) -> list[Piece]:

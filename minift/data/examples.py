@@ -141,8 +141,9 @@ class Stream:
     The first pass finds every fault, so a later one has none left to raise.
     """
 
-    def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str):
-        self.path, self.read, self.nothing = path, read, nothing
+    def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str, plain: bool = False):
+        """plain: whether the file is one running text, of which passages are pieces."""
+        self.path, self.read, self.nothing, self.plain = path, read, nothing, plain
         self.count: int | None = None  # examples, after the first pass
 
     def __iter__(self) -> Iterator:
@@ -184,13 +185,6 @@ def stream_examples(
         return (make_example(where, fields, wanted, faults) for where, fields in rows)
 
     return Stream(path, read_once, "found no rows; expected at least one example")
-
-
-def read_examples(
-    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
-) -> list[Example]:
-    """stream_examples(), all at once."""
-    return list(stream_examples(path, columns, need_label, header, max_line))
 
 
 def make_all(rows: Iterable, make: Callable[[str, object, Faults], object | None]) -> list:

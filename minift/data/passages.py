@@ -47,7 +47,7 @@ def stream_passages(
     def read_once(faults: Faults) -> Iterator[Passage]:
         return _plain(path, faults, max_line) if plain else _dialogues(path, need_label, faults, max_line)
 
-    return Stream(path, read_once, "found nothing to read; expected at least one example")
+    return Stream(path, read_once, "found nothing to read; expected at least one example", plain)
 
 
 def is_running_text(path: Path) -> bool:
@@ -58,13 +58,6 @@ def is_running_text(path: Path) -> bool:
 def require_passages(path: Path) -> None:
     """Raises InputError unless `path` is a regular file that a language model learns from, by its name."""
     require_file(path, (".jsonl", ".json", ".txt"), ".jsonl, .json or .txt, each also with .gz")
-
-
-def read_passages(
-    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
-) -> list[Passage]:
-    """stream_passages(), all at once."""
-    return list(stream_passages(path, columns, need_label, header, max_line))
 
 
 def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:

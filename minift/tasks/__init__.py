@@ -3,11 +3,11 @@
 A task is a file here and a line in tables.TASKS. N tokens, M rows asked about, T targets, C width. It may take what it
 shares with another task from that one's file (`from . import classify`). The file defines
 
-    read(path, columns, need_label, header, max_line) -> its examples in a list; stream(...) -> the same, read anew each
-        time they are asked for; need_label False: what is right may be absent. They raise InputError: file, line, what
-        was found, what was expected. data/examples.py has what both are made of: labelled_rows -> (where, {"text",
-        "pair", "label"}) of any kind of file; make_example, for which a label is a string or a whole number; Stream.
-        Of running text, `read` gives the pieces that data/corpus.py makes of the stream
+    stream(path, columns, need_label, header, max_line) -> a Stream of its examples, read anew each time they are asked
+        for; need_label False: what is right may be absent. It raises InputError: file, line, what was found, what was
+        expected. data/examples.py has what it is made of: labelled_rows -> (where, {"text", "pair", "label"}) of any
+        kind of file; make_example, for which a label is a string or a whole number; Stream. Of a stream of running
+        text, a training takes the pieces that data/corpus.py makes of it
     from_rows(rows, labelled) -> the same from a list in Python; labelled: whether what is right has to be there
     CHECKS            what `minift check` looks at (data/check.py); None: nothing
     label_names(examples, given) -> the classes of a training set, `given` being --labels; None: the task has none

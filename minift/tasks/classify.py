@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, Sequence
 from ..data.check_texts import CHECKS as CHECKS
-from ..data.examples import Example, examples_from, read_examples, stream_examples
+from ..data.examples import Example, examples_from, stream_examples
 from ..data.labels import label_ids
 from ..data.labels import label_names as label_names
 from ..data.tokenizer import Tokenizer
@@ -33,7 +33,6 @@ describe = confusion.describe
 
 CHUNK = 1000  # texts tokenised at once
 
-read = read_examples
 stream = stream_examples
 
 

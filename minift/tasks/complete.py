@@ -11,19 +11,17 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..config import LONGEST
 from ..data import corpus
 from ..data.batch import Batch, Sequence
 from ..data.check_dialogues import CHECKS as CHECKS
 from ..data.corpus import Blocks, Piece
-from ..data.passages import Passage, is_running_text, passages_from, read_passages, stream_passages
+from ..data.passages import Passage, passages_from, stream_passages
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..models import Model
@@ -39,15 +37,6 @@ CHUNK = 1000  # passages tokenised at once
 
 stream = stream_passages
 predictions = None  # `minift generate` completes
-
-
-def read(
-    path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST
-) -> list[Passage] | list[Piece]:
-    """All examples of a file; of running text the numbers of its pieces, whose words stay there."""
-    if is_running_text(Path(path)):
-        return corpus.read_pieces(stream(path, columns, need_label, header, max_line))
-    return read_passages(path, columns, need_label, header, max_line)
 
 
 def from_rows(rows: list, labelled: bool = True) -> list[Passage]:

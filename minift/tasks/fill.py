@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from ..data import corpus
 from ..data.batch import Batch, Sequence, token_keys
 from ..data.corpus import Blocks, Piece
-from ..data.examples import Example
+from ..data.examples import Example, examples_from
 from ..data.passages import Passage
-from ..data.texts import read_texts, stream_texts, text_of, texts_from
+from ..data.texts import stream_texts, text_of
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from ..models import Model
@@ -51,7 +51,6 @@ CHUNK = 1000  # texts tokenised at once
 SHOWN = 400  # characters of a text that a report asks about
 BEST = 5  # tokens that `predict` tells of each mask
 
-read = read_texts
 stream = stream_texts
 settings = complete.settings
 label_names = complete.label_names
@@ -61,7 +60,7 @@ Metrics = complete.Metrics
 
 def from_rows(rows: list, labelled: bool = True) -> list[Example]:
     """The texts in a list: "a text", or {"text": ...}."""
-    return texts_from(rows)
+    return examples_from(rows, need_label=False)
 
 
 # the head, and what checkpoints say of it

@@ -76,11 +76,6 @@ def stream(
     return Stream(path, read_once, "found nothing to read; expected at least one example")
 
 
-def read(path: str | Path, columns: str = "", need_label: bool = True, header: str = "auto", max_line: int = LONGEST):
-    """stream(), all at once."""
-    return list(stream(path, columns, need_label, header, max_line))
-
-
 def from_rows(rows: list, labelled: bool = True) -> list[Choice]:
     """The examples in a list of dictionaries."""
     return make_all(rows, lambda where, row, faults: make_choice(where, row, labelled, faults))
