@@ -56,7 +56,7 @@ def generate(
     before the first is completed.
     """
     if isinstance(config, list):
-        prompts = passages_from(config, need_label=False)
+        prompts = passages_from(config, labelled=False)
         return list(completions(model, tokenizer, prompts, max_tokens, Sampling(**options)))
     config.check()
     if config.prompt:

@@ -60,12 +60,12 @@ def assert_as_a_file(folders, from_list, from_file, need_label, rows):
     path = folders.mktemp("data") / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = outcome(from_file, path, need_label=need_label)
-    assert outcome(from_list, rows, need_label=need_label) == expected
+    assert outcome(from_list, rows, labelled=need_label) == expected
 
 
 def test_texts_and_pairs_need_no_dictionary():
     rows = ["a text", ("a", "pair"), ["b", None], {"text": "c", "pair": "d", "more": 1}, {"text": "e", "label": 3}]
-    assert [(e.text, e.pair, e.label) for e in examples_from(rows, need_label=False)] == [
+    assert [(e.text, e.pair, e.label) for e in examples_from(rows, labelled=False)] == [
         ("a text", None, None),
         ("a", "pair", None),
         ("b", None, None),
@@ -73,13 +73,11 @@ def test_texts_and_pairs_need_no_dictionary():
         ("e", None, 3),
     ]
     assert examples_from(iter([{"text": "a", "label": "x"}])) == [Example("a", None, "x", "example 1")]
-    assert examples_from([{"review": "a", "stars": 5}], "text=review,label=stars")[0].label == 5
-    assert examples_from(["a"], "text=review", need_label=False)[0].text == "a"
 
 
 def test_prompts_may_be_strings_and_chats_dictionaries():
     chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
-    prompts = passages_from(["Once", {"prompt": "upon"}, chat], need_label=False)
+    prompts = passages_from(["Once", {"prompt": "upon"}, chat], labelled=False)
     assert [p.parts for p in prompts] == [
         (("Once", False),),
         (("upon", False),),

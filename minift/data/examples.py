@@ -202,20 +202,18 @@ def make_all(rows: Iterable, make: Callable[[str, object, Faults], object | None
     return made
 
 
-def examples_from(rows: Iterable, columns: str = "", need_label: bool = True) -> list[Example]:
+def examples_from(rows: Iterable, labelled: bool = True) -> list[Example]:
     """The examples in a list instead of a file: "a text", ("a text", "its pair"), or a dictionary as a line of JSONL.
 
-    columns, need_label: as stream_examples() has them. Raises InputError: which example, what was found and expected.
+    labelled: whether the labels have to be there. Raises InputError: which example, what was found and expected.
     """
-    wanted = parse_columns(columns, need_label)
-    text_key = wanted.names["text"]
-    pair_key = wanted.names.get("pair", "pair")
+    wanted = parse_columns("", labelled)
 
     def make(where: str, row: object, faults: Faults) -> Example | None:
         if isinstance(row, str):
-            row = {text_key: row}
+            row = {"text": row}
         elif isinstance(row, tuple | list) and len(row) == 2:
-            row = {text_key: row[0], pair_key: row[1]}
+            row = {"text": row[0], "pair": row[1]}
         if not isinstance(row, dict):
             message = f"found {short_repr(row)} ({type(row).__name__}); expected a text, a pair of texts, or {wanted}"
             faults.add(where, message, "not an object")

@@ -110,22 +110,22 @@ def _dialogue(where: str, row: dict, need_label: bool, faults: Faults) -> Passag
     return Passage(tuple(parts), where) if len(faults.lines) == before else None
 
 
-def passages_from(rows: Iterable, need_label: bool = True) -> list[Passage]:
+def passages_from(rows: Iterable, labelled: bool = True) -> list[Passage]:
     """The passages in a list instead of a file: dictionaries as the lines of a JSONL have them.
 
-    need_label: as in stream_passages(); where it is False a prompt may also be a string. Raises InputError: which
-    example, what was found, what was expected.
+    labelled: as need_label in stream_passages(); where it is False a prompt may also be a string. Raises InputError:
+    which example, what was found, what was expected.
     """
-    expected = "prompt and completion, or messages" if need_label else "a prompt or messages"
+    expected = "prompt and completion, or messages" if labelled else "a prompt or messages"
 
     def make(where: str, row: object, faults: Faults) -> Passage | None:
-        if isinstance(row, str) and not need_label:
+        if isinstance(row, str) and not labelled:
             row = {"prompt": row}
         if not isinstance(row, dict):
             message = f"found {short_repr(row)} ({type(row).__name__}); expected a dictionary with {expected}"
             faults.add(where, message, "not an object")
             return None
-        return _dialogue(where, row, need_label, faults)
+        return _dialogue(where, row, labelled, faults)
 
     return make_all(rows, make)
 

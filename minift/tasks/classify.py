@@ -34,11 +34,7 @@ describe = confusion.describe
 CHUNK = 1000  # texts tokenised at once
 
 stream = stream_examples
-
-
-def from_rows(rows: list, labelled: bool = True) -> list[Example]:
-    """The examples in a list: "a text", ("a text", "its pair"), or {"text": ..., "label": ...}."""
-    return examples_from(rows, need_label=labelled)
+from_rows = examples_from
 
 
 # the head, and what checkpoints say of it

@@ -36,12 +36,8 @@ COUNTED = "accuracy"
 CHUNK = 1000  # passages tokenised at once
 
 stream = stream_passages
+from_rows = passages_from
 predictions = None  # `minift generate` completes
-
-
-def from_rows(rows: list, labelled: bool = True) -> list[Passage]:
-    """The passages in a list: {"prompt": ..., "completion": ...} or {"messages": [...]}."""
-    return passages_from(rows, need_label=labelled)
 
 
 # the head, and what checkpoints say of it

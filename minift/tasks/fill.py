@@ -60,7 +60,7 @@ Metrics = complete.Metrics
 
 def from_rows(rows: list, labelled: bool = True) -> list[Example]:
     """The texts in a list: "a text", or {"text": ...}."""
-    return examples_from(rows, need_label=False)
+    return examples_from(rows, labelled=False)
 
 
 # the head, and what checkpoints say of it
