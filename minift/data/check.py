@@ -27,6 +27,7 @@ import numpy as np
 from ..config import CheckConfig
 from ..errors import printable, short_repr
 from .labels import look_alikes
+from .lines import grouped
 from .tokenizer import Tokenizer
 
 FEWEST = 10  # examples; services refuse fewer
@@ -319,7 +320,7 @@ def check_file(
     path = Path(path)
     findings = Findings(say)
     report = Report(path.name, findings.faults, Lengths(config.max_length) if tokenizer else None, config.epochs)
-    for batch in _batches(read(path, findings)):
+    for batch in grouped(read(path, findings), _size, CHARACTERS):
         report.form = findings.form
         _add(batch, report, checks, tokenizer)
     report.form = findings.form
@@ -357,19 +358,9 @@ def _add(batch: list[Item], report: Report, checks: Checks, tokenizer: Tokenizer
         report.labels.update(item.completion for item in batch)
 
 
-def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Lists of at most BATCH items, ended early by the one that brings them to CHARACTERS."""
-    batch = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += sum(len(text) for text, _ in item.parts)
-        if len(batch) == BATCH or size >= CHARACTERS:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
+def _size(item: Item) -> int:
+    """The characters of an example; at least so many that a batch has no more than BATCH of them."""
+    return max(CHARACTERS // BATCH, sum(len(text) for text, _ in item.parts))
 
 
 def _check_whole(name: str, report: Report, checks: Checks, findings: Findings) -> None:

@@ -22,7 +22,7 @@ import os
 import tempfile
 import weakref
 from collections import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -36,6 +36,7 @@ from ..errors import InputError, printable
 from . import passages
 from .batch import Sequence
 from .examples import Stream
+from .lines import grouped
 from .tokenizer import Tokenizer
 
 VERSION = 1  # of the files' format, and of how a text is read into pieces
@@ -221,7 +222,7 @@ def append_pieces(folder: Path, text: Text, tokenizer: Tokenizer) -> Iterator[in
     with files.naming(folder), open(folder / TOKENS, "ab") as tokens, open(folder / ENDS, "ab") as ends:
         tokens.truncate(total * kind.itemsize)
         ends.truncate(done * np.dtype(np.int64).itemsize)
-        for words in grouped(islice(text.words(), done, None)):
+        for words in grouped(islice(text.words(), done, None), len, CHARACTERS):
             encoded = tokenizer.encode(words, special=False)
             lengths = np.array([len(piece.ids) for piece in encoded], np.int64)
             for piece in encoded:
@@ -237,21 +238,6 @@ def append_pieces(folder: Path, text: Text, tokenizer: Tokenizer) -> Iterator[in
                 os.fsync(file.fileno())
             write_state(folder, done, total, kind, text)
             yield done
-
-
-def grouped(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive texts, some CHARACTERS at a time."""
-    group = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= CHARACTERS:
-            yield group
-            group = []
-            size = 0
-    if group:
-        yield group
 
 
 def write_state(folder: Path, done: int, total: int, kind: np.dtype, text: Text) -> None:

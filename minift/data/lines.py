@@ -14,10 +14,10 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from ..config import meant_path
 from ..errors import InputError, printable, short_repr
@@ -170,6 +170,21 @@ def _check_line_ends(where: str, line: str, faults: Faults) -> None:
 def without_line_end(line: str) -> str:
     """A line without its LF or CRLF."""
     return line.removesuffix("\n").removesuffix("\r")
+
+
+def grouped(items: Iterable, size: Callable[[Any], int], most: int) -> Iterator[list]:
+    """Consecutive items in lists, each ended by the item that brings its sizes to `most` or more."""
+    group = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= most:
+            yield group
+            group = []
+            total = 0
+    if group:
+        yield group
 
 
 def json_objects(path: Path, faults: Faults, most: int) -> Iterator[tuple[str, dict]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import LONGEST
 from ..errors import InputError, printable, short_repr
 from .examples import Stream, make_all, text_fault
-from .lines import Faults, json_objects, kind_of_file, read_lines, require_file
+from .lines import Faults, grouped, json_objects, kind_of_file, read_lines, require_file
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PIECE = 1 << 14  # characters of a plain text that make one passage
@@ -62,21 +62,16 @@ def require_passages(path: Path) -> None:
 
 def pieces(path: Path, faults: Faults, most: int) -> Iterator[tuple[int, str]]:
     """(first line, text) of running text in pieces of whole lines; together they are the file, line ends included."""
-    held = []
-    size = 0
-    first = 1
-    for number, line in read_lines(path, printable(path.name), faults, most):
-        if number == 1:
-            _check_running_text(f"{printable(path.name)}:1", line, faults)
-        held.append(line)
-        size += len(line)
-        if size >= PIECE:
-            yield first, "".join(held)
-            held = []
-            size = 0
-            first = number + 1
-    if held:
-        yield first, "".join(held)
+    name = printable(path.name)
+
+    def lines() -> Iterator[tuple[int, str]]:
+        for number, line in read_lines(path, name, faults, most):
+            if number == 1:
+                _check_running_text(f"{name}:1", line, faults)
+            yield number, line
+
+    for piece in grouped(lines(), lambda numbered: len(numbered[1]), PIECE):
+        yield piece[0][0], "".join(line for _, line in piece)
 
 
 def _check_running_text(where: str, line: str, faults: Faults) -> None:
