@@ -80,33 +80,24 @@ def make_head(family: ModuleType, config, n_labels: int) -> nn.Module:
 # texts -> sequences
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a draw has to know of the tokenizer."""
-
-    mask: int  # the id of [MASK]
-    special: tuple[int, ...]  # ids that are never asked about
-    vocabulary: int  # ids that a text may have
-
-
 @dataclass(slots=True, kw_only=True)
 class Text(Sequence):
     """A sequence as a draw of masks shows it, with the tokens that it has in truth."""
 
     whole: np.ndarray  # (n,) int32
-    rules: Rules
+    tokenizer: Tokenizer
 
 
-def rules_of(tokenizer: Tokenizer) -> Rules:
-    """Raises InputError where the tokenizer has no token that hides another."""
+def mask_of(tokenizer: Tokenizer) -> str:
+    """The token that hides another, [MASK] or its like. Raises InputError where the tokenizer has none."""
     if tokenizer.mask is None:
         raise InputError("the tokenizer has no mask_token, which stands for a hidden word; expected [MASK] or its like")
-    return Rules(tokenizer.mask, tuple(sorted(tokenizer.special)), tokenizer.vocab_size)
+    return tokenizer.token(tokenizer.mask)
 
 
 def judge(texts: Iterable, model: Model, tokenizer: Tokenizer, labelled: bool = True) -> list[bool]:
     """Whether masks are drawn, for each text; else they are to be in it. Raises InputError where one has none."""
-    mask = tokenizer.token(rules_of(tokenizer).mask)
+    mask = mask_of(tokenizer)
     found = []
     for text in texts:
         if not labelled and mask not in text_of(text):
@@ -123,10 +114,10 @@ def encode(
     labelled: bool = True,
 ) -> list[Sequence] | Blocks:
     """Tokens with some of them hidden, as held-out texts are asked; at_step draws others. Raises InputError."""
-    rules = rules_of(tokenizer)
+    mask_of(tokenizer)  # there has to be one
 
     def make(numbers: list[int], blocks: list[np.ndarray]) -> list[Text]:
-        framed_blocks = [framed(number, ids, tokenizer, rules) for number, ids in zip(numbers, blocks, strict=True)]
+        framed_blocks = [framed(number, ids, tokenizer) for number, ids in zip(numbers, blocks, strict=True)]
         return draw(framed_blocks, *HELD_OUT)
 
     if corpus.is_running(texts):
@@ -154,7 +145,6 @@ def encoded(
     texts: Iterable, labels: Iterable[bool], model: Model, tokenizer: Tokenizer, max_length: int
 ) -> Iterator[Sequence]:
     """The same one at a time, CHUNK texts read ahead."""
-    rules = rules_of(tokenizer)
     room = room_of(tokenizer, max_length)
     texts = iter(texts)
     labels = iter(labels)
@@ -165,13 +155,13 @@ def encoded(
         tokens = [found.ids for found in tokenizer.encode([text_of(text) for text in part], special=False)]
         if is_drawn:
             blocks, left = cut_blocks(part, tokens, left, room)
-            sequences = draw([framed(number + i, block, tokenizer, rules) for i, block in enumerate(blocks)], *HELD_OUT)
+            sequences = draw([framed(number + i, block, tokenizer) for i, block in enumerate(blocks)], *HELD_OUT)
         else:
-            sequences = [as_written(number + i, ids, room, tokenizer, rules) for i, ids in enumerate(tokens)]
+            sequences = [as_written(number + i, ids, room, tokenizer) for i, ids in enumerate(tokens)]
         yield from sequences
         number += len(sequences)
     if left:
-        yield from draw([framed(number, left, tokenizer, rules)], *HELD_OUT)
+        yield from draw([framed(number, left, tokenizer)], *HELD_OUT)
 
 
 def cut_blocks(
@@ -189,17 +179,17 @@ def cut_blocks(
     return blocks, left
 
 
-def framed(number: int, ids: list[int] | np.ndarray, tokenizer: Tokenizer, rules: Rules) -> Text:
+def framed(number: int, ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> Text:
     """These tokens with the special ones around them, nothing of them hidden yet."""
     whole = np.array([*tokenizer.before, *ids, *tokenizer.behind], np.int32)
     none = np.zeros(0, np.int64)
-    return Text(number, whole, None, none.astype(np.int32), none, whole=whole, rules=rules)
+    return Text(number, whole, None, none.astype(np.int32), none, whole=whole, tokenizer=tokenizer)
 
 
-def as_written(number: int, ids: list[int], room: int, tokenizer: Tokenizer, rules: Rules) -> Text:
+def as_written(number: int, ids: list[int], room: int, tokenizer: Tokenizer) -> Text:
     """The same, asked about the masks that are in the text itself."""
-    text = framed(number, ids[:room], tokenizer, rules)
-    rows = np.flatnonzero(text.ids == rules.mask)
+    text = framed(number, ids[:room], tokenizer)
+    rows = np.flatnonzero(text.ids == tokenizer.mask)
     return replace(text, rows=rows.astype(np.int32), targets=np.zeros(len(rows), np.int64), cut=len(ids) > room)
 
 
@@ -219,13 +209,13 @@ def draw(texts: list[Text], seed: int, step: int) -> list[Text]:
     noise = Noise(seed, step, token_keys(torch.from_numpy(numbers), torch.from_numpy(indices)))
     which, how, what = (uniform(noise.rows(SITES + i)) for i in range(3))  # (N,) each
 
-    rules = texts[0].rules
+    tokenizer = texts[0].tokenizer
     whole = np.concatenate([text.whole for text in texts])
-    asked = (which < ASKED) & ~np.isin(whole, rules.special)
+    asked = (which < ASKED) & ~np.isin(whole, list(tokenizer.special))
     hidden = asked & (how < HIDDEN)
     changed = asked & ~hidden & (how < HIDDEN + CHANGED)
-    shown = np.where(hidden, rules.mask, whole).astype(np.int32)
-    shown[changed] = what[changed] * rules.vocabulary
+    shown = np.where(hidden, tokenizer.mask, whole).astype(np.int32)
+    shown[changed] = what[changed] * tokenizer.vocab_size
     drawn = []
     for text, begin in zip(texts, begins, strict=True):
         place = slice(begin, begin + len(text))
@@ -250,7 +240,7 @@ def probe(number: int, ids: np.ndarray, model: Model) -> Sequence:
 
 def next_command(folder: str, example: Example | Passage, tokenizer: Tokenizer) -> str:
     """What stands behind the mask of another text."""
-    return f'minift predict --task fill --model {folder} --text "... {tokenizer.token(tokenizer.mask)} ..."'
+    return f'minift predict --task fill --model {folder} --text "... {mask_of(tokenizer)} ..."'
 
 
 def question(example: Example | Piece, tokenizer: Tokenizer | None) -> tuple[Example, str] | None:
@@ -261,7 +251,7 @@ def question(example: Example | Piece, tokenizer: Tokenizer | None) -> tuple[Exa
     if not words:
         return None
     word = words[len(words) // 2]
-    mask = word[0] if tokenizer is None else tokenizer.token(rules_of(tokenizer).mask)
+    mask = word[0] if tokenizer is None else mask_of(tokenizer)
     text = word.string[: word.start()] + mask + word.string[word.end() :]
     return Example(text, None, None, example.where), word[0]
 
