@@ -48,12 +48,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        files: dict[str, bytes],
-        ends: tuple[str | None, ...] = ENDS,
-        side: str = "right",
-        mask: str | None = None,
+        self, backend: tokenizers.Tokenizer, files: dict[str, bytes], side: str, end: str | None, mask: str | None
     ):
         backend.no_truncation()  # of the file's own: MiniLM's cuts at 128 and pads to 128
         backend.no_padding()
@@ -65,11 +60,10 @@ class Tokenizer:
         self.before = probe.ids[: parts.index(0)]
         self.behind = probe.ids[len(self.before) + probe.sequence_ids.count(0) :]
         self.special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.end = backend.token_to_id(end) if end else None
         self.mask = backend.token_to_id(mask) if mask else None
         self.types = max(probe.type_ids, default=0) + 1
         self.vocab_size = max(*backend.get_vocab().values(), *probe.ids, -1, -1) + 1
-        end_ids = [backend.token_to_id(token) for token in ends if token]
-        self.end = next((i for i in end_ids if i is not None), None)
 
     def encode(
         self, texts: list[str], pairs: list[str | None] | None = None, max_length: int = 0, special: bool = True
@@ -128,7 +122,7 @@ def _check_unicode(i: int, text: str) -> None:
         raise InputError(f"text {i} has the lone surrogate {text[error.start]!r}; expected valid Unicode") from None
 
 
-def _cut(encoding: Encoding, max_length: int, side: str = "right") -> Tokens:
+def _cut(encoding: Encoding, max_length: int, side: str) -> Tokens:
     """Drop tokens at the ends of the text and of its pair, and no special ones, until max_length are left.
 
     side: "left" drops them at the beginnings.
@@ -138,18 +132,10 @@ def _cut(encoding: Encoding, max_length: int, side: str = "right") -> Tokens:
     if not max_length or len(ids) <= max_length:
         return Tokens(ids, types, truncated=False)
     parts = encoding.sequence_ids  # 0 for the text, 1 for its pair, None for special tokens
-    left = list(_longest_first(parts.count(0), parts.count(1), max_length - parts.count(None)))
-    places = range(len(parts))
-    if side == "left":
-        places = reversed(places)
-    kept = []
-    for at in places:
-        part = parts[at]
-        if part is None:
-            kept.append(at)
-        elif left[part]:
-            kept.append(at)
-            left[part] -= 1
+    kept = [at for at, part in enumerate(parts) if part is None]
+    for text, room in enumerate(_longest_first(parts.count(0), parts.count(1), max_length - len(kept))):
+        places = [at for at, part in enumerate(parts) if part == text]
+        kept += places[len(places) - room :] if side == "left" else places[:room]
     kept.sort()
     return Tokens([ids[at] for at in kept], [types[at] for at in kept], truncated=True)
 
@@ -425,7 +411,8 @@ def _make_tokenizer(files: dict[str, bytes], names: tuple[str, ...], settings: d
     if side not in ("left", "right"):
         raise InputError(f"truncation_side is {str(side)[:80]}; expected left or right")
     ends = (special.get("eos_token"), *ENDS, special.get("sep_token"))
-    return Tokenizer(backend, files, ends, side, special.get("mask_token"))
+    end = next((token for token in ends if token and backend.token_to_id(token) is not None), None)
+    return Tokenizer(backend, files, side, end, special.get("mask_token"))
 
 
 def _add_tokens(
