@@ -244,11 +244,8 @@ def question(example: Example, tokenizer: Tokenizer | None) -> tuple[Example, st
 
 def predictions(model: Model, batch: Batch, tokenizer: Tokenizer) -> list[dict]:
     """One object a sequence: the label and the probability of each."""
-    rows = model.logits(batch).float().softmax(-1).tolist()  # (M, V)
-    return [
-        {
-            "label": model.labels[max(range(len(p)), key=p.__getitem__)],
-            "scores": dict(zip(model.labels, p, strict=True)),
-        }
-        for p in rows
-    ]
+    found = []
+    for row in model.logits(batch).float().softmax(-1).tolist():  # (M, V)
+        scores = dict(zip(model.labels, row, strict=True))
+        found.append({"label": max(scores, key=scores.get), "scores": scores})
+    return found
