@@ -44,8 +44,11 @@ def stream_passages(
     if plain and not need_label:
         raise InputError(f"{printable(str(path))}: is running text; expected prompts, in a .jsonl")
 
-    def read_once(faults: Faults) -> Iterator[Passage]:
-        return _plain(path, faults, max_line) if plain else _dialogues(path, need_label, faults, max_line)
+    def read_once(faults: Faults) -> Iterator[Passage | None]:
+        if plain:
+            return _plain(path, faults, max_line)
+        rows = json_objects(path, faults, max_line)
+        return (_dialogue(where, row, need_label, faults) for where, row in rows)
 
     return Stream(path, read_once, "found nothing to read; expected at least one example", plain)
 
@@ -88,13 +91,6 @@ def _check_running_text(where: str, line: str, faults: Faults) -> None:
 def _plain(path: Path, faults: Faults, most: int) -> Iterator[Passage]:
     for first, text in pieces(path, faults, most):
         yield Passage(((text, True),), f"{printable(path.name)}:{first}", plain=True)
-
-
-def _dialogues(path: Path, need_label: bool, faults: Faults, most: int) -> Iterator[Passage]:
-    for where, row in json_objects(path, faults, most):
-        passage = _dialogue(where, row, need_label, faults)
-        if passage:
-            yield passage
 
 
 def _dialogue(where: str, row: dict, need_label: bool, faults: Faults) -> Passage | None:
@@ -214,15 +210,13 @@ def _message_fault(message: object) -> tuple[str, str] | None:
         return "unrecognised role", f"role is {short_repr(message['role'])}; expected one of {', '.join(ROLES)}"
     if not isinstance(message["content"], str) or not message["content"].strip():
         return "wrong type", f"content is {short_repr(message['content'])}; expected some text"
-    if "weight" in message and (fault := weight_fault(message)):
-        return fault
-    return text_fault("text", message["content"])
+    return weight_fault(message) or text_fault("text", message["content"])
 
 
 def weight_fault(message: dict) -> tuple[str, str] | None:
     """What is wrong with the weight of a message, as the kind of fault and a message, or None."""
-    weight = weight_of(message)
-    if message.get("weight") is None:
+    weight = message.get("weight")
+    if weight is None:
         return None
     if message.get("role") != "assistant":
         found = f"found a weight on the role {short_repr(message.get('role'))}"
