@@ -199,17 +199,7 @@ def check(config: CheckConfig) -> int:
     if checks is None:
         raise InputError(f"--task is {config.task}, whose files have no check of their own; training finds the faults")
     tokenizer = hub.read_tokenizer_of(config.model) if config.model else None
-    report = check_file(
-        config.data,
-        checks,
-        valid=config.valid,
-        columns=config.columns,
-        header=config.header,
-        max_line=config.max_line,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        epochs=config.epochs,
-    )
+    report = check_file(config, checks, tokenizer)
     print(report)
     return 0 if report.ok else 1
 

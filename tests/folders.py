@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minift
+from minift.config import CheckConfig
 from minift.data.check import Report, check_file
 from minift.data.examples import Example, stream_examples
 from minift.data.passages import Passage, stream_passages
@@ -130,9 +131,10 @@ def refuse(folder: Path | str, *words, task: str | None = "classify", **options)
     refused(minift.load, folder, *words, task=task, **options)
 
 
-def check(path: Path, task: str = "complete", **options) -> Report:
+def check(path: Path, task: str = "complete", tokenizer=None, say=print, **options) -> Report:
     """check_file() as `minift check --task` calls it."""
-    return check_file(path, task_named(task).CHECKS, **options)
+    config = CheckConfig(data=str(path), task=task, **options)
+    return check_file(config, task_named(task).CHECKS, tokenizer, say)
 
 
 def checked(path: Path, *arguments, **options):

@@ -250,13 +250,14 @@ def test_wrong_calls(tmp_path):
 # VmHWM and not getrusage: ru_maxrss of a new process begins at the size of the one that started it.
 MEASURE = """
 import re, sys
+from minift.config import CheckConfig
 from minift.data import check_dialogues, check_texts
 from minift.data.check import check_file
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 checks = {"classify": check_texts.CHECKS, "complete": check_dialogues.CHECKS}[sys.argv[3]]
-check_file(sys.argv[1], checks, say=lambda text: None)
+check_file(CheckConfig(data=sys.argv[1]), checks, say=lambda text: None)
 before = peak()
-check_file(sys.argv[2], checks, say=lambda text: None)
+check_file(CheckConfig(data=sys.argv[2]), checks, say=lambda text: None)
 print(peak() - before)
 """
 

@@ -302,22 +302,20 @@ class Checks:
 
 
 def check_file(
-    path: str | Path, checks: Checks, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print, **options
+    config: CheckConfig, checks: Checks, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print
 ) -> Report:
     """Judge a training file. Every fault is told through `say` as it is met; the report counts them.
 
     checks: what the file should hold, as the task says it. tokenizer: with one, tokens are counted.
-    options: others of `minift check`; valid: a validation file, judged too, and searched for what is also in the
-    training file; columns, header: for labelled texts; max_length: what is longer will be cut, 0: nothing is.
+    config.valid: a validation file, judged too, and searched for what is also in the training file.
     Raises InputError for a file that isn't there or is of an unknown kind.
     """
-    config = CheckConfig(**options)
 
     def read(path: Path, findings: Findings) -> Iterator[Item]:
         with suppress(Stopped):
             yield from checks.read(path, config.columns, config.header, findings, config.max_line)
 
-    path = Path(path)
+    path = Path(config.data)
     findings = Findings(say)
     report = Report(path.name, findings.faults, Lengths(config.max_length) if tokenizer else None, config.epochs)
     for batch in grouped(read(path, findings), _size, CHARACTERS):
