@@ -291,6 +291,9 @@ class Joined:
         return np.concatenate(found)
 
 
+Make = Callable[[list[int], list[np.ndarray]], list[Sequence]]  # (numbers of blocks, their tokens) -> what is learned
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks(abc.Sequence):
     """A list of Sequences by its looks: [i] and iteration make them, a slice is another one."""
@@ -298,9 +301,7 @@ class Blocks(abc.Sequence):
     tokens: Joined
     length: int  # tokens of a block
     overlap: int  # how many of them are the next one's first
-    make: Callable[
-        [list[int], list[np.ndarray]], list[Sequence]
-    ]  # (numbers of blocks, their tokens) -> what is learned
+    make: Make
     numbers: range
 
     def __len__(self) -> int:
@@ -331,7 +332,7 @@ def blocks(
     tokenizer: Tokenizer,
     length: int,
     overlap: int,
-    make: Callable[[list[int], list[np.ndarray]], list[Sequence]],
+    make: Make,
     before: list[int] = (),
 ) -> Blocks:
     """Pieces of one text in blocks of `length` tokens, the last one shorter; makes the file of tokens if there is none.

@@ -18,7 +18,7 @@ from ..data.check_texts import CHECKS as CHECKS
 from ..data.examples import Example, examples_from, stream_examples
 from ..data.labels import label_ids
 from ..data.labels import label_names as label_names
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import BATCH, Tokenizer
 from ..errors import InputError, printable
 from ..models import Model
 from ..ops.dropout import Noise
@@ -31,7 +31,6 @@ PEFT_HEADS = ("classifier", "score")
 COUNTED = "accuracy"
 describe = confusion.describe
 
-CHUNK = 1000  # texts tokenised at once
 
 stream = stream_examples
 from_rows = examples_from
@@ -125,10 +124,10 @@ def encode(
 def encoded(
     examples: Iterable[Example], labels: Iterable[int], model: Model, tokenizer: Tokenizer, max_length: int
 ) -> Iterator[Sequence]:
-    """The same one at a time, CHUNK examples read ahead. Raises InputError for tokens that the model cannot read."""
+    """The same one at a time, BATCH examples read ahead. Raises InputError for tokens that the model cannot read."""
     examples, labels, number = iter(examples), iter(labels), 0
     kinds = min(model.config.token_types, 128)  # they travel in 8 bits
-    while part := list(islice(examples, CHUNK)):
+    while part := list(islice(examples, BATCH)):
         encodings = tokenizer.encode([e.text for e in part], [e.pair for e in part], max_length)
         for example, tokens in zip(part, encodings, strict=True):
             if not tokens.ids:

@@ -22,7 +22,7 @@ from ..data.batch import Batch, Sequence
 from ..data.check_dialogues import CHECKS as CHECKS
 from ..data.corpus import Blocks, Piece
 from ..data.passages import Passage, passages_from, stream_passages
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import BATCH, Tokenizer
 from ..errors import InputError
 from ..models import Model
 from ..ops.dropout import SILENT
@@ -33,7 +33,6 @@ PEFT_TYPE = "CAUSAL_LM"
 PEFT_HEADS = ()
 COUNTED = "accuracy"
 
-CHUNK = 1000  # passages tokenised at once
 
 stream = stream_passages
 from_rows = passages_from
@@ -91,7 +90,7 @@ def encode(
 def encoded(
     passages: Iterable[Passage], labels: Iterable[int], model: Model, tokenizer: Tokenizer, max_length: int
 ) -> Iterator[Sequence]:
-    """The same one at a time, CHUNK passages read ahead; running text is cut at the same places."""
+    """The same one at a time, BATCH passages read ahead; running text is cut at the same places."""
     number, learnable, where, stream = 0, False, "", []
     for passage, ids, learned in tokens_of(passages, model, tokenizer):
         where = where or passage.where
@@ -119,7 +118,7 @@ def tokens_of(
     A text in which a special token is spelt out, as <|endoftext|>, holds that token, as in transformers.
     """
     stop, passages = end_of_text(model, tokenizer), iter(passages)
-    while some := list(islice(passages, CHUNK)):
+    while some := list(islice(passages, BATCH)):
         texts = [text for passage in some for text, _ in passage.parts]
         tokens = iter(tokenizer.encode(texts, special=False))
         for passage in some:

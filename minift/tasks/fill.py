@@ -27,7 +27,7 @@ from ..data.corpus import Blocks, Piece
 from ..data.examples import Example, examples_from
 from ..data.passages import Passage
 from ..data.texts import stream_texts, text_of
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import BATCH, Tokenizer
 from ..errors import InputError
 from ..models import Model
 from ..ops.dropout import MASK as WORD
@@ -47,7 +47,6 @@ CHANGED = 0.1  # shown as any token of the vocabulary
 SITES = 1 << 20  # numbers of the draws' places in the hash, above those of any model's dropout
 HELD_OUT = (0, WORD)  # (seed, step) of the draw that held-out texts have; no run comes to that step
 
-CHUNK = 1000  # texts tokenised at once
 SHOWN = 400  # characters of a text that a report asks about
 BEST = 5  # tokens that `predict` tells of each mask
 
@@ -144,13 +143,13 @@ def room_of(tokenizer: Tokenizer, max_length: int) -> int:
 def encoded(
     texts: Iterable, labels: Iterable[bool], model: Model, tokenizer: Tokenizer, max_length: int
 ) -> Iterator[Sequence]:
-    """The same one at a time, CHUNK texts read ahead."""
+    """The same one at a time, BATCH texts read ahead."""
     room = room_of(tokenizer, max_length)
     texts = iter(texts)
     labels = iter(labels)
     left: list[int] = []  # of running text, what does not fill a block yet
     number = 0
-    while part := list(islice(texts, CHUNK)):
+    while part := list(islice(texts, BATCH)):
         is_drawn = all(list(islice(labels, len(part))))
         tokens = [found.ids for found in tokenizer.encode([text_of(text) for text in part], special=False)]
         if is_drawn:
