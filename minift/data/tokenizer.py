@@ -472,8 +472,7 @@ def _content(token: object) -> str | None:
 
 def _check_rules(backend: tokenizers.Tokenizer) -> None:
     """Raises InputError for rules that the library fails at, or that make of a text much more than it was."""
-    parts = [backend.normalizer, backend.pre_tokenizer, backend.decoder]
-    for part in parts:
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
         rules = _state(part)
         if _growth(rules) > GROWTH:
             raise InputError(f"its rules make more than {GROWTH} characters of one: {json.dumps(rules)[:80]}")

@@ -97,7 +97,7 @@ def encoded(
         if passage.plain:
             stream = (stream or list(tokenizer.before)) + ids
             ready = (len(stream) - 1) // max_length * max_length  # whole blocks; each asks for one token more
-            found, stream = blocks(number, stream[: ready + 1], max_length), stream[max(ready, 0) :]
+            found, stream = blocks(number, stream[: ready + 1], max_length), stream[ready:]
         else:
             found = [masked(number, ids, learned, max_length)]
         yield from found

@@ -173,7 +173,7 @@ def cut_blocks(
         end = len(ids)
         if isinstance(text, Passage):
             end -= end % room
-        blocks += [ids[start : min(start + room, end)] for start in range(0, end, room)]
+        blocks += [ids[start : start + room] for start in range(0, end, room)]
         left = ids[end:]
     return blocks, left
 
