@@ -143,7 +143,8 @@ class Stream:
 
     def __init__(self, path: Path, read: Callable[[Faults], Iterator], nothing: str, plain: bool = False):
         """plain: whether the file is one running text, of which passages are pieces."""
-        self.path, self.read, self.nothing, self.plain = path, read, nothing, plain
+        self.path, self.read, self.nothing = path, read, nothing
+        self.plain = plain
         self.count: int | None = None  # examples, after the first pass
 
     def __iter__(self) -> Iterator:
