@@ -183,8 +183,9 @@ def chat_parts(where: str, row: dict, need_label: bool, faults: Faults) -> list[
         text += f"<|{message['role']}|>\n"
         if message["role"] == "assistant" and weight_of(message):
             parts += [(text, False), (message["content"], True)]
-            text = ""
-        text += "\n" if not text else message["content"] + "\n"
+            text = "\n"
+        else:
+            text += message["content"] + "\n"
     if not need_label:
         return [*parts, (text + "<|assistant|>\n", False)]
     if not parts and whole:
