@@ -380,20 +380,16 @@ def private(path: Path) -> bool:
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock file alone: waits while another process holds it, and is free again however that one ends."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # for writing: else NFS gives no such lock
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, path):  # whoever held it has removed it; a new one may be there
-                break
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        # for writing: else NFS gives no such lock
+        with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file.fileno(), path):  # whoever held it has removed it; a new one may be there
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _is_at(handle: int, path: Path) -> bool:
