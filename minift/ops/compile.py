@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -50,18 +50,14 @@ class Library:
                 function = getattr(library, name)
                 function.argtypes = [ctypes.c_char_p] if wanted else []  # the struct, as bytes
                 function.restype = None
-                setattr(self, name, by_name(function, wanted) if wanted else function)
+                setattr(self, name, partial(call, function, wanted) if wanted else function)
         except AttributeError as e:
             raise OSError(f"{path}: {e}") from e
 
 
-def by_name(function: Callable, wanted: Arguments) -> Callable:
-    """The C function, which takes a struct, as one that takes the struct's fields by name."""
-
-    def call(**given) -> None:
-        function(packed(wanted, given))
-
-    return call
+def call(function: Callable, wanted: Arguments, /, **given) -> None:
+    """Calls the C function, which takes a struct, with the struct's fields by name."""
+    function(packed(wanted, given))
 
 
 # ---- making one
@@ -140,8 +136,6 @@ def run(command: list[str], seconds: float) -> tuple[int, str]:
 @cache
 def compiler() -> tuple[list[str], str]:
     """(command, version): that of the environment variable CXX, else c++, g++ or clang++. Raises Unavailable."""
-    if os.name != "posix":
-        raise Unavailable(f"kernels are compiled on Linux and macOS alone, not on {platform.system()}")
     given = os.environ.get("CXX", "")
     try:
         asked = shlex.split(given)
@@ -185,12 +179,10 @@ def cache_folder() -> Path:
 
 def keeps() -> bool:
     """Whether there is, or could be made, a cache folder that can be written and trusted."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return private(folder) and os.access(folder, os.W_OK)
+    with suppress(OSError):
+        files.make_private(cache_folder())
+        return os.access(cache_folder(), os.W_OK)
+    return False
 
 
 def kept(stem: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
@@ -207,21 +199,14 @@ def kept(stem: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
 
 def keep(content: bytes, stem: str, suffix: str) -> Path | None:
     """A file in the cache folder, written aside and renamed; None where the folder cannot be written or trusted."""
-    folder = cache_folder()
-    path = folder / f"{stem}-{digest(content)}{suffix}"
-    aside = folder / f"{stem}.{os.getpid()}.tmp"
+    path = cache_folder() / f"{stem}-{digest(content)}{suffix}"
     try:
-        files.make_private(folder)
-        with open(aside, "wb") as f:
-            os.fchmod(f.fileno(), 0o700)
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
+        files.make_private(path.parent)
+        with files.replaced(path) as file:
+            file.write(content)
+        path.chmod(0o700)  # whatever the one that it replaces had
         return path
     except OSError:  # read-only, full or not this user's alone: this process does without
-        with suppress(OSError):
-            aside.unlink()
         return None
 
 
