@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from inspect import cleandoc
 from pathlib import Path
@@ -156,32 +156,28 @@ def predict(config: PredictConfig) -> None:
     """Writes one JSON object a line."""
     from .evaluation import predict as run
 
-    check_results(config, [config.data])
-    write(run(*trained(config, config.task), config), config.out)
+    write_results(run, config, config.task)
 
 
 def generate(config: GenerateConfig) -> None:
     """Writes one JSON object a line."""
     from .generation import generate as run
 
-    check_results(config, [config.data])
-    write(run(*trained(config, "complete"), config), config.out)
+    write_results(run, config, "complete")
 
 
-def check_results(config: PredictConfig | GenerateConfig, inputs: list[str]) -> None:
-    """Raises InputError where the results must not be written to `--out`."""
-    from .files import check_output_file
+def write_results(run: Callable, config: PredictConfig | GenerateConfig, task: str) -> None:
+    """What `run` says of each input, as JSON lines to `--out` or to standard output.
+
+    Raises InputError, before the model is read, where `--out` must not be written.
+    """
+    from .files import check_output_file, write_lines
 
     if config.out:
-        check_output_file("--out", Path(config.out), [name for name in inputs if name], config.overwrite)
-
-
-def write(rows: Iterable[dict], path: str) -> None:
-    """JSON lines to a file, or to standard output."""
-    from .files import write_lines
-
-    if path:
-        write_lines(Path(path), (json.dumps(row, ensure_ascii=False) for row in rows))
+        check_output_file("--out", Path(config.out), [config.data], config.overwrite)
+    rows = run(*trained(config, task), config)
+    if config.out:
+        write_lines(Path(config.out), (json.dumps(row, ensure_ascii=False) for row in rows))
         return
     # a terminal that is not UTF-8 gets JSON's own escapes
     ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
@@ -248,18 +244,11 @@ def print_learned(model, run: Path) -> None:
             return
     if before:
         print(f"\nlearned on top of {before}:")
-        head = ("layer", "rank", "effective", "|update|/|W|", "singular values")
-        rows = [
-            (
-                u.layer,
-                f"{u.rank}",
-                f"{u.effective_rank:.2f}",
-                f"{u.norm:.2e}",
-                " ".join(f"{s:.2g}" for s in u.singular[:8]),
-            )
-            for u in updates
-        ]
-        print_columns(head, rows, "<>>><")
+        rows = []
+        for u in updates:
+            largest = " ".join(f"{s:.2g}" for s in u.singular[:8])
+            rows.append((u.layer, f"{u.rank}", f"{u.effective_rank:.2f}", f"{u.norm:.2e}", largest))
+        print_columns(("layer", "rank", "effective", "|update|/|W|", "singular values"), rows, "<>>><")
 
 
 def print_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], sides: str) -> None:
