@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import runs
 from .checkpoints import saving
 from .config import TrainConfig
 from .data.batch import Batch, Sequence, mean_losses, order, pack
@@ -25,18 +26,6 @@ from .measure.track import Tracker, make_loggers, peak_memory, result_columns, s
 from .models import Model
 from .ops.dropout import Noise
 from .ops.rematerialise import rematerialise
-from .runs import (
-    Interrupted,
-    begin_state,
-    check_finite,
-    count_seen,
-    from_lists,
-    last_checkpoint,
-    left_out,
-    prepare_run,
-    save_checkpoint,
-    validate,
-)
 from .setup import Job
 
 
@@ -49,12 +38,10 @@ def train(
     or as else the lines of a .jsonl are. Raises InputError before anything is written, FloatingPointError when the loss
     is no longer finite, Interrupted after SIGINT or SIGTERM, OSError on a full disk.
     """
-    return train_on(model, tokenizer, config, None if examples is None else from_lists(model, config, examples, valid))
-
-
-def train_on(model: Model, tokenizer: Tokenizer, config: TrainConfig, examples: tuple[list, list] | None = None) -> Run:
-    """What `train` does, from (training, validation) examples that were read already."""
-    job, sequences, held_out = prepare_run(model, tokenizer, config, examples)
+    read = None
+    if examples is not None:
+        read = runs.from_lists(model, config, examples, valid)
+    job, sequences, held_out = runs.prepare_run(model, tokenizer, config, read)
     return loop(job, tokenizer, sequences, held_out)
 
 
@@ -65,8 +52,8 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
     per_epoch = math.ceil(len(sequences) / config.batch)
     total = config.steps or per_epoch * config.epochs
     warmup = warmup_steps(config.warmup, total)
-    without = left_out(config, len(sequences))
-    state = begin_state(job, sequences, valid, total)  # or that of the latest checkpoint, with --resume
+    without = runs.left_out(config, len(sequences))
+    state = runs.begin_state(job, sequences, valid, total)  # or that of the latest checkpoint, with --resume
 
     def due(every: str) -> bool:
         """Whether something is done `every` epoch or N steps, and now."""
@@ -76,7 +63,7 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
     # a signal only leaves a note: the step that is under way is finished and saved before the run stops
     loggers = make_loggers(config, out) if world.first else []
     columns = result_columns(job.task)
-    seen = count_seen(config, len(sequences), state["step"])
+    seen = runs.count_seen(config, len(sequences), state["step"])
     tracker = Tracker(out, total, columns, state["step"], seen, world.first, loggers)
     with tracker, stop_signals() as job.caught:
         for step in range(state["step"], total):
@@ -96,18 +83,18 @@ def loop(job: Job, tokenizer: Tokenizer, sequences: list[Sequence], valid: list[
             # validation comes before the checkpoint, which then holds its result
             evaluated = None
             if valid and due(config.eval_every):
-                evaluated = validate(job, tokenizer, valid, state)
+                evaluated = runs.validate(job, tokenizer, valid, state)
             losses = values.pop("losses", {})
             values |= {"train/epoch": (step + 1) / per_epoch, "train/global_step": step + 1}
             tracker.step(values, evaluated)
             tracker.examples(epoch, losses)
             if stop or due(config.save_every):
-                save_checkpoint(job, state)
+                runs.save_checkpoint(job, state)
             world.wait()
             if stop:
-                raise Interrupted(stop, last_checkpoint(config))
+                raise runs.Interrupted(stop, runs.last_checkpoint(config))
 
-        check_finite(job, state["step"])
+        runs.check_finite(job, state["step"])
         saving.write_model(job.model, tokenizer, out / "last", world.first)
         model = out / ("best" if state["best"] else "last")
         tracker.finish(model)
@@ -138,7 +125,7 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
         numbers = ", ".join(str(s.number) for s in sequences)
         raise FloatingPointError(
             f"the loss of step {step + 1} is {loss}; its examples, counted from 0: {numbers}; "
-            f"the last checkpoint: {last_checkpoint(job.config) or 'none yet'}"
+            f"the last checkpoint: {runs.last_checkpoint(job.config) or 'none yet'}"
         )
     values = {
         "train/loss": loss / n_targets,

@@ -23,9 +23,9 @@ from minift.checkpoints.resume import fingerprint, latest
 from minift.data import corpus, passages
 from minift.data.examples import at
 from minift.data.tokenizer import read_tokenizer
-from minift.runs import set_aside
+from minift.runs import prepare_run, set_aside
 from minift.tasks import complete
-from minift.training import train_on
+from minift.training import loop
 
 TEXT = "".join(f"line {n} of a text, {'long ' * (n % 7)}\n" for n in range(3000))  # seven pieces
 
@@ -151,7 +151,8 @@ def test_a_run_is_the_run_of_a_list(folder, cache, tmp_path):
         config = minift.TrainConfig(out=str(tmp_path / name), kernels="reference", **options)
         model, tokenizer = minift.load(folder / "gpt2", task="complete")
         examples = set_aside(config, read_passages(path)) if name == "list" else None
-        train_on(model, tokenizer, config, examples)
+        job, sequences, held_out = prepare_run(model, tokenizer, config, examples)
+        loop(job, tokenizer, sequences, held_out)
     states = [json.loads((latest(tmp_path / name) / "state.json").read_text()) for name in ("list", "text")]
     assert losses(tmp_path / "list") == losses(tmp_path / "text")
     assert all(states[0][key] == states[1][key] for key in ("data", "valid", "best"))
