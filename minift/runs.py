@@ -287,7 +287,9 @@ def resume_run(job: Job, fresh: dict, total: int) -> dict:
     state = resume.restore_checkpoint(folder, job.model, job.optimizer, check)
     scaler = state.pop("scaler")
     if job.scaler.is_enabled():
-        load_scaler(job, folder, scaler)
+        if missing := job.scaler.state_dict().keys() - scaler.keys():
+            raise InputError(f"{folder / resume.STATE}: scaler lacks {', '.join(sorted(missing))}")
+        job.scaler.load_state_dict(scaler)
     say(f"resumed after step {state['step']}")
     return fresh | state | {"options": fresh["options"]}
 
@@ -305,13 +307,6 @@ def check_options(folder: Path, now: dict, then: dict) -> None:
             )
         if name not in ("resume", "out"):
             say(f"{flag} is {now[name]!r} from here on; until now it was {then[name]!r}")
-
-
-def load_scaler(job: Job, folder: Path, state: dict) -> None:
-    """Puts back the scale of float16's loss."""
-    if missing := job.scaler.state_dict().keys() - state.keys():
-        raise InputError(f"{folder / resume.STATE}: scaler lacks {', '.join(sorted(missing))}")
-    job.scaler.load_state_dict(state)
 
 
 def save_checkpoint(job: Job, state: dict) -> None:
