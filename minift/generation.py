@@ -97,16 +97,10 @@ def judge(prompts: Iterable[Passage], model: Model, tokenizer: Tokenizer) -> int
 
 @torch.inference_mode()
 def continuation(
-    model: Model,
-    ids: list[int],
-    max_tokens: int,
-    sampling: Sampling,
-    stop: int | list[int] | None = None,
-    number: int = 0,
+    model: Model, ids: list[int], max_tokens: int, sampling: Sampling, stops: list[int] = (), number: int = 0
 ) -> list[int]:
-    """The tokens that continue the prompt `ids`: up to `stop` (not included), `max_tokens`, or a full context.
+    """The tokens that continue the prompt `ids`: up to one of `stops` (not included), `max_tokens`, or a full context.
 
-    stop: an id, or several.
     The context is full when the model has read config.longest tokens; the token it then says is still given.
     number: of the prompt in its file, names its randomness. Raises InputError for an empty or too long prompt.
     """
@@ -118,7 +112,6 @@ def continuation(
     room = model.config.longest - len(ids) + 1
     cache = model.body.new_cache()
     generator = dice(sampling.seed, number)
-    stops = stop if isinstance(stop, list) else [stop]
     tokens, new = [], ids
     while len(tokens) < min(max_tokens, room):
         h = model.body(ask(new).to(model.device), SILENT, cache)  # (1, C)

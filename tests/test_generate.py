@@ -50,11 +50,11 @@ def test_greedy_is_transformers(changes, length, tmp_path):
     want = theirs.generate(prompt, **how)[0, length:].tolist()
     assert len(want) == 41 - length
     assert theirs.config.tie_word_embeddings or len(set(want)) > len(want) // 8  # repetitions would test little
-    assert continuation(model, ids, 100, GREEDY, stop=None) == want
+    assert continuation(model, ids, 100, GREEDY) == want
 
     stop = want[len(want) // 2]
     stopped = theirs.generate(prompt, eos_token_id=stop, **how)[0, length:].tolist()
-    assert stopped[-1] == stop and continuation(model, ids, 100, GREEDY, stop) == stopped[:-1]
+    assert stopped[-1] == stop and continuation(model, ids, 100, GREEDY, [stop]) == stopped[:-1]
 
 
 @pytest.mark.parametrize("changes", GPTS.values(), ids=GPTS.keys())
@@ -145,7 +145,7 @@ def test_limits(small):
     assert continuation(small, [1], 0, GREEDY) == []
     assert continuation(small, [1, 2], 7, GREEDY) == continuation(small, [1, 2], 40, GREEDY)[:7]
     first = continuation(small, [1, 2], 1, GREEDY)[0]
-    assert continuation(small, [1, 2], 9, GREEDY, stop=first) == []
+    assert continuation(small, [1, 2], 9, GREEDY, [first]) == []
     small.train()  # no dropout, no gradients, and the mode as it was
     assert continuation(small, [1, 2], 1, GREEDY) == [first] and small.training
     assert all(p.grad is None and not p.is_inference() for p in small.parameters())
