@@ -28,18 +28,15 @@ def evaluate(
     config: what to measure, or a list of examples: {"text": ..., "label": ...} or as else the lines of a .jsonl are.
     tokens, max_length: the options of that name, for a list.
     """
-    if isinstance(config, list):
-        rows = config
-        config = EvalConfig(tokens=tokens, max_length=max_length)
-    else:
-        rows = None
-    config.check()
     task = task_of(model)
-    length = check_length(model, config.max_length)
-    if rows is None:
-        examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
+    if isinstance(config, list):
+        examples = task.from_rows(config)
+        config = EvalConfig(tokens=tokens, max_length=max_length)
+        config.check()
     else:
-        examples = task.from_rows(rows)
+        config.check()
+        examples = task.stream(config.data, config.columns, header=config.header, max_line=config.max_line)
+    length = check_length(model, config.max_length)
 
     # a first pass judges everything, before anything is computed
     labels = task.judge(examples, model, tokenizer)
