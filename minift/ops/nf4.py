@@ -85,8 +85,6 @@ def quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
     A piece of rows at a time: of a transposed or half-precision matrix no whole copy is made.
     """
-    if w.dim() == 1:
-        w = w[None]
     n = w.numel()
     columns = w.shape[1]
     codes = torch.empty(-(-n // 2), 1, dtype=torch.uint8, device=w.device)

@@ -207,7 +207,7 @@ def test_nf4_is_the_reference_to_the_bit(kind, n, dtype):
         w[n // 2 : n // 2 + 1], w[n // 3 : n // 3 + 1], w[:1] = torch.nan, -torch.inf, torch.inf
 
     def there_and_back():
-        codes, absmax = nf4.quantize(w)
+        codes, absmax = nf4.quantize(w[None])
         scales = [(absmax,), nf4.compress(absmax)] if n and absmax.isfinite().all() else [(absmax,)]
         outs = [nf4.dequantize(codes, a, torch.empty(n + 1, dtype=dtype)[1:], *more) for a, *more in scales]
         return [codes, *(t.nan_to_num(7.0) for t in (absmax, *outs))]
