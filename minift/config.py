@@ -687,10 +687,9 @@ def whole_number(text: str) -> int:
 
 def number(text: str) -> float:
     """The value of an option that is a number. Raises argparse's error for any other text."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number") from None
+    if not is_number(text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number")
+    return float(text)
 
 
 def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
