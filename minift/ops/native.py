@@ -82,14 +82,12 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
     if mode == "reference":
         return None
     first = tensors[0]
-    if watch is not None:
-        return watched_kernel(name, *tensors)
     dtype = first.dtype
     on_cpu = first.is_cpu
     for t in tensors:
         if t is not None and not (t.dtype is dtype and t.is_cpu is on_cpu and type(t) in PLAIN):
             return None
-    if on_cpu:
+    if on_cpu or watch is not None and first.is_meta:
         device = CPU
         fits = dtype in ON_CPU
     else:
@@ -98,33 +96,13 @@ def kernel(name: str, *tensors: Tensor | None) -> Library | None:
         fits = fits and all(t is None or t.device == device for t in tensors)
     if not fits:
         return None
-    return made(name, device)
 
-
-def made(name: str, device: torch.device) -> Library | None:
-    """The kernel, made once; None where that failed."""
-    key = name, device
-    if key in loaded:
-        return loaded[key]
-    return load_kernel(name, device)
-
-
-def watched_kernel(name: str, *tensors: Tensor | None) -> Library | None:
-    """The same kernel as `watch` shows it."""
-    global watch
-    given = [t for t in tensors if t is not None]
-    if any(t.is_meta for t in given):  # stands for a tensor on the CPU
-        library = None
-        if len({t.dtype for t in given}) == 1 and given[0].dtype in ON_CPU:
-            library = made(name, CPU)
-    else:
-        looks_on = watch
-        watch = None
-        try:
-            library = kernel(name, *tensors)
-        finally:
-            watch = looks_on
-    return library and watch(name, library)
+    if (name, device) not in loaded:
+        load_kernel(name, device)
+    library = loaded[name, device]
+    if library is not None and watch is not None:
+        library = watch(name, library)
+    return library
 
 
 def load_kernel(
