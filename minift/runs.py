@@ -111,14 +111,13 @@ def tokenise_texts(tokenizer: Tokenizer, world: World, *parts: list) -> None:
     """
     for text in corpus.texts_of(*parts):
         work = corpus.tokenise(text, tokenizer)
-        done = None
 
         # the first process begins; the others then find the file locked, and wait there without a limit of time
-        if world.first:
-            done = next(work, None)
-        world.wait()
         if not world.first:
-            done = next(work, None)
+            world.wait()
+        done = next(work, None)
+        if world.first:
+            world.wait()
 
         start = time.monotonic()
         if done is not None:
