@@ -90,8 +90,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         keep_mode(target, aside)
         os.replace(aside, target)
     except BaseException:
-        with suppress(OSError):
-            aside.unlink()
+        remove_leftover(aside)
         raise
     flush(target.parent)
 
