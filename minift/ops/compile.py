@@ -25,7 +25,6 @@ import torch
 
 from .. import files
 from ..errors import printable
-from ..files import private
 from . import sources
 from .sources import Arguments, Unavailable, packed
 
@@ -188,10 +187,10 @@ def keeps() -> bool:
 def kept(stem: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
     """(path, content) of what `keep` put there under this stem, if it is whole and nobody else can write to it."""
     folder = cache_folder()
-    if not private(folder):
+    if not files.private(folder):
         return
     for path in folder.glob(f"{stem}-*{suffix}"):
-        if private(path):
+        if files.private(path):
             content = path.read_bytes()
             if path.stem == f"{stem}-{digest(content)}":
                 yield path, content

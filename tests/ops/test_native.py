@@ -17,6 +17,7 @@ import pytest
 import torch
 from judging import needs_compiler
 
+from minift import files
 from minift.config import TrainConfig
 from minift.measure.track import peak_memory
 from minift.ops import compile, lora, native, sources
@@ -150,7 +151,7 @@ def test_what_belongs_to_others_is_not_loaded(monkeypatch):
     assert native.kernel("add", torch.ones(1))
     names, me = compiles(monkeypatch), os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    assert not compile.private(cached()[0])
+    assert not files.private(cached()[0])
     assert adds(again(monkeypatch)) and names == ["add"]
 
 
