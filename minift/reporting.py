@@ -26,7 +26,6 @@ from .errors import InputError, short_repr
 from .evaluation import TOKENS, predictions
 from .files import check_output_file, write_text
 from .generation import Sampling, completions
-from .measure.examples import Curve
 from .measure.html import NO_PLOTS, can_draw
 from .measure.report import Asked, Hard, Seen, page
 from .measure.track import result_columns, say
@@ -383,15 +382,13 @@ def rank_examples(run: Seen, examples: list) -> None:
         epoch, number, loss = row.get("epoch"), row.get("example"), row.get("loss")
         if is_finite(epoch) and is_finite(number) and is_finite(loss):
             losses.setdefault(int(number), {})[int(epoch)] = float(loss)
-    curves = [Curve(number, [found[e] for e in sorted(found)]) for number, found in losses.items()]
-    if not curves:
+    trained_on = [Hard(number, [found[e] for e in sorted(found)]) for number, found in losses.items()]
+    if not trained_on:
         return run.lacks("hard", "examples.jsonl has no losses")
+    run.hard = sorted(trained_on, key=lambda one: -one.mean)[:HARD]
     task = task_of_run(run)
-    for curve in sorted(curves, key=lambda curve: -curve.mean)[:HARD]:
-        number = curve.example
-        one = Hard(number, curve.losses, never=curve.never_learned)
-        if task and hasattr(task, "question") and 0 <= number < len(examples):
-            pair = task.question(examples[number], None)
+    for one in run.hard:
+        if task and hasattr(task, "question") and 0 <= one.number < len(examples):
+            pair = task.question(examples[one.number], None)
             if pair:
                 one.question, one.right = words_of(pair[0]), pair[1]
-        run.hard.append(one)

@@ -13,8 +13,9 @@ from helpers import cli, examples, fails, metrics, model_and_data, small_model, 
 
 import minift
 from minift.data.batch import pack
-from minift.measure.examples import read_curves
+from minift.measure.report import Seen
 from minift.ops.dropout import Noise
+from minift.reporting import rank_examples
 from minift.tasks import task_of
 
 TRAIN = "train --model {f}/model --data {f}/train.tsv --batch 8 --lr 2e-3 --kernels reference"
@@ -108,16 +109,19 @@ def test_numbers_that_are_not_there_or_are_a_whole_step(folder):
     assert not (folder / "none").exists()
 
 
-def test_curves_are_sorted_by_their_mean_and_say_what_was_never_learned(tmp_path):
-    rows = [(0, 5, 0.9), (0, 7, 3.0), (0, 2, 0.1), (1, 5, 0.1), (1, 7, 2.0), (1, 2, 0.8)]
+def test_the_hardest_come_first_and_it_is_known_which_were_never_learned(tmp_path):
+    """By the mean of their losses, whatever the order of the lines."""
+    rows = [(1, 5, 0.1), (0, 5, 0.9), (0, 7, 3.0), (0, 2, 0.1), (1, 7, 2.0), (1, 2, 0.8)]
     lines = [json.dumps({"epoch": e, "example": n, "loss": x}) for e, n, x in rows]
     put(tmp_path / "examples.jsonl", "\n".join(lines) + "\n")
-    curves = read_curves(tmp_path)
-    assert [(c.example, c.losses) for c in curves] == [(7, [3.0, 2.0]), (5, [0.9, 0.1]), (2, [0.1, 0.8])]
-    assert [c.never_learned for c in curves] == [True, False, True] and 0.69 < math.log(2) < 0.8
+    run = Seen("run", tmp_path)
+    rank_examples(run, [])
+    assert [(one.number, one.losses) for one in run.hard] == [(7, [3.0, 2.0]), (5, [0.9, 0.1]), (2, [0.1, 0.8])]
+    assert [one.never_learned for one in run.hard] == [True, False, True] and 0.69 < math.log(2) < 0.8
     put(tmp_path / "examples.jsonl", "{}\n")
-    with pytest.raises(minift.InputError, match=r"examples.jsonl: cannot be read"):
-        read_curves(tmp_path)
+    other = Seen("other", tmp_path)
+    rank_examples(other, [])
+    assert not other.hard and other.missing == {"hard": ["examples.jsonl has no losses"]}
 
 
 # ---- two runs

@@ -22,6 +22,7 @@ FEW = 8  # where there are several
 LONG = 600  # signs of a text that are shown
 SHORT = 200  # of one in a table
 LABELS = 6  # that the summary names
+HALF = math.log(2)  # the loss of a target that has half of the probability
 
 
 @dataclass
@@ -36,13 +37,29 @@ class Asked:
 
 @dataclass
 class Hard:
-    """A training example that was hard to learn."""
+    """A training example, of those that were hardest to learn, and its losses when it was trained on: of the model of
+    that moment, with dropout.
 
-    number: int
+    Swayamdipta et al. (https://arxiv.org/abs/2009.10795) read such curves as easy, hard or in doubt.
+    """
+
+    number: int  # in the training data, from 0
     losses: list[float]  # of each epoch
-    never: bool  # whether it was never learned
     question: str = ""
     right: str = ""
+
+    @property
+    def mean(self) -> float:
+        """Its loss over all epochs."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def never_learned(self) -> bool:
+        """Whether in no epoch after the first, where there are others, its label was the likelier half.
+
+        Among these are the wrong labels, and what is in doubt.
+        """
+        return all(loss > HALF for loss in self.losses[1:] or self.losses)
 
 
 @dataclass
@@ -573,7 +590,7 @@ def hard(runs: list[Seen]) -> str:
         rows = []
         for one in run.hard:
             when = "learned late"
-            if one.never:
+            if one.never_learned:
                 when = "<b>never learned</b>"
             losses = (f"{one.losses[0]:.3f}", f"{one.losses[-1]:.3f}")
             right = shown(cut(one.right.strip(), 60))
