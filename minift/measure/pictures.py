@@ -6,10 +6,9 @@ their numbers.
 """
 
 import io
-import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -69,29 +68,27 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def settings() -> dict:
-    """matplotlib's settings for all pictures, whatever the user's own are."""
-    sans = ["DejaVu Sans", "Verdana", "Helvetica", "Arial", "sans-serif"]
-    return {
-        "svg.fonttype": "none",  # text stays text; DejaVu is the widest of these fonts: in others there is more room
-        "font.family": "sans-serif",
-        "font.sans-serif": sans,
-        "font.size": 9,
-        "text.parse_math": False,  # a dollar sign in a name is one
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#E3E3E3",
-        "axes.formatter.useoffset": False,
-        "axes.unicode_minus": True,
-        "xtick.color": "#222222",
-        "ytick.color": "#222222",
-    }
+# matplotlib's, for all pictures, whatever the user's own are
+SETTINGS = {
+    "svg.fonttype": "none",  # text stays text; DejaVu is the widest of these fonts: in others there is more room
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial", "sans-serif"],
+    "font.size": 9,
+    "text.parse_math": False,  # a dollar sign in a name is one
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
+    "xtick.color": "#222222",
+    "ytick.color": "#222222",
+}
 
 
 def draw(make, *arguments) -> Any:
@@ -100,7 +97,7 @@ def draw(make, *arguments) -> Any:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings())
+        matplotlib.rcParams.update(SETTINGS)
         return make(*arguments)
 
 
@@ -110,7 +107,7 @@ def as_svg(name: str, make, *arguments) -> str:
 
     figure = draw(make, *arguments)
     file = io.StringIO()
-    with matplotlib.rc_context(settings() | {"svg.hashsalt": name}), warnings.catch_warnings():
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}), warnings.catch_warnings():
         # the salt: the same picture has the same text; signs that this font lacks are in one of the browser's
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -284,8 +281,3 @@ def boxes_of(node: dict, around: str, start: float, level: int, total: float) ->
         if child["ms"] >= NARROW * total:
             yield from boxes_of(child, node["name"], start, level + 1, total)
         start += child["ms"]
-
-
-def finite(values: Sequence) -> list[float]:
-    """Numbers as matplotlib wants them: nan for everything that is none."""
-    return [float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for v in values]

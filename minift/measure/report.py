@@ -14,7 +14,7 @@ from ..adapters.learned import Learned
 from . import html, pictures
 from .html import NO_PLOTS, can_draw, cut, figure, legend, panels, paragraph, shown, table
 from .ledger import KINDS
-from .pictures import Curve, Panel, finite
+from .pictures import Curve, Panel
 
 POINTS = 1000  # of a curve; of longer ones every n-th is drawn
 LAYERS = 24  # rows of the table of what layers learned, where there is one run
@@ -88,7 +88,8 @@ class Seen:
 
     def values(self, name: str) -> list[float]:
         """A metric at each step, nan where it is not known."""
-        return finite([step.get(name) for step in self.steps])
+        values = [step.get(name) for step in self.steps]
+        return [float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for v in values]
 
 
 def lacking(section: str, runs: list[Seen]) -> str:
@@ -122,6 +123,7 @@ def page(runs: list[Seen], trace: dict | None, written: str) -> str:
         ("hard", "The hardest training examples", hard(runs)),
         ("options", "Options", options(runs)),
     ]
+    sections = [(name, title, lacking(name, runs) + content) for name, title, content in sections]
     title = f"minift report: {', '.join(run.name for run in runs)}"
     heading = "What this run did"
     if len(runs) > 1:
@@ -157,7 +159,7 @@ def summary(runs: list[Seen]) -> str:
     }
     told = [(what, *(cell or "–" for cell in cells)) for what, cells in rows.items() if any(cells)]
     head = ["", *(shown(run.name) for run in runs)]
-    return lacking("summary", runs) + table(head, told, "<" + "<" * len(runs), "facts")
+    return table(head, told, "<" + "<" * len(runs), "facts")
 
 
 def task_words(run: Seen) -> str:
@@ -334,9 +336,9 @@ def curves(runs: list[Seen]) -> str:
         found.append(Panel(title[0].upper() + title[1:], "optimizer step", unit, drawn, whole=True, reach=last))
     drawn = panels("curves", found)
     if not drawn:
-        return lacking("curves", runs)
+        return ""
     words = "Thick: a running mean over about ten steps; pale: each step. Held out: after each validation."
-    return lacking("curves", runs) + legend([run.name for run in runs]) + drawn + paragraph(words, "note")
+    return legend([run.name for run in runs]) + drawn + paragraph(words, "note")
 
 
 def counts(runs: list[Seen], name: str) -> bool:
@@ -367,24 +369,22 @@ def speed(runs: list[Seen]) -> str:
         ],
     )
     if not drawn:
-        return lacking("speed", runs)
+        return ""
     words = (
         "Memory is that of the process that wrote metrics.jsonl: of several, the first; on a GPU, what lies beside it."
     )
-    return lacking("speed", runs) + legend([run.name for run in runs]) + drawn + paragraph(words, "note")
+    return legend([run.name for run in runs]) + drawn + paragraph(words, "note")
 
 
 def ledger(runs: list[Seen]) -> str:
     """What holds the memory, as it was forecast, beside what was measured."""
     parts = [(run, which, segments) for run in runs for which, segments in bars_of(run)]
     if not parts:
-        return lacking("ledger", runs)
+        return ""
     found = dict.fromkeys(kind for _, _, segments in parts for kind in segments)
     # a kind has one look in every report, whatever others are there
-    known = [kind for kind in ORDER if kind in found]
     others = [kind for kind in found if kind not in ORDER]
-    place = len([kind for kind in known if kind in KINDS])
-    kinds = known[:place] + others + known[place:]
+    kinds = [kind for kind in (*KINDS, *others, PROCESS, REST, WHOLE) if kind in found]
     places = [ORDER.index(kind) if kind in ORDER else i for i, kind in enumerate(kinds)]
     bars = []
     columns = []
@@ -402,7 +402,7 @@ def ledger(runs: list[Seen]) -> str:
     numbers = ""
     if columns:
         numbers = ledger_table(kinds, places, columns)
-    return lacking("ledger", runs) + drawn + numbers + paragraph(words, "note")
+    return drawn + numbers + paragraph(words, "note")
 
 
 def of_run(what: str, run: Seen, runs: list[Seen]) -> str:
@@ -497,7 +497,7 @@ def costly(root: dict) -> list[tuple[tuple[str, str], tuple[float, int, int]]]:
 
 def learned(runs: list[Seen]) -> str:
     """The size and rank of each layer's update."""
-    told = [lacking("learned", runs)]
+    told = []
     for number, run in enumerate(runs):
         if not run.learned:
             continue
@@ -557,7 +557,7 @@ def learned_panels(updates: list[Learned]) -> tuple[list[str], list[Panel]]:
 
 def asked(runs: list[Seen]) -> str:
     """A few examples, and what the models said of them before and after: runs on the same data in one place."""
-    told = [lacking("asked", runs)]
+    told = []
     cards: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for run in runs:
         for one in run.asked:
@@ -581,7 +581,7 @@ def asked(runs: list[Seen]) -> str:
 
 def hard(runs: list[Seen]) -> str:
     """The examples whose loss stayed high: wrong labels are often among them."""
-    told = [lacking("hard", runs)]
+    told = []
     for run in runs:
         if not run.hard:
             continue
@@ -617,9 +617,9 @@ def options(runs: list[Seen]) -> str:
             what = f"<b>{what}</b>"
         rows.append((what, *cells))
     if not rows:
-        return lacking("options", runs)
+        return ""
     head = ["", *(shown(run.name) for run in runs)]
     words = "What is not here has its default; the run’s config.json has all of it."
     if len(runs) > 1:
         words = "What is not here has its default. In bold: what differs between the runs."
-    return lacking("options", runs) + table(head, rows, "<" * len(head), "facts") + paragraph(words, "note")
+    return table(head, rows, "<" * len(head), "facts") + paragraph(words, "note")
