@@ -70,6 +70,7 @@ class Trace(Ledger):
         super().__init__(model)
         self.places = {name: place_of_class(type(module)) for name, module in model.named_modules()}
         self.owners = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+        self.modules: list[str] = []  # of which a method is under way, the innermost last
         self.grows = False  # before the first restart only memory is followed, and nothing is kept of each operator
 
     def restart(self) -> None:
@@ -306,13 +307,14 @@ class Trace(Ledger):
         """All that was held then."""
         return self.snapshot or list(self.held.values())
 
-    # methods of modules beside forward, which has hooks
+    # methods of modules
 
     def __enter__(self) -> "Trace":
         self.wrapped: list[tuple[nn.Module, str]] = []
         for name, module in self.model.named_modules():
-            for method, function in vars(type(module)).items():
-                if name and isinstance(function, FunctionType) and not method.startswith("_") and method != "forward":
+            own = [method for method, function in vars(type(module)).items() if isinstance(function, FunctionType)]
+            for method in {"forward", *own}:  # forward may be that of a class above
+                if name and not method.startswith("_"):
                     setattr(module, method, self.inside(name, getattr(module, method)))
                     self.wrapped.append((module, method))
         return super().__enter__()

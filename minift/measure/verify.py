@@ -15,6 +15,7 @@ wrong.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -68,16 +69,12 @@ class Verifier:
         return sorted(self.found.values(), key=lambda check: -check.error)
 
     def __enter__(self):
-        native.watch = self.kernel
+        native.watch = partial(Seen, self)
         return self
 
     def __exit__(self, *_) -> None:
         native.watch = None
         self.last = None
-
-    def kernel(self, name: str, library) -> Any:
-        """What stands before a kernel of minift's meanwhile."""
-        return Seen(self, name, library)
 
     def launch(self, name: str, function: str, library, /, **given) -> None:
         """A kernel, before which the operator around it is compared."""
