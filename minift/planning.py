@@ -39,7 +39,7 @@ from .measure.rates import best_product_rate, seconds_of
 from .measure.summary import measured
 from .measure.track import peak_memory, resident, say
 from .models import Model, check_length
-from .ops import native, sources
+from .ops import native
 from .ops.dropout import Noise
 from .runs import read_training, set_aside, tokenise_texts
 from .setup import Engine, Job, default_tokens, load_model, make_job
@@ -205,7 +205,8 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
     largest = max(steps, key=lambda micros: max(map(count_tokens, micros)))
     by_size = sorted(steps, key=lambda micros: sum(map(count_tokens, micros)))
     median = by_size[len(by_size) // 2]
-    load_kernels(job.config, device)
+    if native.mode != "reference" and device.type == "cpu":
+        native.make_all(device)  # every kernel that a run loads
     some = median[:SOME]
     times = sum(map(count_tokens, median)) / sum(map(count_tokens, some))
     typical = run_on_meta(job, some)
@@ -334,13 +335,6 @@ def two_steps(job: Job, micros: list[list[Sequence]], ledger: Ledger) -> None:
             for state in job.optimizer.state.values():
                 ledger.own(MOMENTS, state.values())
             job.optimizer.zero_grad()
-
-
-def load_kernels(config: TrainConfig, device: torch.device) -> None:
-    """Loads every kernel that a run loads."""
-    if native.mode != "reference" and device.type == "cpu":
-        for path in sources.folder().glob("cpu/*.cpp"):
-            native.load_kernel(path.stem)
 
 
 def write_ledger(run: Path, plan: Plan) -> None:
@@ -503,14 +497,14 @@ def options_of(config: TrainConfig) -> str:
 def describe(plan: Plan) -> list[str]:
     """The plan in lines: a table of memory, then what else it says."""
     where = "on the GPU" if plan.device.type == "cuda" else "in memory"
-    rows = [(name, megabytes(size), share(size, plan.memory)) for name, size in plan.kinds.items() if size]
+    parts = {name: size for name, size in plan.kinds.items() if size}
     if plan.device.type == "cpu":
-        rows.append(("holes in the heap", megabytes(plan.heap - plan.held), share(plan.heap - plan.held, plan.memory)))
-        rows.append(("libraries' working memory", megabytes(plan.workspace), share(plan.workspace, plan.memory)))
+        parts["holes in the heap"] = plan.heap - plan.held
+        parts["libraries' working memory"] = plan.workspace
         if plan.loading > plan.heap + plan.workspace:
-            more = plan.loading - plan.heap - plan.workspace
-            rows.append(("more, while it loads", megabytes(more), share(more, plan.memory)))
-        rows.append(("Python, torch, data", megabytes(plan.process), share(plan.process, plan.memory)))
+            parts["more, while it loads"] = plan.loading - plan.heap - plan.workspace
+        parts["Python, torch, data"] = plan.process
+    rows = [(name, megabytes(size), f"{100 * size / plan.memory:.0f} %") for name, size in parts.items()]
     rows.append(("all, at the peak", megabytes(plan.memory), "100 %"))
     lines = table_lines((where, "MB", "share"), rows, "<>>")
     at_once = f"at most {plan.config.tokens:,} at once" if plan.config.tokens else "all at once"
@@ -541,8 +535,3 @@ def room_for(plan: Plan) -> list[str]:
 def megabytes(size: int) -> str:
     """Bytes as MB."""
     return f"{size / 1e6:,.1f}"
-
-
-def share(size: int, whole: int) -> str:
-    """A part in per cent."""
-    return f"{100 * size / whole:.0f} %"

@@ -37,7 +37,6 @@ from .training import train_step
 SCREEN = 40  # lines
 TIMED = 3  # steps without a trace
 NAMED = 3  # lines of data that are named
-KILO = 1000
 
 
 @dataclass
@@ -127,7 +126,7 @@ def trace_step(job: Job, sequences: list[Sequence]) -> Traced:
         start = time.perf_counter()
         train_step(job, sequences, step, job.config.lr)  # which ends by reading the loss: all is done then
         step += 1
-        return KILO * (time.perf_counter() - start)
+        return 1000 * (time.perf_counter() - start)
 
     # the first step makes the optimizer's state and the caches: of it only the memory is followed
     trace = Trace(job.model)
@@ -223,9 +222,10 @@ def verify_step(traced: Traced) -> None:
 
 def describe(traced: Traced, width: int, unfold: str) -> list[str]:
     """The lines of `minift trace`. unfold: levels of the tree, or "all"; "": what costs most, on one screen."""
-    lines = [part for line in summary(traced) for part in wrapped(line, width)]
+    lines = []
+    for line in summary(traced):  # with a name of eight columns in front
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * 8, break_on_hyphens=False)
     rest = costliest_lines(traced.root, width)
-    checks = check_lines(traced.checks)
     if unfold == "all":
         tree = tree_lines(traced.root, width, 0, depth=100)
     elif unfold:
@@ -233,8 +233,8 @@ def describe(traced: Traced, width: int, unfold: str) -> list[str]:
     else:
         tree = tree_lines(folded(traced.root), width, SCREEN - len(lines) - len(rest) - 4)
     lines += ["", *tree, "", *rest]
-    if checks:
-        lines += ["", *checks]
+    if traced.checks:
+        lines += ["", *check_lines(traced.checks)]
     return lines
 
 
@@ -263,15 +263,8 @@ def summary(traced: Traced) -> list[str]:
     ]
 
 
-def wrapped(line: str, width: int) -> list[str]:
-    """A line with a name of eight columns in front, broken at spaces, the rest of it indented."""
-    return textwrap.wrap(line, width, subsequent_indent=" " * 8, break_on_hyphens=False)
-
-
 def check_lines(checks: list[Check]) -> list[str]:
     """The table of --verify."""
-    if not checks:
-        return []
     rows = [(c.name, f"{c.calls}", f"{c.error:.1e}", f"{c.plain:.1e}", c.where) for c in checks]
     return table_lines(("kernel against reference", "calls", "largest error", "PyTorch's", "where"), rows, "<>>><")
 
