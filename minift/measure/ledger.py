@@ -17,7 +17,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Held:
     size: int  # bytes
     kind: str
     place: int  # in the heap
-    node: object  # of a trace, that made it (trace.py)
+    node: Any  # of a trace, that made it (trace.py)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Ledger(TorchDispatchMode):
         self.heap = Heap()
         self.now = 0  # bytes
         self.in_backward = False
-        self.node: object = None  # what a trace says of the operator at hand
+        self.node: Any = None  # what a trace says of the operator at hand
         self.restart()
         for p in model.parameters():
             self.own(TRAINED if p.requires_grad else FROZEN, [p])
@@ -311,11 +312,14 @@ def bytes_moved(function, args: tuple, kwargs: dict, out) -> int:
         return read + nbytes(out)
     if len(touched) < len(args):
         return 2 * read
-    changed = 0
-    for argument, value in zip(schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            changed += nbytes(value)
-    return read + changed
+    return read + nbytes([args[i] for i, _ in written_arguments(function) if i < len(args)])
+
+
+@cache
+def written_arguments(function: OpOverload) -> list[tuple[int, str]]:
+    """(number, name) of the arguments that an operator changes in place."""
+    arguments = function._schema.arguments
+    return [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 def nbytes(tree) -> int:

@@ -17,11 +17,10 @@ some ten microseconds an operator, which are among Python's.
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import CodeType, FunctionType
-from typing import NamedTuple
+from types import CodeType, FrameType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,8 @@ from torch._ops import OpOverload
 from ..layers import Again
 from ..ops import compile, cuda, sources
 from ..ops.rematerialise import Recipe
-from .ledger import BATCH, GRADIENTS, PASSING, SAVED, Held, Ledger, tensors_of
-from .tree import Node
+from .ledger import BATCH, GRADIENTS, PASSING, SAVED, Ledger, is_free, tensors_of, written_arguments
+from .tree import Node, leaves
 
 PACKAGE = Path(__file__).parents[1]
 HERE = ("minift/measure/", "minift/tracing.py")  # who looks on
@@ -39,26 +38,9 @@ OPERATORS = ("minift/ops/", "minift/engine/")  # whose functions are nodes of th
 PHASES = {"pack": "data", "at_step": "data", "accumulate": "forward", "update": "update"}  # by function of the step
 DATA, BACKWARD, UPDATE = "data", "backward", "update"
 
-EMPTY = ("aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided")
 OVERWRITE = ("aten.copy_", "aten.fill_", "aten.zero_")  # without looking at what was there
 SELECT = ("aten.embedding", "aten.index_select", "aten.gather", "aten.index")  # read as much as they write
 ADDED_TO = ("z", "dx")  # what kernels write and read too: cross_entropy's and lora_backward's (kernels/README.md)
-
-
-class Frame(NamedTuple):
-    """A function of minift that is under way."""
-
-    code: CodeType
-    file: str  # "minift/ops/linear.py"
-    line: int  # that it is at
-
-
-class Made(NamedTuple):
-    """Where in forward a node of autograd was made."""
-
-    module: str
-    leaf: Node
-
 
 Scope = tuple[str, str, str, int]  # name, kind, file, line of a node that has others below it
 
@@ -81,7 +63,7 @@ class Trace(Ledger):
         self.scopes: dict[tuple[Scope, ...], Node] = {(): self.root}
         self.pythons: dict[tuple, Node] = {}
         self.leaves: list[tuple[tuple[Node, ...], Node]] = []  # in time, with the nodes around each
-        self.made: dict[int, Made] = {}  # by the number of a node of autograd
+        self.made: dict[int, tuple[str, Node]] = {}  # module and leaf that made a node of autograd, by its number
         self.phase = ""
         self.in_kernel = False
         self.path: tuple[Scope, ...] = ()  # of the leaf at hand, or of the one before
@@ -113,9 +95,9 @@ class Trace(Ledger):
         if not self.grows:
             super().launch(name, function, library, **given)
             return
-        declared = declaration(name, function, library.on_cuda)
+        file, line, written = declaration(name, function, library.on_cuda)
         leaf = self.begin_leaf(function, "kernel", entered)
-        leaf.file, leaf.line = declared.file, declared.line
+        leaf.file, leaf.line = file, line
         before = self.flops.total()
         self.in_kernel = True
         super().launch(name, function, library, **given)
@@ -124,10 +106,9 @@ class Trace(Ledger):
         outputs = []
         for field, value in given.items():
             found = tensors_of({field: value})
-            is_written = field in declared.written
-            if is_written:
+            if field in written:
                 outputs += found
-            if not is_written or field in ADDED_TO:
+            if field not in written or field in ADDED_TO:
                 inputs += found
         leaf.read = sum(t.nbytes for t in inputs)
         leaf.written = sum(t.nbytes for t in outputs)
@@ -141,7 +122,6 @@ class Trace(Ledger):
         start = time.perf_counter_ns()
         out = function(*args, **kwargs)
         synchronise()
-        assert isinstance(self.node, Node)
         self.node.ms = (time.perf_counter_ns() - start) / 1e6
         return out
 
@@ -161,7 +141,7 @@ class Trace(Ledger):
         if path and path[-1][1] == "operator" and not operators(frames):  # PyTorch's own, in backward
             leaf.file, leaf.line = path[-1][2:]
         elif frames:
-            leaf.file, leaf.line = frames[0].file, frames[0].line
+            leaf.file, leaf.line = file_of(frames[0].f_code), frames[0].f_lineno
         self.add_python(path, frames, start - self.until)
         self.phase = phase
         self.path = path
@@ -170,7 +150,7 @@ class Trace(Ledger):
         nodes[-1].children.append(leaf)
         self.leaves.append((nodes, leaf))
         if not in_backward:
-            self.made.setdefault(torch._C._autograd._get_sequence_nr() - 1, Made(self.module, leaf))
+            self.made.setdefault(torch._C._autograd._get_sequence_nr() - 1, (self.module, leaf))
         return leaf
 
     def end_leaf(self, leaf: Node, entered: int, before: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -192,37 +172,35 @@ class Trace(Ledger):
         """The innermost module of which something is under way, or ""."""
         return self.modules[-1] if self.modules else ""
 
-    def forward_path(self, frames: list[Frame]) -> tuple[Scope, ...]:
+    def forward_path(self, frames: list[FrameType]) -> tuple[Scope, ...]:
         """The scopes around a call outside of backward. frames: the innermost first."""
-        top = next((frame for frame in reversed(frames) if frame.code.co_name in PHASES), None)
+        top = next((frame.f_code for frame in reversed(frames) if frame.f_code.co_name in PHASES), None)
         if top is None:
             return ()
-        phase = PHASES[top.code.co_name], "phase", top.file, top.code.co_firstlineno
+        phase = PHASES[top.co_name], "phase", *place_of_code(top)
         return (phase, *self.module_scopes(self.module), *operators(frames))
 
-    def backward_path(self, frames: list[Frame]) -> tuple[Scope, ...]:
+    def backward_path(self, frames: list[FrameType]) -> tuple[Scope, ...]:
         """The same of a call in backward."""
         phase = BACKWARD, "phase", "", 0
-        if any(frame.code is Again.compute.__code__ for frame in frames):  # a layer once more
+        if any(frame.f_code is Again.compute.__code__ for frame in frames):  # a layer once more
             again = "computed again", "again", *place_of_code(Again.compute.__code__)
             return (phase, again, *self.module_scopes(self.module), *operators(frames))
-        module, name, made = self.at_node(torch._C._current_autograd_node())
+        module, scope = self.at_node(torch._C._current_autograd_node())
         found = operators(frames)
-        if not found or found[0][1] == "again":
-            # one of PyTorch's own: it has no line, but what it is the gradient of has one
-            file, line = ("", 0) if made is None else (made.leaf.file, made.leaf.line)
-            found.insert(0, (name, "operator", file, line))
+        if not found or found[0][1] == "again":  # one of PyTorch's own
+            found.insert(0, scope)
         return (phase, *self.module_scopes(self.module or module), *found)
 
-    def at_node(self, node) -> tuple[str, str, Made | None]:
-        """Of a node of autograd: its module, its name, and where in forward it was made."""
+    def at_node(self, node) -> tuple[str, Scope]:
+        """A node of autograd: its module, and its scope, which has the line of what it is the gradient of."""
         if node is None:
-            return "", "autograd", None
+            return "", ("autograd", "operator", "", 0)
         name = node.name().rpartition("::")[2]
         if hasattr(node, "variable"):  # it takes the gradient of a parameter
-            return self.owners.get(id(node.variable), ""), name, None
-        made = self.made.get(node._sequence_nr())
-        return (made.module if made else ""), name, made
+            return self.owners.get(id(node.variable), ""), (name, "operator", "", 0)
+        module, leaf = self.made.get(node._sequence_nr(), ("", self.root))  # the root has no line either
+        return module, (name, "operator", leaf.file, leaf.line)
 
     def module_scopes(self, name: str) -> list[Scope]:
         """A scope for each module around and including `name`; the number of a layer goes with its list."""
@@ -249,15 +227,15 @@ class Trace(Ledger):
             nodes.append(node)
         return tuple(nodes)
 
-    def add_python(self, path: tuple[Scope, ...], frames: list[Frame], ns: int) -> None:
+    def add_python(self, path: tuple[Scope, ...], frames: list[FrameType], ns: int) -> None:
         """Puts what passed since the last leaf into the innermost scope around both."""
         same = 0
         while same < min(len(path), len(self.path)) and path[same] == self.path[same]:
             same += 1
         # the line, in the function that this scope is of, which came to this call
         inner = sum(kind in ("operator", "again") for _, kind, *_ in path[same:])
-        outside = [f for f in frames if not f.file.startswith(OPERATORS)] if inner else frames
-        file, line = (outside[0].file, outside[0].line) if outside else ("", 0)
+        outside = [f for f in frames if not file_of(f.f_code).startswith(OPERATORS)] if inner else frames
+        file, line = (file_of(outside[0].f_code), outside[0].f_lineno) if outside else ("", 0)
         key = (path[:same], file, line)
         if key not in self.pythons:
             self.pythons[key] = Node("Python", "python", file, line, calls=0)
@@ -275,18 +253,15 @@ class Trace(Ledger):
 
     def turn(self) -> None:
         passing = [held for held in self.held.values() if held.kind == PASSING]
+        data = next((phase for phase in self.root.children if phase.name == DATA), None)
+        of_the_batch = {*leaves(data)} if data else set()
         for held in passing:
-            if isinstance(held.node, Node) and self.is_data(held.node):
+            if held.node in of_the_batch:
                 held.kind = BATCH
         super().turn()
         for held in passing:
-            if held.kind == SAVED and isinstance(held.node, Node):
+            if held.kind == SAVED and held.node:
                 held.node.saved += held.size
-
-    def is_data(self, leaf: Node) -> bool:
-        """Whether a leaf is of the batch's making."""
-        data = next((node for node in self.root.children if node.name == DATA), None)
-        return data is not None and any(child is leaf for child in every(data))
 
     def note_users(self, inputs: list[Tensor]) -> None:
         """Tells the leaves that made what is read in backward, by which operator it is."""
@@ -294,18 +269,14 @@ class Trace(Ledger):
         module = ".".join(scope[0] for scope in self.path if scope[1] == "module")
         for t in inputs:
             held = self.held.get(t.untyped_storage()._cdata)
-            if held is not None and held.kind == SAVED and isinstance(held.node, Node):
+            if held and held.kind == SAVED and held.node:
                 held.node.users[f"{name} of {module}" if module else name] = None
 
     def note_peak(self) -> None:
         """At the end: what each leaf made of what was there when most was held."""
-        for held in self.at_its_peak():
-            if isinstance(held.node, Node):
+        for held in self.snapshot or self.held.values():
+            if held.node:
                 held.node.peak += held.size
-
-    def at_its_peak(self) -> list[Held]:
-        """All that was held then."""
-        return self.snapshot or list(self.held.values())
 
     # methods of modules
 
@@ -337,13 +308,6 @@ class Trace(Ledger):
         return super().__exit__(*reason)
 
 
-def every(node: Node) -> Iterator[Node]:
-    """A node and all below it."""
-    yield node
-    for child in node.children:
-        yield from every(child)
-
-
 def synchronise() -> None:
     """Waits for CUDA, where it is in use."""
     if torch.cuda.is_initialized():
@@ -353,14 +317,14 @@ def synchronise() -> None:
 # ---- places in the code
 
 
-def minift_frames() -> list[Frame]:
+def minift_frames() -> list[FrameType]:
     """The functions of minift that are under way, the innermost first, up to the step; not those that look on."""
     found = []
     frame = sys._getframe(1)
     while frame is not None:
         file = file_of(frame.f_code)
         if file and not file.startswith(HERE):
-            found.append(Frame(frame.f_code, file, frame.f_lineno))
+            found.append(frame)
             if frame.f_code.co_name == "train_step":
                 break
         frame = frame.f_back
@@ -386,51 +350,47 @@ def place_of_class(cls: type[nn.Module]) -> tuple[str, int]:
     return place_of_code(forward.__code__) if isinstance(forward, FunctionType) else ("", 0)
 
 
-def operators(frames: list[Frame]) -> list[Scope]:
+def operators(frames: list[FrameType]) -> list[Scope]:
     """The operator of minift that a call is in: the outermost function in its folders that is not outside of a module.
 
     And below it what makes a tensor again that was not saved, where that is what the call is for.
     """
-    run = []
-    for frame in frames:
-        if not frame.file.startswith(OPERATORS):
-            break
-        run.append(frame)
+    run = [frame.f_code for frame in innermost(frames, OPERATORS)]
     found = []
-    again = next((i for i, frame in enumerate(run) if frame.code is Recipe.__call__.__code__), None)
+    again = next((i for i, code in enumerate(run) if code is Recipe.__call__.__code__), None)
     if again is not None:
         if again:
             found = [scope_of(run[again - 1], "again")]
-        run = [frame for frame in run[again:] if frame.code.co_name == "backward"]
+        run = [code for code in run[again:] if code.co_name == "backward"]
     if run:
         found.insert(0, scope_of(run[-1], "operator"))
     return found
 
 
-def scope_of(frame: Frame, kind: str) -> Scope:
+def innermost(frames: list[FrameType], folders: str | tuple[str, ...]) -> list[FrameType]:
+    """The frames, the innermost first, up to one of a function outside these folders."""
+    return [*itertools.takewhile(lambda frame: file_of(frame.f_code).startswith(folders), frames)]
+
+
+def scope_of(code: CodeType, kind: str) -> Scope:
     """A function as a scope."""
-    name = frame.code.co_qualname
-    return f"{name}, again" if kind == "again" else name, kind, frame.file, frame.code.co_firstlineno
-
-
-class Declaration(NamedTuple):
-    """What the source says of a kernel's function."""
-
-    file: str  # "kernels/cpu/gelu.cpp"
-    line: int
-    written: frozenset[str]  # fields of its struct
+    name = code.co_qualname
+    return f"{name}, again" if kind == "again" else name, kind, *place_of_code(code)
 
 
 @cache
-def declaration(name: str, function: str, on_cuda: bool) -> Declaration:
-    """Where the function of a kernel stands, and what it writes."""
+def declaration(name: str, function: str, on_cuda: bool) -> tuple[str, int, frozenset[str]]:
+    """Of a kernel's function: its file, "kernels/cpu/gelu.cpp", its line, and the fields of its struct that it writes.
+
+    As the source says.
+    """
     path = cuda.source(name) if on_cuda else compile.source(name)
     texts = sources.read_sources(path)
     lines = texts[path.name].splitlines()
     found = (i for i, line in enumerate(lines, 1) if line.startswith('extern "C"') and f" {function}(" in line)
     wanted = sources.functions(texts)[function]
     written = wanted.written if wanted else frozenset()
-    return Declaration(f"kernels/{path.relative_to(sources.folder()).as_posix()}", next(found, 0), written)
+    return f"kernels/{path.relative_to(sources.folder()).as_posix()}", next(found, 0), written
 
 
 # ---- bytes
@@ -443,9 +403,9 @@ def traffic(
 
     A view moves nothing, and memory that is only taken neither.
     """
-    name = str(function.overloadpacket)
-    if name in EMPTY:
+    if is_free(function):
         return 0, 0
+    name = str(function.overloadpacket)
     changed = []
     for i, word in written_arguments(function):
         changed += tensors_of(args[i] if i < len(args) else kwargs.get(word))
@@ -457,13 +417,6 @@ def traffic(
     overwritten = {id(t) for t in changed} if name in OVERWRITE else set()
     read = sum(size_of(t) for t in {id(t): t for t in inputs}.values() if id(t) not in overwritten)
     return (min(read, written) if name in SELECT else read), written
-
-
-@cache
-def written_arguments(function: OpOverload) -> list[tuple[int, str]]:
-    """(number, name) of the arguments that an operator changes in place."""
-    arguments = function._schema.arguments
-    return [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 def size_of(t: Tensor) -> int:

@@ -12,7 +12,6 @@ The error of a result is its largest, relative to the largest number of the resu
 wrong.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from ..layers import Again
 from ..ops import native
 from ..ops.rematerialise import Recipe
 from .ledger import Seen
-from .trace import file_of
+from .trace import file_of, innermost, minift_frames
 
 OPERATORS = "minift/ops/"
 AGAIN = (Again.compute.__code__, Recipe.__call__.__code__)  # who computes what was compared already
@@ -78,18 +77,14 @@ class Verifier:
 
     def launch(self, name: str, function: str, library, /, **given) -> None:
         """A kernel, before which the operator around it is compared."""
-        frames = stack()
+        frames = minift_frames()
         if not any(frame.f_code in AGAIN for frame in frames):
             self.look(frames, function)
         getattr(library, function)(**given)
 
     def look(self, frames: list[FrameType], kernel: str) -> None:
         """Compares the operator that the innermost frames are of, unless that was done."""
-        run = []
-        for frame in frames:
-            if not file_of(frame.f_code).startswith(OPERATORS):
-                break
-            run.append(frame)
+        run = innermost(frames, OPERATORS)
         outer = run[-1]
         inner = next((frame for frame in run if frame.f_code.co_varnames[:1] == ("ctx",)), None)
         if inner is not None and inner.f_code.co_name == "backward":
@@ -123,17 +118,6 @@ class Verifier:
         for a, b, e in zip(ours, plain, exact, strict=True):
             check.error = max(check.error, error_of(a, e))
             check.plain = max(check.plain, error_of(b, e))
-
-
-def stack() -> list[FrameType]:
-    """The functions of minift that are under way, but for this file's, the innermost first."""
-    found = []
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if file_of(frame.f_code):
-            found.append(frame)
-        frame = frame.f_back
-    return found
 
 
 def call_of(frame: FrameType, found: dict[str, Check]) -> Call:
