@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters.targets import candidates
 from .checkpoints import loading
@@ -45,13 +45,14 @@ def weights_apart(first: Model, second: Model) -> list[tuple[str, float, float]]
 
     Of an adapted layer W is the matrix with its update. Raises InputError for models of different shapes.
     """
-    layers = [matrices(model) for model in (first, second)]
+    layers = [compared_layers(model) for model in (first, second)]
     if layers[0].keys() != layers[1].keys():
         odd = sorted(layers[0].keys() ^ layers[1].keys())
         raise InputError(f"the models have other layers ({odd[0]}...); expected two runs on one model")
     found = []
     for name in layers[0]:
-        one, two = (side[name]() for side in layers)
+        # clones, for the memory of an unpacked matrix may be lent (layers/packed.py)
+        one, two = (side[name].matrix(torch.float32).clone() for side in layers)
         if one.shape != two.shape:
             raise InputError(f"{name} is {tuple(one.shape)} and {tuple(two.shape)}; expected two runs on one model")
         apart = (two - one).norm().item()
@@ -60,13 +61,12 @@ def weights_apart(first: Model, second: Model) -> list[tuple[str, float, float]]
     return sorted(((name, apart, square / total) for name, apart, square in found), key=lambda row: -row[2])
 
 
-def matrices(model: Model) -> dict:
-    """For each linear layer and the head's last, by its hub name, what gives its matrix (out, in) in float32."""
+def compared_layers(model: Model) -> dict[str, nn.Module]:
+    """Each linear layer, with what is wrapped around it, and the head's last, by its hub name."""
     names = candidates(model)
     outermost = {name: hub for name, hub in names.items() if not any(name.startswith(f"{other}.") for other in names)}
     outermost[LAST] = model.hub_name(LAST)
-    modules = {hub: model.get_submodule(name) for name, hub in outermost.items()}
-    return {hub: lambda module=module: module.matrix(torch.float32).clone() for hub, module in modules.items()}
+    return {hub: model.get_submodule(name) for name, hub in outermost.items()}
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 trace.py grows it. What a node says of itself it says of all that is below it, too.
 """
 
-import heapq
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -187,17 +186,15 @@ def open_by_depth(node: Node, depth: int, level: int = 0) -> Iterator[tuple[int,
 def open_by_cost(root: Node, most: int) -> Iterator[tuple[int, Node]]:
     """The same of the nodes that cost most, with as many opened as fit into `most` lines."""
     opened: dict[Node, list[Node]] = {}
-    number = 0  # so that nodes themselves are never compared
-    waiting = [(-root.ms, number, root)]
+    waiting = [root]
     room = most - 1
     while waiting and room > 0:
-        _, _, node = heapq.heappop(waiting)
+        node = max(waiting, key=lambda node: node.ms)
+        waiting.remove(node)
         shown = worth_showing(node, root.ms, room)
         opened[node] = shown
         room -= len(shown)
-        for child in shown:
-            number += 1
-            heapq.heappush(waiting, (-child.ms, number, child))
+        waiting += shown
 
     def walk(node: Node, level: int) -> Iterator[tuple[int, Node]]:
         yield level, node
