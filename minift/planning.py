@@ -67,6 +67,7 @@ class Plan:
     workspace: int  # bytes that the libraries of products keep: their code for each shape, and working memory
     loading: int  # bytes that the model takes until it is ready for the first step
     process: int  # bytes of this process, without a model
+    by_module: dict[str, int]  # of what is saved for backward, which module left how much
     largest: int  # tokens of the largest micro-batch
     tokens: int  # of a step of the median size
     micro_batches: int  # of that step
@@ -231,6 +232,7 @@ def plan_of(job: Job, steps: list, device: torch.device, dtype: torch.dtype, own
         workspace=rates.kept,
         loading=loading,
         process=own + libraries,
+        by_module=dict(ledger.saved),
         largest=max(map(count_tokens, largest)),
         tokens=sum(map(count_tokens, median)),
         micro_batches=len(median),

@@ -142,6 +142,17 @@ def test_attentions_flops_by_hand(tmp_path, compiled):
     assert ledger.flops["attention"] == layers * 2 * 2 * 64 * (10 * 11 // 2)
 
 
+def test_what_is_saved_is_said_by_module(tmp_path):
+    job, sequences = job_of("bert", tmp_path, "full", CPU)
+    ledger = real_steps(job, sequences)
+    assert sum(ledger.saved.values()) > 0 and all(
+        name.startswith(("body", "head")) or not name for name in ledger.saved
+    )
+    mlp = {name: n for name, n in ledger.saved.items() if ".mlp" in name}
+    inner = job.model.config.intermediate_size
+    assert max(mlp.values()) >= 4 * sum(LENGTHS) * inner
+
+
 # ---- the heap
 
 

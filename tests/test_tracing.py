@@ -17,7 +17,6 @@ from minift import tracing
 from minift.data.batch import Sequence
 from minift.layers.packed import quantize
 from minift.measure import trace as tracer
-from minift.measure.ledger import PASSING, SAVED
 from minift.measure.trace import Trace
 from minift.measure.tree import Node, add_up, folded, leaves, ranges
 from minift.ops import attention, native, norm, sources
@@ -187,19 +186,10 @@ def test_phases_modules_operators_kernels_and_lines(tmp_path, compiled):
     assert {"kernel", "torch", "python", "module"} < {node.kind for node in nodes(found.root)}
 
 
-def test_what_is_saved_and_for_whom(tmp_path, monkeypatch, compiled):
+def test_what_is_saved_and_for_whom(tmp_path, compiled):
     """The feed-forward half keeps what its activation sees, for its slope."""
-    sizes = []
-    turn = Trace.turn
-
-    def turn_and_note(trace):
-        passing = [held for held in trace.held.values() if held.kind == PASSING]
-        turn(trace)
-        sizes.append(sum(held.size for held in passing if held.kind == SAVED))
-
-    monkeypatch.setattr(Trace, "turn", turn_and_note)
     found = step_of("bert", tmp_path)
-    assert found.root.saved == sizes[-1] > 0
+    assert found.root.saved == sum(found.trace.saved.values()) > 0
     up = named(named(named(found.root, "forward"), "layers.0"), "up")
     assert up.saved == 4 * sum(LENGTHS) * found.job.model.config.intermediate_size
     made = next(leaf for leaf in leaves(up) if leaf.saved)

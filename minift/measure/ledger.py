@@ -52,6 +52,7 @@ class Held:
 
     size: int  # bytes
     kind: str
+    maker: str  # the module in whose forward pass it was made, or ""
     place: int  # in the heap
     node: Any  # of a trace, that made it (trace.py)
 
@@ -112,6 +113,8 @@ class Ledger(TorchDispatchMode):
         self.held: dict[int, Held] = {}  # by the storage, while it lives
         self.heap = Heap()
         self.now = 0  # bytes
+        self.modules: list[str] = []  # in whose forward pass we are, the innermost last
+        self.hooks: list = []
         self.in_backward = False
         self.node: Any = None  # what a trace says of the operator at hand
         self.restart()
@@ -123,6 +126,7 @@ class Ledger(TorchDispatchMode):
         """Begins to count anew; what is held stays held."""
         self.peak = self.now
         self.snapshot: list[Held] = []  # what was held at the peak, as soon as it is over
+        self.saved: Counter[str] = Counter()  # bytes that the last forward pass left for backward, by module
         self.flops: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()  # bytes read and written by kernels, casts, UPDATES and OTHERS
         self.products: Counter[Product] = Counter()
@@ -142,7 +146,8 @@ class Ledger(TorchDispatchMode):
         if number in self.held:
             return
         size = storage.nbytes()
-        self.held[number] = Held(size, PASSING, self.heap.take(size), self.node)
+        maker = self.modules[-1] if self.modules else ""
+        self.held[number] = Held(size, PASSING, maker, self.heap.take(size), self.node)
         self.now += size
         weakref.finalize(storage, self.release, number).atexit = False
         if self.now > self.peak:
@@ -218,22 +223,39 @@ class Ledger(TorchDispatchMode):
 
     def turn(self) -> None:
         """Where a backward pass begins: what is passing is what was saved for it."""
+        self.saved = Counter()
         for held in self.held.values():
             if held.kind == PASSING:
                 held.kind = SAVED
+                self.saved[held.maker] += held.size
+
+    def kernel(self, name: str, library) -> "Seen":
+        """What stands before a kernel of minift's meanwhile."""
+        return Seen(self, name, library)
 
     def __enter__(self):
         self.before = native.watch
-        native.watch = partial(Seen, self)
+        native.watch = self.kernel
+        for name, module in self.model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.modules.append(name)))
+            # also where a layer that is computed again has all that it was computed for, and breaks off
+            self.hooks.append(module.register_forward_hook(self.leave, always_call=True))
         return super().__enter__()
+
+    def leave(self, *_) -> None:
+        """The end of a module's forward pass."""
+        self.modules.pop()
 
     def __exit__(self, *reason):
         native.watch = self.before
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
         return super().__exit__(*reason)
 
 
 class Seen:
-    """A library of kernels that somebody looks at: what stands before it meanwhile."""
+    """A library of kernels that somebody looks at."""
 
     def __init__(self, ledger, name: str, library):
         """ledger: has a method `launch`, as Ledger's."""

@@ -52,7 +52,6 @@ class Trace(Ledger):
         super().__init__(model)
         self.places = {name: place_of_class(type(module)) for name, module in model.named_modules()}
         self.owners = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
-        self.modules: list[str] = []  # of which a method is under way, the innermost last
         self.grows = False  # before the first restart only memory is followed, and nothing is kept of each operator
 
     def restart(self) -> None:
@@ -278,14 +277,13 @@ class Trace(Ledger):
             if held.node:
                 held.node.peak += held.size
 
-    # methods of modules
+    # methods of modules beside forward, which has hooks
 
     def __enter__(self) -> "Trace":
         self.wrapped: list[tuple[nn.Module, str]] = []
         for name, module in self.model.named_modules():
-            own = [method for method, function in vars(type(module)).items() if isinstance(function, FunctionType)]
-            for method in {"forward", *own}:  # forward may be that of a class above
-                if name and not method.startswith("_"):
+            for method, function in vars(type(module)).items():
+                if name and isinstance(function, FunctionType) and not method.startswith("_") and method != "forward":
                     setattr(module, method, self.inside(name, getattr(module, method)))
                     self.wrapped.append((module, method))
         return super().__enter__()

@@ -14,7 +14,6 @@ wrong.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -68,12 +67,16 @@ class Verifier:
         return sorted(self.found.values(), key=lambda check: -check.error)
 
     def __enter__(self):
-        native.watch = partial(Seen, self)
+        native.watch = self.kernel
         return self
 
     def __exit__(self, *_) -> None:
         native.watch = None
         self.last = None
+
+    def kernel(self, name: str, library) -> Any:
+        """What stands before a kernel of minift's meanwhile."""
+        return Seen(self, name, library)
 
     def launch(self, name: str, function: str, library, /, **given) -> None:
         """A kernel, before which the operator around it is compared."""
