@@ -180,8 +180,14 @@ def left_out(config: TrainConfig, n: int) -> set[int]:
     numbers = numbers_of(config.without)
     if numbers and max(numbers) >= n:
         raise InputError(f"--without {max(numbers)}: there are {n:,} examples to train on, counted from 0")
-    for epoch in range(config.epochs if numbers else 0):
-        for step, chosen in enumerate(order(n, config.seed, epoch).split(config.batch)):
+    last = n % config.batch or config.batch  # examples of an epoch's last step, which has the fewest
+    if len(numbers) < min(last, n):
+        return numbers
+    per_epoch = math.ceil(n / config.batch)
+    total = config.steps or per_epoch * config.epochs
+    for epoch in range(math.ceil(total / per_epoch)):
+        steps = order(n, config.seed, epoch).split(config.batch)
+        for step, chosen in enumerate(steps[: total - epoch * per_epoch]):
             if numbers.issuperset(chosen.tolist()):
                 where = f"step {step + 1} of epoch {epoch + 1}"
                 raise InputError(f"--without leaves nothing of {where}; expected fewer, or a larger --batch")

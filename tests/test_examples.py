@@ -12,7 +12,7 @@ from folders import put, weights_in, write
 from helpers import cli, examples, fails, metrics, model_and_data, small_model, works
 
 import minift
-from minift.data.batch import pack
+from minift.data.batch import order, pack
 from minift.measure.report import Seen
 from minift.ops.dropout import Noise
 from minift.reporting import rank_examples
@@ -107,6 +107,19 @@ def test_numbers_that_are_not_there_or_are_a_whole_step(folder):
     fails(f"{TRAIN} --out {{f}}/none --without 44", "--without 44: there are 44 examples", f=folder)
     fails(f"{TRAIN} --out {{f}}/none --without 0-43", "--without leaves nothing of step 1 of epoch 1", f=folder)
     assert not (folder / "none").exists()
+
+
+def test_the_steps_that_a_run_takes_are_those_that_need_an_example(folder, tmp_path):
+    """With --steps they may be fewer than an epoch's, or more than all epochs'."""
+    alone = "--batch 1 --seed 42 --out {o}/few --without"
+    first, *_, last = order(44, 42, 0).tolist()
+    fails(f"{TRAIN} --steps 3 {alone} {first}", "leaves nothing of step 1 of epoch 1", f=folder, o=tmp_path)
+    works(f"{TRAIN} --steps 3 {alone} {last}", f=folder, o=tmp_path)
+
+    second = order(44, 42, 1)[40:].tolist()  # of the last step of the second epoch, whose others are in the first's
+    line = f"{TRAIN} --epochs 1 --steps {{steps}} --seed 42 --out {{o}}/many --without {','.join(map(str, second))}"
+    fails(line, "leaves nothing of step 6 of epoch 2", f=folder, o=tmp_path, steps=12)
+    works(line, f=folder, o=tmp_path, steps=11)
 
 
 def test_the_hardest_come_first_and_it_is_known_which_were_never_learned(tmp_path):
