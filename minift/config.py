@@ -24,7 +24,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KERNELS = ("auto", "native", "reference")
 LONGEST = 4 << 20  # bytes of a line: about a million tokens, a thousand contexts of GPT-2, 100 MB while tokenised
 
-PATHS = {"model", "base_model", "data", "valid", "out", "chrome"}  # options that may name files
+PATHS = {"model", "base_model", "data", "valid", "out", "chrome", "trace"}  # options that may name files
 FEW = 1000  # names in a folder that are looked at for what was meant
 LARGEST = 2**63 - 1  # of a whole number: what torch's seeds and counters hold
 
@@ -720,9 +720,10 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
 def read_json(cls: type[Config], path: Path) -> dict:
     """The options in a JSON file, as config.json of a run folder. Raises InputError for anything that is no option."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from e
+        content = path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e})") from e
+    values = parse_json(content, path)
     names = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(values, dict) or set(values) - names:
         found = sorted(set(values) - names) if isinstance(values, dict) else type(values).__name__

@@ -168,11 +168,7 @@ def choose_engine(config: TrainConfig) -> Engine:
         dtype, reason = torch.float32, "float16 is not for shards"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {processes}")
-    try:
-        kernels = native.use(config.kernels, device)
-    except ValueError as e:  # --kernels native, and there is no way
-        raise InputError(str(e)) from e
-    say(f"kernels: {kernels}")
+    say(f"kernels: {use_kernels(config, device)}")
     if config.graph and not rule_named(config.optimizer).RECORDABLE:
         raise InputError(f"--graph is True with --optimizer {config.optimizer}, whose updates cannot be recorded")
     if config.graph and config.base in BASES and not way_named(config.base).Packed.RECORDABLE:
@@ -183,6 +179,14 @@ def choose_engine(config: TrainConfig) -> Engine:
     if device.type == "cpu":
         memory.keep_memory()
     return Engine(device, dtype, world)
+
+
+def use_kernels(config: TrainConfig, device: torch.device) -> str:
+    """Sets which kernels run; says which, in words. Raises InputError where --kernels native finds no way."""
+    try:
+        return native.use(config.kernels, device)
+    except ValueError as e:
+        raise InputError(str(e)) from e
 
 
 def keep_frozen(model: Model, dtype: torch.dtype) -> None:

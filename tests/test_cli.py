@@ -184,7 +184,11 @@ def test_bad_usage(line, words):
     fails(line, *words, code=2)
 
 
-@pytest.mark.parametrize("text, words", [("{", ["JSON"]), ('{"lr": 1, "speed": 2}', ["speed"]), ("[]", ["list"])])
+@pytest.mark.parametrize(
+    "text, words",
+    [("{", ["JSON"]), ('{"lr": 1, "speed": 2}', ["speed"]), ("[]", ["list"]), ("[" * 10**5, ["JSON", "nested"])],
+    ids=["broken", "unknown", "list", "deep"],
+)
 def test_bad_config_files(tmp_path, text, words):
     fails("train --config {file}", "c.json", *words, file=write(tmp_path / "c.json", text))
 
