@@ -42,7 +42,7 @@ from .models import Model, check_length
 from .ops import native
 from .ops.dropout import Noise
 from .runs import read_training, set_aside, tokenise_texts
-from .setup import Engine, Job, default_tokens, load_model, make_job
+from .setup import Engine, Job, default_tokens, load_model, make_job, use_kernels
 from .tables import BASES, method_named
 from .tasks import task_named
 from .training import accumulate, update
@@ -131,7 +131,7 @@ def read_subject(config: TrainConfig) -> Subject:
     sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
     device, _ = choose_device(config.device)
     dtype, _ = choose_dtype(config.precision, device)
-    native.use(config.kernels, device)
+    use_kernels(config, device)
     if device.type == "cpu":
         memory.keep_memory()
     own, _ = resident()
@@ -359,6 +359,7 @@ def as_json(plan: Plan) -> dict:
         "tokens",
         "micro_batches",
         "flops",
+        "by_module",
     )
     found = {name: getattr(plan, name) for name in fields}
     return found | {"options": {name: getattr(plan.config, name) for name in FITTED}}

@@ -106,7 +106,9 @@ def begin(config: TraceConfig) -> tuple[Job, list[Sequence], list[str]]:
         raise InputError(f"there are {engine.world.size} processes; expected a trace of one, without torchrun")
     model, tokenizer = load_model(config, labels)
     if tokenizer is None:
-        raise InputError(f"{config.model}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json, merges.txt")
+        raise InputError(
+            f"{config.model}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json and merges.txt"
+        )
     tokenise_texts(tokenizer, ALONE, examples)
     sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
     job = make_job(model, config, engine)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from folders import write
+from folders import put, write
 from helpers import examples, fails, python, small_bert, small_gpt2, small_model, works
 from test_planning import LENGTHS, job_of
 
@@ -195,6 +195,16 @@ def test_what_is_saved_and_for_whom(tmp_path, compiled):
     made = next(leaf for leaf in leaves(up) if leaf.saved)
     assert "Gelu.backward of body.layers.0.mlp" in made.users and len(made.users) == 2  # down, which has it made again
     assert not named(found.root, "backward").saved
+
+
+@pytest.mark.slow
+def test_a_batch_is_not_saved_by_those_who_make_it(tmp_path):
+    """Of masked language modelling: masks are drawn, then tokens are packed, and both are data."""
+    put(tmp_path / "text.txt", "The ship sailed at dawn, and nobody saw it again.\n" * 40)
+    works("trace --model builtin:bert-nano --task fill --data {t}/text.txt --out {t}/step.json", t=tmp_path)
+    phases = json.loads((tmp_path / "step.json").read_text())["children"]
+    data = [phase for phase in phases if phase["name"] == "data"]
+    assert len(data) == 2 and not any(phase.get("saved") for phase in data)
 
 
 def test_a_layer_that_is_computed_again(tmp_path, compiled):

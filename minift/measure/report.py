@@ -599,7 +599,8 @@ def hard(runs: list[Seen]) -> str:
         told.append(table(head, rows, "><>><?", "hard"))
     words = (
         "Numbers count the training examples from 0; losses are those of the passes that trained on them, in nats a "
-        "target. Never learned: in no epoch below the median example’s loss in the first. Wrong labels are often here."
+        "target. Never learned: in no epoch after the first below 0.693, as if its answer had half of the probability. "
+        "Wrong labels are often here."
     )
     if any(run.hard for run in runs):
         told.append(paragraph(words, "note"))

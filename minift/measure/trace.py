@@ -252,8 +252,8 @@ class Trace(Ledger):
 
     def turn(self) -> None:
         passing = [held for held in self.held.values() if held.kind == PASSING]
-        data = next((phase for phase in self.root.children if phase.name == DATA), None)
-        of_the_batch = {*leaves(data)} if data else set()
+        data = [phase for phase in self.root.children if phase.name == DATA]  # masks are drawn before tokens are packed
+        of_the_batch = {leaf for phase in data for leaf in leaves(phase)}
         for held in passing:
             if held.node in of_the_batch:
                 held.kind = BATCH
