@@ -43,12 +43,12 @@ from .errors import InputError, printable, table_lines
 def train(config: TrainConfig) -> int:
     """Reads the data, then the model, then trains."""
     from .checkpoints.hub import default_model
+    from .data.tokenizer import require_tokenizer
     from .engine.distributed import leave
     from .measure.track import say, speaks
     from .planning import fit_aside, footprint
-    from .runs import Interrupted, check_out, prepare_run, read_training, set_aside
+    from .runs import Interrupted, check_out, prepare_run, read_labelled
     from .setup import load_model
-    from .tasks import task_named
     from .training import loop
 
     check_out(config)
@@ -57,12 +57,9 @@ def train(config: TrainConfig) -> int:
         say(f"no --model: {config.model}, which ships with minift and is small; --model takes a folder or a hub id")
     if config.fit:
         config = fit_aside(config)
-    task = task_named(config.task)
-    whole = read_training(config, config.data)
-    labels = task.label_names(whole, config.labels)  # before some are set aside
-    examples = set_aside(config, whole)
+    labels, *examples = read_labelled(config)
     model, tokenizer = load_model(config, labels)
-    need(tokenizer, config.model)
+    require_tokenizer(tokenizer, config.model)
     try:
         job, sequences, held_out = prepare_run(model, tokenizer, config, examples)
         before = footprint(model)
@@ -73,7 +70,7 @@ def train(config: TrainConfig) -> int:
     finally:
         leave()
     if speaks():
-        next_command = task.next_command(shlex.quote(config.out), examples[0][0], tokenizer)
+        next_command = job.task.next_command(shlex.quote(config.out), examples[0][0], tokenizer)
         tell_end(done, job, sequences, before, len(examples[1]), next_command)
     return 0
 
@@ -292,20 +289,14 @@ def task_of(source: str) -> str | None:
 def trained(config: EvalConfig | PredictConfig | GenerateConfig, task: str) -> tuple:
     """(model, tokenizer) with a head that was trained."""
     from .checkpoints import loading
+    from .data.tokenizer import require_tokenizer
     from .engine.precision import choose_device
 
     device = choose_device(config.device)[0]
     model, tokenizer = loading.load(config.model, task, base_model=config.base_model, fresh_head=False, device=device)
     for note in model.report.notes:
         print(note, file=sys.stderr)
-    return model, need(tokenizer, config.model)
-
-
-def need(tokenizer, source: str):
-    """The tokenizer, which a command that reads text cannot do without."""
-    if tokenizer is None:
-        raise InputError(f"{source}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json and merges.txt")
-    return tokenizer
+    return model, require_tokenizer(tokenizer, config.model)
 
 
 def print_metrics(numbers: dict, details: dict, task: ModuleType) -> None:

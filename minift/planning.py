@@ -41,7 +41,7 @@ from .measure.track import peak_memory, resident, say
 from .models import Model, check_length
 from .ops import native
 from .ops.dropout import Noise
-from .runs import read_training, set_aside, tokenise_texts
+from .runs import read_labelled, tokenise_texts
 from .setup import Engine, Job, default_tokens, load_model, make_job, use_kernels
 from .tables import BASES, method_named
 from .tasks import task_named
@@ -123,9 +123,7 @@ def forecast(config: TrainConfig) -> Plan:
 def read_subject(config: TrainConfig) -> Subject:
     """Reads and encodes the examples. Raises InputError."""
     task = task_named(config.task)
-    whole = read_training(config, config.data)
-    labels = task.label_names(whole, config.labels)
-    examples, _ = set_aside(config, whole)
+    labels, examples, _ = read_labelled(config)
     model, tokenizer = load_shapes(config, labels)
     tokenise_texts(tokenizer, ALONE, examples)
     sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))

@@ -45,6 +45,13 @@ def read_examples(config: TrainConfig) -> tuple[list, list]:
     return set_aside(config, read_training(config, config.data))
 
 
+def read_labelled(config: TrainConfig) -> tuple[list[str] | None, list, list]:
+    """(labels, training, validation) of a configuration; labels: of all examples, before some are set aside."""
+    whole = read_training(config, config.data)
+    labels = task_named(config.task).label_names(whole, config.labels)
+    return labels, *set_aside(config, whole)
+
+
 def read_training(config: TrainConfig, path: str) -> list:
     """All examples of a file, as the configuration says that it is read."""
     task = task_named(config.task)

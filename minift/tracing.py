@@ -18,6 +18,7 @@ import torch
 
 from .config import TraceConfig
 from .data.batch import Sequence, order
+from .data.tokenizer import require_tokenizer
 from .engine import memory
 from .engine.distributed import ALONE
 from .errors import InputError, printable, table_lines
@@ -29,7 +30,7 @@ from .measure.track import peak_memory, resident
 from .measure.tree import Node, add_up, as_chrome, as_json, costliest_lines, folded, leaves, tree_lines
 from .measure.verify import Check, Verifier
 from .models import check_length
-from .runs import read_training, set_aside, tokenise_texts
+from .runs import read_labelled, tokenise_texts
 from .setup import Job, choose_engine, load_model, make_job
 from .tasks import task_named
 from .training import train_step
@@ -98,17 +99,12 @@ def check_trace(config: TraceConfig) -> None:
 def begin(config: TraceConfig) -> tuple[Job, list[Sequence], list[str]]:
     """(the job, the sequences of its first step, the line of each)."""
     task = task_named(config.task)
-    whole = read_training(config, config.data)
-    labels = task.label_names(whole, config.labels)
-    examples, _ = set_aside(config, whole)
+    labels, examples, _ = read_labelled(config)
     engine = choose_engine(config)
     if engine.world.size > 1:
         raise InputError(f"there are {engine.world.size} processes; expected a trace of one, without torchrun")
     model, tokenizer = load_model(config, labels)
-    if tokenizer is None:
-        raise InputError(
-            f"{config.model}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json and merges.txt"
-        )
+    require_tokenizer(tokenizer, config.model)
     tokenise_texts(tokenizer, ALONE, examples)
     sequences = task.encode(examples, model, tokenizer, check_length(model, config.max_length))
     job = make_job(model, config, engine)

@@ -319,6 +319,13 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in SOURCES)
 
 
+def require_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
+    """The tokenizer of a model, which a command that reads text cannot do without. Raises InputError."""
+    if tokenizer is None:
+        raise InputError(f"{source}: no tokenizer; expected tokenizer.json, vocab.txt, or vocab.json and merges.txt")
+    return tokenizer
+
+
 def read_tokenizer(folder: str | Path, rules: Rules | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder. All is read now, so the folder may go. Raises InputError.
 
