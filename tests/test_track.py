@@ -53,6 +53,16 @@ def test_wandb_offline(folder):
         assert word in content, word
 
 
+def test_a_plain_line_comes_when_something_is_done(monkeypatch, capsys):
+    """However long the first step takes: nothing is said of the time that is left before it."""
+    monkeypatch.setattr(track, "EVERY", 0.0)
+    progress = track.Progress(4, "step")
+    progress.add(0)
+    assert capsys.readouterr().err == ""
+    progress.add(2)
+    assert capsys.readouterr().err.startswith("step 2/4  00:00 left")
+
+
 def test_a_task_names_its_own_metrics(folder, monkeypatch):
     """No accuracy anywhere: what is counted, the best metric and --patience are the task's."""
 

@@ -77,7 +77,8 @@ class Progress:
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(n)
         now = time.monotonic()
-        if self.bar.disable and self.total > 1 and (now - self.told >= EVERY or is_last):
+        is_time = now - self.told >= EVERY and self.done > self.first
+        if self.bar.disable and self.total > 1 and (is_time or is_last):
             left = (now - self.start) / (self.done - self.first) * max(0, self.total - self.done)
             words = (f"{self.unit} {self.done}/{self.total}", note, f"{tqdm.format_interval(left)} left")
             say("  ".join(filter(None, words)))
