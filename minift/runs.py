@@ -311,6 +311,8 @@ def check_options(folder: Path, now: dict, then: dict) -> None:
     for name in sorted(now.keys() & then.keys()):
         if now[name] == then[name]:
             continue
+        if name == "precision" and then[name] == "auto":  # an older minift did not write down what that was
+            continue
         flag = "--" + name.replace("_", "-")
         if name not in FREE:
             raise InputError(

@@ -4,6 +4,7 @@ python -m pytest tests/test_precision.py
 """
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import cli, losses, metrics, model_and_data, peer, random_ids, revi
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
-from minift import setup
+from minift import runs, setup
 from minift.data.batch import pack
 from minift.engine import precision
 from minift.engine.distributed import World
@@ -147,6 +148,20 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(tmp_path, monkeypatch):
     assert json.loads((folder / "part/config.json").read_text())["precision"] == "bf16"
     works("train --resume --out {f}/part", f=folder)
     assert losses(folder / "part") == losses(folder / "whole")
+
+
+def test_an_older_run_did_not_write_down_what_auto_was(tmp_path, monkeypatch):
+    """Its config.json and its checkpoints say auto: it goes on in what auto is here."""
+    folder = model_and_data(tmp_path, 32)
+    monkeypatch.setattr(runs, "name_of", lambda dtype: "auto")
+    works(
+        "train --precision auto --model {f}/model --data {f}/train.tsv --steps 4 --save-every 2 --out {f}/run", f=folder
+    )
+    whole = losses(folder / "run")
+    monkeypatch.undo()
+    shutil.rmtree(folder / "run/checkpoints/step-4")
+    works("train --resume --out {f}/run", f=folder)
+    assert losses(folder / "run") == whole
 
 
 @pytest.mark.parametrize("shard, dtype", [(False, torch.float16), (True, torch.float32)])
