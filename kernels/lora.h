@@ -1,4 +1,5 @@
-// What the kernels of minift/ops/lora.py are called with. N tokens, C width of x, R <= 16 rank.
+// What the kernels of minift/ops/lora.py are called with. N tokens, C width of x, R rank: on CUDA at most 16, and there
+// something is always dropped.
 //
 // A is float, R rows, padded with zeros to an even number of them, of lda >= C numbers, a multiple of 64.
 #pragma once
@@ -17,8 +18,10 @@ struct LoraBackward {
     const void* x;   // (N, C), or null where sums is
     const float* g;  // (N, R)
     const float* A;
-    float* sums;    // (blocks, R, lda), of which the first becomes dA, or null
-    int64_t block;  // rows that share one of the sums on CUDA; on the CPU one is enough for all
+    float* sums;  // (blocks, R, lda), of which the first becomes dA, or null; on the CPU there is one, which is added to
+    int64_t block;           // rows that share one of the sums on CUDA
+    const int64_t* offsets;  // (examples + 1,) where each example begins, and the end; or null: they are one. On the CPU
+    int64_t examples;
     void* dx;       // (N, C), added to; or null
     Drop drop;
     int64_t N, C, R, lda, dtype;

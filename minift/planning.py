@@ -261,7 +261,7 @@ def steps_of(job: Job, sequences: list[Sequence]) -> Iterator[list[list[Sequence
         chosen = [sequences[i] for i in numbers.tolist()]
         if hasattr(job.task, "at_step"):
             chosen = job.task.at_step(chosen, config.seed, step)
-        if micros := job.world.micro_batches(chosen, config.tokens):
+        if micros := job.micro_batches(chosen):
             yield micros
 
 

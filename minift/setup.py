@@ -10,6 +10,7 @@ from torch import nn
 from .adapters import adapt, changes_base, learning_rate, saved_as
 from .checkpoints import loading, resume
 from .config import TrainConfig
+from .data.batch import Sequence
 from .data.tokenizer import Tokenizer
 from .engine import memory
 from .engine.distributed import ALONE, World, join
@@ -19,7 +20,7 @@ from .engine.optimizers import Optimizer, choose_settings, rule_named
 from .engine.precision import choose_device, choose_dtype
 from .errors import InputError
 from .layers import Embedding, Linear
-from .layers.packed import is_cheap, quantize, way_named
+from .layers.packed import is_cheap, is_exact, quantize, way_named
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
@@ -40,9 +41,14 @@ class Job:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless activations are float16
     world: World = ALONE
+    in_order: bool = False  # whether sums of floats keep to one order (ops/in_order.py), as those of integers need not
     base: dict = field(default_factory=dict)  # resume.fingerprint_base of the model as it was loaded
     graphs: Graphs | None = None  # with --graph, from the first step on
     caught: list[int] = field(default_factory=list)  # signals that arrived
+
+    def micro_batches(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """This process's part of a step on these, in micro-batches of `--tokens`."""
+        return self.world.micro_batches(sequences, self.config.tokens, self.in_order)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(engine.device.type, enabled=engine.dtype == torch.float16),
         world=engine.world,
+        in_order=is_exact(model) and engine.device.type != "cuda",
         base=base,
     )
 

@@ -150,7 +150,7 @@ def trace_step(job: Job, sequences: list[Sequence]) -> Traced:
     copies = copy_rate(device)
     trace.note_peak()
     add_up(trace.root, product_rate, copies)
-    micros = job.world.micro_batches(sequences, job.config.tokens)
+    micros = job.micro_batches(sequences)
     return Traced(
         root=trace.root,
         trace=trace,

@@ -25,6 +25,7 @@ from .measure.summary import Run
 from .measure.track import Tracker, make_loggers, peak_memory, result_columns, say, stop_signal, stop_signals
 from .models import Model
 from .ops.dropout import Noise
+from .ops.in_order import sums_in_order
 from .ops.rematerialise import rematerialise
 from .setup import Job
 
@@ -113,7 +114,7 @@ def train_step(job: Job, sequences: list[Sequence], step: int, lr: float) -> tup
         sequences = job.task.at_step(sequences, job.config.seed, step)
     n_targets = max(1, sum(len(s.targets) for s in sequences))  # of the whole step, before any backward
     n_tokens = sum(map(len, sequences))
-    micros = job.world.micro_batches(sequences, job.config.tokens)
+    micros = job.micro_batches(sequences)
 
     # a step is two parts, one after the other or recorded as CUDA graphs and replayed: `accumulate`, `update`
     if job.config.graph and job.graphs is None:
@@ -177,9 +178,10 @@ def accumulate(job: Job, batch: Batch, noise: Noise, n_targets: int | Tensor) ->
 
     n_targets: of the whole step, which its loss is the mean over.
     """
-    with rematerialise():
-        loss, counted = job.task.loss(job.model, batch, noise, job.config.label_smoothing)
-    job.scaler.scale(loss / n_targets).backward()
+    with sums_in_order(batch if job.in_order else None):
+        with rematerialise():
+            loss, counted = job.task.loss(job.model, batch, noise, job.config.label_smoothing)
+        job.scaler.scale(loss / n_targets).backward()
     return torch.stack([loss.detach().double(), counted.double()])
 
 

@@ -17,7 +17,8 @@ import minift
 from minift.data.batch import pack
 from minift.errors import InputError
 from minift.layers.int8 import Packed as Int8Linear
-from minift.ops import int8
+from minift.ops import int8, native
+from minift.ops.linear import product
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +82,82 @@ def test_an_adapter_has_the_same_bits_however_products_are_made(family, tmp_path
             minift.train_step(job, examples, step, 1e-2)
         assert calls
         found.append([p.detach().clone() for p in job.parameters])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+SPLITS = {  # --tokens and threads
+    "whole": (0, 2),
+    "some at once": (80, 1),
+    "few at once": (30, 3),
+    "each by itself": (1, 2),
+}
+CLASSIFIERS = {
+    "bert": transformers.BertForSequenceClassification,
+    "gpt2": transformers.GPT2ForSequenceClassification,
+    "roberta": transformers.RobertaForSequenceClassification,  # whose head has a layer more that learns
+    "distilbert": transformers.DistilBertForSequenceClassification,
+}
+SMALL = {
+    "roberta": dict(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=72,
+        max_position_embeddings=60, type_vocab_size=1, pad_token_id=1,
+    ),
+    "distilbert": dict(vocab_size=99, dim=64, n_layers=2, n_heads=4, hidden_dim=72, max_position_embeddings=60),
+    "gpt2": dict(n_embd=64, pad_token_id=0),
+    "bert": dict(hidden_size=64, intermediate_size=72),
+}  # fmt: skip
+
+
+def adapter_after(folder, task, examples, split, **options):
+    """What is trained, after four steps."""
+    tokens, threads = SPLITS[split]
+    torch.set_num_threads(threads)
+    model, _ = minift.load(folder, task=task, base="int8")
+    minift.add_lora(model, **options)
+    job = minift.prepare(model, task=task, tokens=tokens, device="cpu")
+    for step in range(4):
+        minift.train_step(job, examples, step, 1e-2)
+    return [p.detach().clone() for p in job.parameters]
+
+
+@pytest.fixture
+def threads():
+    """Puts back the number of threads; skips where there is no compiler, without which nothing is promised."""
+    if native.kernel("lora", torch.zeros(1)) is None:
+        pytest.skip("there are no kernels here")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_an_adapter_has_the_same_bits_however_a_step_is_split(family, tmp_path, threads):
+    """Dropout on; lengths from 1 on, odd widths, more ranks than the kernel takes at once."""
+    peer(CLASSIFIERS[family], tmp_path / "base", scale=0.15, num_labels=3, **SMALL[family])
+    ids = random_ids([9, 30, 1, 24, 2, 17, 30, 8, 40, 3, 11], 97)
+    examples = [sequence(i, [n + 2 for n in x], [0], [i % 3]) for i, x in enumerate(ids)]
+    for options in (dict(rank=3), dict(rank=20, targets="all-linear", dropout=0.0)):
+        found = [adapter_after(tmp_path / "base", "classify", examples, split, **options) for split in SPLITS]
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other))
+
+
+def test_a_language_model_has_them_too_where_the_librarys_product_does(tmp_path, threads):
+    """The product with the vocabulary is a library's: asked first whether it minds how many rows there are."""
+    model = peer(transformers.GPT2LMHeadModel, tmp_path / "base", scale=0.15, n_embd=64)
+    table = model.transformer.wte.weight.detach()
+    x = torch.randn(320, 64)
+    dz = torch.randn(320, 99)
+    for threads_ in (1, 2, 3):
+        torch.set_num_threads(threads_)
+        for w, rows in ((table, x), (table.t(), dz)):
+            parts = torch.cat([product(part, w) for part in (rows[:64], rows[64:192], rows[192:])])
+            if not torch.equal(product(rows, w), parts):
+                pytest.skip("this CPU's product of many rows differs from that of few")
+    ids = random_ids([9, 30, 2, 24, 17, 30, 8, 40, 3, 11])
+    examples = [sequence(i, x, list(range(1, len(x))), x[1:]) for i, x in enumerate(ids)]
+    found = [adapter_after(tmp_path / "base", "complete", examples, split) for split in SPLITS]
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 

@@ -9,7 +9,7 @@ from helpers import random_ids, sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.data.batch import order, pack, split, token_keys
+from minift.data.batch import cut, order, pack, split, token_keys
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 
@@ -89,3 +89,22 @@ def test_split_is_balanced():
     groups = split(make(rng.integers(5, 60, 64).tolist()), 512)
     sizes = [sum(map(len, g)) for g in groups]
     assert max(sizes) - min(sizes) < 60
+
+
+@given(lengths, st.integers(1, 120), st.integers(1, 120))
+def test_cut_keeps_one_order(sizes, tokens, more):
+    """The longest first, whatever the limit; never more at once, and no more micro-batches than that takes."""
+    sequences = make(sizes)
+    groups = cut(sequences, tokens)
+    assert [s.number for g in groups for s in g] == [s.number for s in cut(sequences, 0)[0]]
+    assert [len(s) for g in groups for s in g] == sorted(sizes, reverse=True)
+    for group in groups:
+        assert sum(map(len, group)) <= tokens or len(group) == 1
+    assert all(groups) and len(cut(sequences, tokens + more)) <= len(groups)
+
+
+def test_cut_is_balanced():
+    """A remainder is no micro-batch of its own."""
+    sizes = [sum(map(len, g)) for g in cut(make([20] * 33), 330)]
+    assert sizes == [220, 220, 220]
+    assert cut([], 0) == cut([], 5) == []

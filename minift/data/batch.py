@@ -4,6 +4,7 @@ The order of examples is a function of (seed, epoch); which of them share a batc
 N tokens, S sequences, M rows.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -131,3 +132,31 @@ def split(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
         groups[i].append(sequence)
         sizes[i] += len(sequence)
     return [g for g in groups if g]
+
+
+def cut(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
+    """The same with the sequences in one order, whatever `tokens` is: the longest first.
+
+    There may be more micro-batches than `split` makes.
+    """
+    ordered = sorted(sequences, key=len, reverse=True)
+    if not tokens:
+        return [ordered] if ordered else []
+    fewest = len(consecutive(ordered, tokens))
+    # as many of them, of about equal size: with the least limit that needs no more
+    limits = range(1, tokens)
+    i = bisect_left(limits, -fewest, key=lambda limit: -len(consecutive(ordered, limit)))
+    return consecutive(ordered, i + 1)
+
+
+def consecutive(sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
+    """Sequences that follow each other in groups of at most `tokens` tokens, or of one that is longer."""
+    groups: list[list[Sequence]] = []
+    size = 0
+    for sequence in sequences:
+        if not groups or size + len(sequence) > tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(sequence)
+        size += len(sequence)
+    return groups

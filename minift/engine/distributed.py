@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.batch import Sequence, split
+from ..data.batch import Sequence, cut, split
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,16 @@ class World:
         """Whether this is the one process that writes."""
         return self.rank == 0
 
-    def micro_batches(self, sequences: list[Sequence], tokens: int) -> list[list[Sequence]]:
+    def micro_batches(self, sequences: list[Sequence], tokens: int, in_order: bool = False) -> list[list[Sequence]]:
         """This process's part of a step, in micro-batches of `tokens` tokens (0: no limit).
+
+        in_order: the sequences follow in one order, however many micro-batches there are.
 
         Sharded, all have the same number of them, for every forward pass is a conversation of all: who has fewer does a
         sequence again that is asked nothing.
         """
-        parts = [split(share, tokens) for share in deal(sequences, self.size)]
+        divide = cut if in_order else split
+        parts = [divide(share, tokens) for share in deal(sequences, self.size)]
         mine = parts[self.rank]
         if not self.sharded:
             return mine

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..ops import embedding, norm
+from ..ops import embedding, in_order, native, norm
 from ..ops.dropout import SILENT, Noise
 from ..ops.linear import ByMatrix, linear
 
@@ -85,12 +85,16 @@ class Linear(nn.Module):
         """W (out_features, in_features) in `dtype`."""
         return self.weight.to(dtype)
 
-    def products(self) -> ByMatrix:
+    def products(self) -> ByMatrix | in_order.ByMatrix:
         """The products with W where it does not learn, without gradients."""
+        if native.in_order:
+            return in_order.ByMatrix(self.matrix)
         return ByMatrix(self.matrix)
 
     def forward(self, x: Tensor, noise: Noise = SILENT) -> Tensor:
         """x (N, in_features) -> (N, out_features), in x's dtype."""
+        if native.in_order:
+            return in_order.linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 
 

@@ -18,6 +18,7 @@ class Packed(packed.PackedLinear):
 
     BASE = "int8"
     PARTS = (MARK, "weight_format")
+    EXACT = True  # sums of int8's products are integers
     RECORDABLE = False  # whether something is kept apart is asked of the device
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):

@@ -35,6 +35,7 @@ class PackedLinear(nn.Module):
     BASE = ""  # its name in tables.BASES
     PARTS: tuple[str, ...] = ()  # what a file has beside `weight`
     RECORDABLE = True  # whether a step can be recorded as a CUDA graph: its products read nothing back
+    EXACT = False  # whether a row's product has the same bits whatever other rows there are
     CHEAP = True  # whether a product costs no more than with a matrix of floats, however few the tokens
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -91,6 +92,11 @@ def packed_as(model: nn.Module) -> str:
 def is_cheap(model: nn.Module) -> bool:
     """Whether packed layers cost no more for each micro-batch than others."""
     return all(module.CHEAP for module in model.modules() if isinstance(module, PackedLinear))
+
+
+def is_exact(model: nn.Module) -> bool:
+    """Whether the products with packed layers are, so that all of a step can have the same bits however it is split."""
+    return any(module.EXACT for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

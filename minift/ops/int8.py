@@ -5,7 +5,8 @@
     dx = dy W                             the same of g = dy s / 127, a row at a time, and codes instead of codes^T
 
 One copy of the codes serves both, since s goes into g beforehand. Sums of products of int8 are exact in int32, so their
-order does not matter: threads, micro-batches and instructions (AMX, VNNI, loops) give the same bits.
+order does not matter: threads, micro-batches and instructions (AMX, VNNI, loops) give the same bits. What it takes for
+the rest of a step to do so, too: in_order.py.
 
 Elements of x or g more than KEEP times as large as the mean of their row would leave no digits to the others. They are
 kept apart, at most MOST of a row: their part of the product is in float32, from the codes, in the order of channels.

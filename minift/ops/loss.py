@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import in_order, native
 from .linear import product, weight_gradient
 
 CHUNK = 1 << 24  # logits at hand at once: 64 MB in float32; with 16 MB the products of GPT-2's head take 25 % longer
 CHUNK_CUDA = 1 << 26  # 128 MB in bfloat16; each chunk reads and writes all of dW
 ALIGNED = 64
+CLASSES = 1024  # of a head whose logits may all be there at once
 
 
 def linear_cross_entropy(
@@ -39,6 +40,8 @@ def linear_cross_entropy(
     x (M, C), weight (V, C), bias (V,) or None, smoothing in [0, 1); targets (M,) int64 in [0, V), or -1 for a row that
     only fills up the batch: its loss and gradients are 0. each (M,): where the loss of each row is written, or None.
     """
+    if native.in_order:
+        return cross_entropy_in_order(x, weight, bias, targets, smoothing, each)
     return LinearCrossEntropy.apply(x, weight, bias, targets, smoothing, each)
 
 
@@ -62,6 +65,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = with_classes(weight.to(x.dtype), classes_to_add(x, V))  # (P, C)
         most = max(1, (CHUNK_CUDA if x.is_cuda else CHUNK) // V)
         n = -(-x.shape[0] // -(-x.shape[0] // most)) if len(x) else 1  # chunks of one size: their memory is the same
+        if native.in_order:
+            n += -n % ALIGNED
         for i in range(0, x.shape[0], n):
             xs = x[i : i + n]
             z = product(xs, w)  # (m, P)
@@ -105,6 +110,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         if dw is not None and ctx.heads_gradient is not None:
             ctx.heads_gradient.append(dw)
         return *gradients, None, None, None
+
+
+def cross_entropy_in_order(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, each: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same where sums keep to one order (in_order.py)."""
+    M = len(x)
+    if weight.requires_grad and len(weight) <= CLASSES:
+        z = in_order.linear(x, weight, bias)
+        losses = F.cross_entropy(z.float(), targets, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+        loss = losses.sum()
+        correct = (z.argmax(-1) == targets).sum()
+    else:  # by a library, which may take another way for few rows than for many
+        x = F.pad(x, (0, 0, 0, -M % ALIGNED))
+        targets = F.pad(targets, (0, -M % ALIGNED), value=-1)
+        losses = torch.empty(len(x), device=x.device)
+        loss, correct = LinearCrossEntropy.apply(x, weight, bias, targets, smoothing, losses)
+    if each is not None:
+        each.copy_(losses[:M].detach())
+    return loss, correct
 
 
 def classes_to_add(x: Tensor, V: int) -> int:

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 Library = compile.Library | cuda.Library
 
 mode = "auto"  # `use` sets it
+in_order: dict[int, Tensor] = {}  # where sums of floats keep to one order, as ops/in_order.py sets it; empty elsewhere
 loaded: dict[tuple[str, torch.device], Library | None] = {}  # None: it could not be made, and that was said
 told: set[str] = set()  # reasons for a reference to run: the same for every kernel where there is no compiler
 making: dict[str, Future] = {}  # by operator: being compiled for the CPU in the background

@@ -492,7 +492,7 @@ def test_lora_of_no_rows_leaves_everything(place):
     assert shrink(x, A, drop).shape == (0, 3) and not spread(x, x[:, :3], A, dx, drop).any()
     lib, sums = native.kernel("lora", A), torch.ones(1, 3, 70, device=place)
     given = dict(x=x, g=x, A=A, sums=sums, dx=dx, drop=for_kernels(drop))
-    lib.lora_backward(**given, block=64, N=0, C=70, R=3, lda=70, dtype=0)
+    lib.lora_backward(**given, block=64, offsets=None, examples=0, N=0, C=70, R=3, lda=70, dtype=0)
     assert not sums.any()
 
 

@@ -353,11 +353,11 @@ def test_sanitizers_find_nothing(tmp_path):
         "import sys, pytest; from minift.ops import compile;"
         "compile.FLAGS += ' -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all';"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_kernels.py',"
-        " 'tests/ops/test_int8.py', '-k', sys.argv[1]]))"
+        " 'tests/ops/test_int8.py', 'tests/ops/test_in_order.py', '-k', sys.argv[1]]))"
     )
     preload = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
     chosen = "views or empty or extremes or threads or hits or dropout or tail or lora_drops or nf4"
-    chosen += " or equations or infinities or sums_are_exact"
+    chosen += " or equations or infinities or sums_are_exact or in_order"
     done = subprocess.run(
         [sys.executable, "-c", code, chosen],
         cwd=ROOT, env=os.environ | preload, capture_output=True, text=True,
