@@ -37,7 +37,8 @@ from .training import train_step
 
 SCREEN = 40  # lines
 TIMED = 3  # steps without a trace
-TRIES, NEAR = 3, 0.1  # steps with one at most, until it took as long as they did
+TRIES = 3  # steps with one at most,
+NEAR = 0.1  # until one takes as long as they did, but for this part
 NAMED = 3  # lines of data that are named
 
 
