@@ -28,7 +28,7 @@ WORTH = 0.01  # seconds for one part
 REPEATS = 4  # at most
 ROWS = 128  # products of so many tokens more or less have one rate
 LARGEST = 4096  # of a product's sides, and twice its tokens: a larger one has the rate of this
-COLD = 1 << 26  # bytes of copies of a product's matrices
+COLD = 1 << 26  # bytes of copies of what a product or a kernel works on
 LARGE = 1 << 26  # bytes of a tensor that no cache holds together with its copy
 BETWEEN = 1 << 22  # bytes that are written between two calls: more than the cache of a core
 SITES = 20  # of three operators each, whose calls are timed
@@ -68,9 +68,8 @@ def product_rate(what: Product, device: torch.device) -> float:
         if what.kind == "weight gradient":
             multiply = weight_gradient
             first, second = (rows, outer), (rows, inner)
-        # of each another, for in a step nothing is in the cache from the product before
         bytes_of_one = what.dtype.itemsize * (rows * inner + outer * inner + rows * outer)
-        copies = max(2, min(REPEATS + 1, COLD // bytes_of_one))
+        copies = copies_of(bytes_of_one)
         pairs = []
         for _ in range(copies):
             x = torch.full(first, 1, dtype=what.dtype, device=device)
@@ -100,9 +99,16 @@ def kernel_seconds(kernel: Kernel, device: torch.device) -> float:
     """Seconds of a call of one of minift's kernels with arguments like these."""
     if kernel.nbytes > MOST or device.type == "cuda":  # a plan is made with the kernels of the CPU
         return kernel.nbytes / copy_rate(device)
-    given = tree_map(lambda value: stand_in(value, device), kernel.given)
     call = getattr(kernel.library, kernel.function)
-    return median_seconds(lambda: call(**given), device)
+    copies = copies_of(kernel.nbytes)
+    given = [tree_map(lambda value: stand_in(value, device), kernel.given) for _ in range(copies)]
+    turns = itertools.cycle(given)
+    return median_seconds(lambda: call(**next(turns)), device)
+
+
+def copies_of(nbytes: int) -> int:
+    """How many times what a call works on is there: each call has its own, as in a step nothing is left in the cache."""
+    return max(2, min(REPEATS + 1, COLD // max(1, nbytes)))
 
 
 def stand_in(value, device: torch.device):
