@@ -21,7 +21,8 @@ from minift import planning
 from minift.config import PlanConfig, size_of
 from minift.data.batch import pack
 from minift.engine import memory
-from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Ledger
+from minift.measure import rates
+from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Kernel, Ledger, Shape
 from minift.ops import attention, native
 from minift.ops.dropout import Noise
 from minift.ops.linear import product, weight_gradient
@@ -392,3 +393,21 @@ def test_no_forecast_where_there_is_no_memory_for_one(middling, tmp_path, monkey
     line = f"train --model {middling}/bert --init random --data {middling}/data.jsonl --steps 1 --out {tmp_path}/run"
     assert "no forecast: it would take 268 MB" in works(line).err
     assert (tmp_path / "run/last").is_dir() and not (tmp_path / "run/ledger.json").exists()
+
+
+def test_a_kernel_that_is_timed_finds_nothing_in_the_cache():
+    """Each call works on other memory, as much of it as caches hold, than the one before."""
+    places = []
+
+    class Library:
+        @staticmethod
+        def f(x, n, words):
+            places.append((x.data_ptr(), words[0].data_ptr()))
+            assert x.shape == (1024, 1024) and n == 3 and (x == 0.5).all() and not words[0].any()
+
+    row = Shape(torch.float32, (1024, 1024), (1024, 1))
+    words = Shape(torch.int32, (7,), (1,))
+    kernel = Kernel(Library, "f", {"x": row, "n": 3, "words": (words, 0)})
+    assert rates.kernel_seconds(kernel, CPU) > 0
+    assert len(set(places)) == min(len(places), rates.REPEATS + 1) > 3
+    assert all(here[i] != there[i] for here, there in zip(places, places[1:], strict=False) for i in (0, 1))
