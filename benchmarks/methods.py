@@ -9,7 +9,6 @@ data this uses.
 """
 
 import json
-from pathlib import Path
 
 from common import command, parse, with_lora, write_section
 from peers import accuracies_and_costs, run_all, run_minift, run_trainer, seeds_parser
@@ -28,7 +27,6 @@ OPTIONS = {
 
 def main() -> None:
     p = seeds_parser(__doc__, "lora,qlora,head,bias,peft-lora")
-    p.add_argument("--rows", type=Path, help="with --write: JSON lines of earlier runs, to put with those of this one")
     p.add_argument("--note", default="", help="with --write: what a reader should know of the circumstances")
     a = parse(p, engines="qlora,peft-lora")
     if a.here:
@@ -39,12 +37,10 @@ def main() -> None:
             row = run_minift("sst2", a, seed, **OPTIONS[engine])
         print(json.dumps(row))
         return
-    rows = [json.loads(line) for line in open(a.rows) if line.startswith('{"engine')] if a.rows else []
-    rows += run_all(a)
+    rows = run_all(a)
     found = accuracies_and_costs(rows)
     print(found)
     if a.write:
-        a.engines, a.seeds = (",".join(dict.fromkeys(str(row[key]) for row in rows)) for key in ("engine", "seed"))
         text = f"float32, dropout 0.1. {a.note}\n\n{OPTIONS}\n\n{found}"
         write_section(a.write, "methods", "SST-2: what is trained, beside PEFT", command(p, a), rows, text)
 

@@ -151,14 +151,23 @@ def seeds_parser(doc: str, engines: str) -> argparse.ArgumentParser:
     p.add_argument("--engines", "--methods", default=engines, help="what to run (default %(default)s)")
     p.add_argument("--seeds", default="42")
     p.add_argument("--steps", type=int, default=0, help="time N steps alone, without the test; 0: the whole job")
+    p.add_argument("--rows", type=Path, help="rows as an earlier call printed them: what is there is not run again")
     return p
 
 
 def run_all(a: argparse.Namespace) -> list[dict]:
-    """A row per engine and seed, each by a process of its own."""
-    seeds = [int(seed) for seed in a.seeds.split(",") if seed]
-    cases = [{"engine": engine, "seed": seed} for seed in seeds for engine in a.engines.split(",")]
-    return [told(case | fresh(case)) for case in cases]
+    """A row per engine and seed, each by a process of its own, unless --rows has it."""
+    earlier = {}
+    if a.rows:
+        lines = a.rows.read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line.startswith("{")]
+        earlier = {(row["engine"], row["seed"]): row for row in rows}
+    found = []
+    for seed in [int(seed) for seed in a.seeds.split(",") if seed]:
+        for engine in a.engines.split(","):
+            case = {"engine": engine, "seed": seed}
+            found.append(earlier.get((engine, seed)) or told(case | fresh(case)))
+    return found
 
 
 def main() -> None:

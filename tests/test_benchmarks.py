@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import all as everything  # noqa: E402
 import common  # noqa: E402
 import ladder  # noqa: E402
+import peers  # noqa: E402
 import scaling  # noqa: E402
 import step  # noqa: E402
 
@@ -141,6 +143,17 @@ def test_a_step_of_every_axis_has_its_tokens():
 
 
 # results
+
+
+def test_rows_of_an_earlier_call_are_not_run_again(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"engine": "b", "seed": 1, "loss": 0.5}\nwords\n')
+    monkeypatch.setattr(peers, "fresh", lambda case: {"loss": 9})
+    given = SimpleNamespace(engines="a,b", seeds="1,2", rows=path)
+    found = [(row["engine"], row["seed"], row["loss"]) for row in peers.run_all(given)]
+    assert found == [("a", 1, 9), ("b", 1, 0.5), ("a", 2, 9), ("b", 2, 9)]
+    given.rows = None
+    assert [row["loss"] for row in peers.run_all(given)] == [9] * 4
 
 
 def test_a_section_replaces_the_one_of_its_key_and_so_do_its_rows(tmp_path):

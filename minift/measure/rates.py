@@ -107,7 +107,7 @@ def kernel_seconds(kernel: Kernel, device: torch.device) -> float:
 
 
 def copies_of(nbytes: int) -> int:
-    """How many times what a call works on is there: each call has its own, as in a step nothing is left in the cache."""
+    """How often there is what a call works on: each has its own, as in a step nothing is left in the cache."""
     return max(2, min(REPEATS + 1, COLD // max(1, nbytes)))
 
 
