@@ -59,6 +59,7 @@ OTHER_NAMES = {
     "--fp16": "--precision fp16",
     "--bf16": "--precision bf16",
     "--load-in-4bit": "--base nf4",
+    "--load-in-8bit": "--base int8",
     "adam": "adamw",
     "adamw-torch": "adamw",
     "adamw-torch-fused": "adamw",
@@ -80,6 +81,7 @@ OTHER_NAMES = {
     "gpu": "cuda",
     "4bit": "nf4",
     "int4": "nf4",
+    "8bit": "int8",
 }
 
 
