@@ -37,8 +37,8 @@ from .training import train_step
 
 SCREEN = 40  # lines
 TIMED = 3  # steps without a trace
-TRIES = 3  # steps with one at most,
-NEAR = 0.1  # until one takes as long as they did, but for this part
+TRIES = 3  # steps with one, at most, until one takes as long as those without
+NEAR = 0.1  # by how much of that it may differ
 NAMED = 3  # lines of data that are named
 
 

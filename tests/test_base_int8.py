@@ -149,8 +149,8 @@ def test_a_language_model_has_them_too_where_the_librarys_product_does(tmp_path,
     table = model.transformer.wte.weight.detach()
     x = torch.randn(320, 64)
     dz = torch.randn(320, 99)
-    for threads_ in (1, 2, 3):
-        torch.set_num_threads(threads_)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
         for w, rows in ((table, x), (table.t(), dz)):
             parts = torch.cat([product(part, w) for part in (rows[:64], rows[64:192], rows[192:])])
             if not torch.equal(product(rows, w), parts):

@@ -409,5 +409,7 @@ def test_a_kernel_that_is_timed_finds_nothing_in_the_cache():
     words = Shape(torch.int32, (7,), (1,))
     kernel = Kernel(Library, "f", {"x": row, "n": 3, "words": (words, 0)})
     assert rates.kernel_seconds(kernel, CPU) > 0
+    # what is timed takes no more memory than a forecast may
+    assert all(rates.copies_of(n) * n <= planning.TIMING for n in (1, 1 << 20, 1 << 25, (1 << 26) - 1, rates.MOST))
     assert len(set(places)) == min(len(places), rates.REPEATS + 1) > 3
     assert all(here[i] != there[i] for here, there in zip(places, places[1:], strict=False) for i in (0, 1))

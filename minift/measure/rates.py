@@ -107,7 +107,12 @@ def kernel_seconds(kernel: Kernel, device: torch.device) -> float:
 
 
 def copies_of(nbytes: int) -> int:
-    """How often there is what a call works on: each has its own, as in a step nothing is left in the cache."""
+    """How often there is what a call works on: each has its own, as in a step nothing is left in the cache.
+
+    Once, where it is so much that no cache holds it anyway.
+    """
+    if nbytes >= COLD:
+        return 1
     return max(2, min(REPEATS + 1, COLD // max(1, nbytes)))
 
 

@@ -141,7 +141,10 @@ def reference_spread(x: Tensor | None, g: Tensor, A: Tensor, dx: Tensor | None, 
 
 
 def kernel(A: Tensor, drop: Drop | None, *tensors: Tensor | None):
-    """The kernel, if it is for these: with dropout, without which torch.mm is as fast, some rows and a small rank."""
+    """The kernel, if it is for these: with dropout, without which torch.mm is as fast, some rows and a small rank.
+
+    Where sums keep to one order, any that has rows.
+    """
     is_worth_it = drop is not None and len(A) <= MOST
     if len(tensors[0]) == 0 or not (is_worth_it or native.in_order):
         return None
