@@ -151,9 +151,7 @@ def seeds_parser(doc: str, engines: str) -> argparse.ArgumentParser:
     p.add_argument("--engines", "--methods", default=engines, help="what to run (default %(default)s)")
     p.add_argument("--seeds", default="42")
     p.add_argument("--steps", type=int, default=0, help="time N steps alone, without the test; 0: the whole job")
-    p.add_argument(
-        "--rows", type=Path, help="what an earlier call printed: rows that are there are not run again"
-    )
+    p.add_argument("--rows", type=Path, help="what an earlier call printed: rows that are there are not run again")
     return p
 
 
