@@ -103,6 +103,7 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, task, name",
     [
@@ -190,6 +191,7 @@ def test_its_tokenizer_is_of_its_family(name):
     assert (tokenizer.mask is not None) == (TASKS[name] == "fill")
 
 
+@pytest.mark.slow
 def test_they_know_the_language_of_reviews():
     """More than how frequent words are: on reviews written for minift, which they were not trained on."""
     lines = (DATA / "reviews.test.jsonl").read_text().splitlines()

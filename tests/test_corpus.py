@@ -240,12 +240,13 @@ print(*corpus.tokenise(corpus.read_all(complete.stream(path))[0].text, read_toke
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, where, at, done", [
     ("d.txt", "write_state", 3, 4),
-    pytest.param("d.txt.gz", "write_state", 2, 2, marks=pytest.mark.slow),
-    pytest.param("d.txt", "write_state", 1, 0, marks=pytest.mark.slow),
-    pytest.param("d.txt", "seal", 1, 7, marks=pytest.mark.slow),
-    pytest.param("d.txt", "rename", 1, 7, marks=pytest.mark.slow),
+    ("d.txt.gz", "write_state", 2, 2),
+    ("d.txt", "write_state", 1, 0),
+    ("d.txt", "seal", 1, 7),
+    ("d.txt", "rename", 1, 7),
 ])  # fmt: skip
 def test_killed_it_goes_on_from_there(name, where, at, done, folder, letters, cache, tmp_path, monkeypatch):
     """To the same bytes; what was written beyond the state, when it was killed, is cut off."""

@@ -26,6 +26,7 @@ class FourLabels:
     device = "cpu"
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 7))
 def test_metrics_are_scikit_learns(pairs, size):
     rng = np.random.default_rng(0)

@@ -119,6 +119,7 @@ def test_sentences_pairs_and_hostile_texts(request, tmp_path, pieces, form, sent
         assert ours.decode(tokens.ids) == theirs.decode(tokens.ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.lists(st.sampled_from(["<s>", "</s>", "<mask>", " ", "\n", "the"]) | st.characters(codec="utf-8")),

@@ -81,6 +81,7 @@ IDS = st.lists(st.integers(0, 63), min_size=1, max_size=40)
 TEXTS = st.dictionaries(st.integers(0, 10**9), IDS, min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.data())
 def test_a_draw_changes_only_what_it_asks_about(found, seed, step, data):
@@ -318,6 +319,7 @@ def test_a_length_without_room(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_short_texts_are_no_warning(folder, tmp_path):
     """A step may ask nothing of a text; another step asks."""
     write(tmp_path / "d.jsonl", *({"text": word} for word in WORDS))

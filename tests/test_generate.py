@@ -105,6 +105,7 @@ def test_filters_on_known_numbers():
     assert probabilities(tied, Sampling(1, top_k=1)).tolist() == [0, 0.5, 0.5, 0]
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities():
     """Pearson's chi-square of 4,000 draws, 7 degrees of freedom: above 30 once in 10,000 seeds.
 
@@ -163,6 +164,7 @@ def test_wrong_sampling(wrong):
         Sampling(**wrong)
 
 
+@pytest.mark.slow
 def test_gpt_nano_sorts(assets):
     """Every ninth of the 729 inputs of six letters."""
     model, _ = minift.load(assets / "weights/gpt-nano-sort/hf", task="complete")

@@ -153,6 +153,7 @@ def test_gpt2_heads_have_no_bias(tmp_path):
 # ---- the classes of the data -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_class_that_occurs_once_is_known_though_it_is_held_out(tmp_path):
     """Labels were collected after the split: "unknown label 'rare'" at its line."""
     write(tmp_path / "d.tsv", *[(f"good {i}", "ab"[i % 2]) for i in range(19)], ("so so", "rare"))

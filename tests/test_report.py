@@ -140,6 +140,7 @@ def test_the_example_that_was_never_learned(runs):
     assert page.text[at - 1 : at + 5] == ["5", "never learned", "3.000", "3.000", label, text]
 
 
+@pytest.mark.slow
 def test_one_run_says_what_the_others_would(runs):
     """Its weights, steps and best validation are those of its files."""
     page = page_of(runs / "lora")

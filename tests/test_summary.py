@@ -74,6 +74,7 @@ def test_after_a_resume_the_figures_are_still_those_of_the_best(folder):
     assert last_lines(again)["quality"] == last_lines(first)["quality"]
 
 
+@pytest.mark.slow
 def test_without_a_validation_an_adapter_and_pairs(folder):
     rows = [{"text": "a film", "pair": "good", "label": "x"}, {"text": "a plot", "pair": "bad", "label": "y"}] * 4
     data = write(folder / "pairs.jsonl", *rows)
@@ -93,6 +94,7 @@ def test_a_language_model(tmp_path):
     assert set(follow(found)) == {"prompt", "completion"}
 
 
+@pytest.mark.slow
 def test_a_masked_language_model(folder):
     """The command has the tokenizer's own mask in it."""
     write(folder / "texts.txt", *["the film was good and the plot was great"] * 40)

@@ -32,8 +32,13 @@ RATES = 1e11, 1e10  # FLOP/s, bytes/s
 
 @pytest.fixture(autouse=True)
 def as_it_begins(monkeypatch):
-    """Whatever mode another test has left; working memory of earlier calls would not be counted a second time."""
+    """Whatever mode another test has left; working memory of earlier calls would not be counted a second time.
+
+    As few steps as tell what a step consists of: how long it takes is asked of processes of their own.
+    """
     monkeypatch.setattr(native, "mode", "auto")
+    monkeypatch.setattr(tracing, "TIMED", 1)
+    monkeypatch.setattr(tracing, "TRIES", 1)
     flops, copies = RATES  # which take a second to be measured
     monkeypatch.setattr(tracing, "best_product_rate", lambda *_: flops)
     monkeypatch.setattr(tracing, "copy_rate", lambda *_: copies)

@@ -117,6 +117,7 @@ def test_from_python(folder):
     assert set(one) == {"label", "scores"}
 
 
+@pytest.mark.slow
 def test_the_peak_is_this_processs_own():
     """Not that of the process that started it, with which Linux begins to count ru_maxrss."""
     code = "from minift.measure.track import peak_memory; print(peak_memory())"

@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
     return folder, *run(folder, 0)
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 100])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 32, 100])
 def test_micro_batches_change_nothing(whole, tokens):
     folder, curve, weights = whole
     some_curve, some_weights = run(folder, tokens)
