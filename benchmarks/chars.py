@@ -33,7 +33,7 @@ import minift
 LAYERS, WIDTH, HEADS, BLOCK, BATCH, WARMUP = 4, 128, 4, 64, 12, 100
 LR, LAST_LR, DECAY, BETAS = 1e-3, 1e-4, 0.1, (0.9, 0.99)
 RECIPE = f"--batch {BATCH} --max-length {BLOCK + 1} --warmup {WARMUP} --schedule cosine --dropout 0 --beta2 0.99"
-RECIPE += f" --weight-decay {DECAY}"
+RECIPE += f" --weight-decay {DECAY} --precision fp32"
 ENGINES = {
     "minift": f"{RECIPE} --lr {LR}",
     "warmer": f"{RECIPE} --lr {3 * LR}",

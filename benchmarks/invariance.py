@@ -67,7 +67,8 @@ def main() -> None:
     for task in a.tasks.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            fixed = ["--task", task, "--model", str(folder / "model"), "--steps", str(a.steps), "--lr", "1e-3"]
+            fixed = ["--task", task, "--model", str(folder / "model"), "--steps", str(a.steps)]
+            fixed += ["--lr", "1e-3", "--precision", "fp32"]
             options = fixed + prepare(task, folder, a.assets)
             losses, weights = run(options, folder / "one", 1)
             for n, tokens, more in cases:

@@ -110,6 +110,7 @@ def run_minift(data: str, a: argparse.Namespace, seed: int, **options) -> dict:
             out=str(Path(temporary, "run")),
             steps=a.steps,
             seed=seed,
+            precision="fp32",  # as the Trainer's
             **common | options,
         )
         tested = minift.EvalConfig(data=str(write_rows(Path(temporary, "test.jsonl"), test)))

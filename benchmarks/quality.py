@@ -24,11 +24,11 @@ from common import command, draw, parse, peak_mb, read_rows, table, write_rows, 
 from peers import run_all, seeds_parser
 
 OPTIONS = {
-    "float32": {},
+    "float32": dict(precision="fp32"),
     "bf16": dict(precision="bf16"),
-    "int8": dict(base="int8"),
-    "int8-bf16": dict(base="int8", precision="bf16"),
-    "nf4": dict(base="nf4"),
+    "int8": dict(precision="fp32", base="int8"),
+    "int8-bf16": dict(precision="bf16", base="int8"),
+    "nf4": dict(precision="fp32", base="nf4"),
 }
 MINILM = "weights/all-MiniLM-L6-v2"
 CASES = {
