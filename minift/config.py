@@ -288,7 +288,7 @@ class TrainConfig(Config):
     )
     fit: str = option("", "memory that the run may take, as 2GB: chooses --tokens, --recompute and --base")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = option("fp32", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
+    precision: str = option("auto", "dtype of activations; auto: what the hardware is fast at", choices=PRECISIONS)
     kernels: str = option("auto", "fused operators; auto: compiled where a C++ compiler is found", choices=KERNELS)
     graph: bool = option(False, "CUDA, bf16: record steps as graphs and replay them, for what is slow to launch")
     recompute: bool = option(False, "save only the input of each layer, and compute it again in backward")
