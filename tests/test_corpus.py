@@ -90,6 +90,7 @@ def make(path, tokenizer) -> list[int]:
 LINES = st.lists(st.text(st.characters(codec="utf-8", min_codepoint=32), max_size=30), min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(["gpt2", "bert"]), LINES, st.integers(1, 40), st.integers(1, 30), st.data())
 def test_blocks_are_those_of_a_list(tokenizers, tmp_path_factory, name, lines, piece, length, data):

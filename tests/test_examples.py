@@ -66,6 +66,7 @@ def test_every_example_once_an_epoch_and_their_mean_is_the_steps(folder):
     assert begin == len(rows)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_lines(folder, tmp_path):
     """Those of steps after the checkpoint are written once more, not twice."""
     whole = rows_of(folder / "plain")
@@ -109,6 +110,7 @@ def test_numbers_that_are_not_there_or_are_a_whole_step(folder):
     assert not (folder / "none").exists()
 
 
+@pytest.mark.slow
 def test_the_steps_that_a_run_takes_are_those_that_need_an_example(folder, tmp_path):
     """With --steps they may be fewer than an epoch's, or more than all epochs'."""
     alone = "--batch 1 --seed 42 --out {o}/few --without"

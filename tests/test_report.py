@@ -240,6 +240,7 @@ def test_what_is_missing_is_said(change, said, full):
     assert page.drawn or change is empty
 
 
+@pytest.mark.slow
 def test_data_that_are_gone(runs, full):
     """The examples cannot be asked about; everything else is there."""
     config = json.loads((full / "config.json").read_text())

@@ -149,8 +149,15 @@ def test_it_explains_the_peak(method, options, tmp_path):
     assert found.root.peak == made and found.trace.peak_path[0][1] == "phase"
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    "family, method",
+    [
+        ("bert", "full"),
+        ("gpt2", "lora"),
+        pytest.param("bert", "lora", marks=pytest.mark.slow),
+        pytest.param("gpt2", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_flops_are_those_of_the_plan(family, method, tmp_path, compiled):
     """Of a step without memory."""
     job, sequences = job_of(family, tmp_path, method, CPU, width=256)
@@ -386,6 +393,7 @@ def test_files_for_programs(desk, tmp_path):
     works(line + " --overwrite", **places)
 
 
+@pytest.mark.slow
 def test_deeper(desk):
     folded_tree = works("trace --model {f}/bert --data {f}/data.jsonl --unfold 9", f=desk).out
     whole = works("trace --model {f}/bert --data {f}/data.jsonl --unfold all", f=desk).out
