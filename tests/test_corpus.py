@@ -287,7 +287,8 @@ def test_two_processes_at_once(folder, letters, cache, tmp_path):
 def test_processes_of_one_run(folder, cache, tmp_path):
     """The first of them makes the file for all."""
     path = put(tmp_path / "d.txt", TEXT)
-    words = f"-m minift train --model {folder}/gpt2 --task complete --data {path} --steps 3 --kernels reference --out"
+    words = f"-m minift train --model {folder}/gpt2 --task complete --data {path} --steps 3 --kernels reference"
+    words += " --precision fp32 --out"
     shared = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571"]
     for name, launcher in (("one", []), ("two", shared)):
         line = [sys.executable, *launcher, *words.split(), str(tmp_path / name)]

@@ -206,6 +206,7 @@ def middling(tmp_path_factory):
 def test_memory_of_a_process_is_as_planned(options, middling, tmp_path):
     """Within five per cent, of a run from random weights in a process of its own."""
     line = f"--model {middling}/bert --init random --data {middling}/data.jsonl --batch 16 --steps 2 {options}"
+    line += " --precision fp32"
     run = [sys.executable, "-m", "minift", "train", *line.split(), "--out", str(tmp_path / "run")]
     subprocess.run(run, check=True, capture_output=True)
     peak = metrics(tmp_path / "run")[-1]["train/peak_memory"]
@@ -236,7 +237,7 @@ def trained(middling):
 @pytest.mark.parametrize("options, part", [("--batch 16", 0.8), ("--method lora --batch 32", 0.6)])
 def test_a_run_is_made_to_fit(options, part, trained, middling, tmp_path):
     """It takes no more than it may, of which its forecast leaves a twentieth, and says what was chosen."""
-    line = f"--model {trained} --data {middling}/data.jsonl --steps 2 {options}"
+    line = f"--model {trained} --data {middling}/data.jsonl --steps 2 --precision fp32 {options}"
     command = [sys.executable, "-m", "minift"]
     plan = subprocess.run([*command, "plan", *line.split(), "--json"], check=True, capture_output=True, text=True)
     limit = round(json.loads(plan.stdout.splitlines()[-1])["memory"] * part / 1e6)
