@@ -171,8 +171,6 @@ def choose_engine(config: TrainConfig) -> Engine:
     device, why = choose_device(config.device)
     world = join(device, config.shard)
     dtype, reason = choose_dtype(config.precision, device)
-    if config.shard and config.precision == "auto" and dtype == torch.float16:
-        dtype, reason = torch.float32, "float16 is not for shards"
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     say(f"{device.type} ({why}), {str(dtype)[6:]} ({reason}), {processes}")
     say(f"kernels: {use_kernels(config, device)}")

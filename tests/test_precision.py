@@ -13,10 +13,9 @@ from helpers import cli, losses, metrics, model_and_data, peer, random_ids, revi
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import minift
-from minift import runs, setup
+from minift import runs
 from minift.data.batch import pack
 from minift.engine import precision
-from minift.engine.distributed import World
 from minift.engine.precision import native_bf16
 from minift.measure.track import Tracker
 from minift.ops.dropout import Noise
@@ -164,18 +163,8 @@ def test_an_older_run_did_not_write_down_what_auto_was(tmp_path, monkeypatch):
     assert losses(folder / "run") == whole
 
 
-@pytest.mark.parametrize("shard, dtype", [(False, torch.float16), (True, torch.float32)])
-def test_shards_on_an_older_gpu(shard, dtype, monkeypatch):
-    """Which have no float16: by default they are float32."""
-    monkeypatch.setattr(setup, "choose_device", lambda wanted: (torch.device("cuda"), "an old one"))
-    monkeypatch.setattr(setup, "join", lambda device, shard: World(sharded=shard))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    engine = setup.choose_engine(minift.TrainConfig(shard=shard, precision="auto", kernels="reference"))
-    assert engine.dtype == dtype
-
-
 @pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+    "capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )
 def test_the_choice_on_cuda(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)

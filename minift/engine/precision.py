@@ -34,7 +34,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if fast:
         return torch.bfloat16, f"{what}; --precision fp32 is slower and closer"
     if device.type == "cuda":
-        return torch.float16, what
+        return torch.float32, f"{what} has no bfloat16; --precision fp16 is faster"
     return torch.float32, what
 
 
