@@ -41,7 +41,9 @@ def check_unknown(found: dict, known: set[str]) -> list[str]:
     for key, value in unknown.items():
         if value is True or key.startswith("use_") or key.endswith("_config"):
             raise ValueError(f"{key} is {value!r}, an option that is not known here; expected none that is on")
-    return [f"options that are not known here, and not used: {', '.join(unknown)}"] if unknown else []
+    if not unknown:
+        return []
+    return [f"options that are not known here, and not used: {', '.join(unknown)}"]
 
 
 def targets_from_peft(value: str | list | None) -> Names:
@@ -79,4 +81,6 @@ def as_option(value: object) -> object:
     """A field of a configuration as the command line takes it: what holds several values with commas between."""
     if isinstance(value, dict):
         value = tuple(f"{key}={number:g}" for key, number in value.items())
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return value

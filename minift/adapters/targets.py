@@ -62,7 +62,9 @@ def name_in(model: nn.Module, hub: str) -> str:
 
 def names(text: Names) -> Names:
     """Names with commas between as a tuple; "all-linear" and a regular expression (it has other signs) as they are."""
-    return tuple(filter(None, text.split(","))) if isinstance(text, str) and re.fullmatch(r"[\w.,]*", text) else text
+    if not isinstance(text, str) or not re.fullmatch(r"[\w.,]*", text):
+        return text
+    return tuple(name for name in text.split(",") if name)
 
 
 def is_named(hub: str, wanted: Names) -> bool:
