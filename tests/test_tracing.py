@@ -424,7 +424,8 @@ def test_it_explains_what_the_process_takes(desk, tmp_path):
 from minift.config import TraceConfig
 from minift.tracing import trace_run
 folder = {str(tmp_path)!r}
-found = trace_run(TraceConfig(model=folder + "/bert", init="random", data=folder + "/data.jsonl", device="cpu"))
+given = dict(model=folder + "/bert", init="random", data=folder + "/data.jsonl", device="cpu", precision="fp32")
+found = trace_run(TraceConfig(**given))
 print(found.explained_memory, found.explained_time, found.root.ms / found.untraced)
 """
     # one step is traced and others are not: of two steps on a machine that others use, the first may be the faster
