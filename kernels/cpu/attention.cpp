@@ -6,8 +6,8 @@
 //
 // N tokens, M query rows, S sequences, H heads, D head size. A tile of scores lies with keys down and queries across:
 // what belongs to a query (maximum, sum, position, dropout word) is one lane of a vector, and nothing is summed across
-// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end. On a CPU
-// with AMX attention_tiles.h takes its place for bf16, and shares all but the products.
+// lanes. Inside all is float, in rows of `width` numbers: D rounded up to whole vectors, zeros at the end. On a CPU that
+// multiplies bf16 itself, attention_tiles.h or attention_pairs.h has the products.
 // What one piece of work writes no other does, and no sum's order depends on the number of threads.
 
 #include "attention.h"
@@ -243,16 +243,68 @@ struct Scores {
 
 };
 
-// ---- one piece of work, by products of floats
+// ---- one piece of work
+
+// P has the products: Piece here by floats, TilePiece and PairPiece by the instructions for bf16.
+template <class P>
+void forward(P& p) {
+    float turn[QUERIES];
+    if (p.range.q0 >= p.range.q1) return;
+    p.read_keys();
+    for (int64_t i = p.range.q0; i < p.range.q1; i += QUERIES) {
+        p.read_queries(i);
+        p.begin_statistics();
+        for (int64_t j = 0; j < p.seen; j += KEYS) {
+            const int64_t n = p.seen - j < KEYS ? p.seen - j : KEYS;
+            p.scores(j, n, p.w.tile);
+            p.softmax(j, n, turn);
+            if (j > 0) p.scale_acc(turn);
+            p.sum_over_keys(j, n, p.w.tile);
+        }
+        p.write_output(p.finished_acc());
+    }
+}
+
+template <class P>
+void backward(P& p) {
+    const Work& w = p.w;
+    const int64_t all = p.range.k1 - p.range.k0, head = p.range.head, width = p.c.width, D = p.c.D;
+    for (int64_t i = 0; i < P::keys(all) * width; i++) w.dk[i] = w.dv[i] = 0;
+    if (p.range.q0 < p.range.q1) p.read_keys();
+    for (int64_t i = p.range.q0; i < p.range.q1; i += QUERIES) {
+        p.read_queries(i);
+        p.read_statistics();
+        p.read_gradient();
+        for (int64_t j = 0; j < p.seen; j += KEYS) {
+            const int64_t n = p.seen - j < KEYS ? p.seen - j : KEYS;
+            p.scores(j, n, w.tile + j * QUERIES);
+            p.gradient_scores(j, n, w.dtile + j * QUERIES);
+            p.probabilities(j, n);
+        }
+        for (int64_t j = 0; j < p.seen; j += KEYS) {
+            const int64_t n = p.seen - j < KEYS ? p.seen - j : KEYS;
+            p.softmax_backward(j, n);
+            p.sum_over_queries(j, n, w.tile + j * QUERIES, p.dout, w.dv);
+            p.sum_over_queries(j, n, w.dtile + j * QUERIES, p.q, w.dk);
+            p.sum_over_keys(j, n, w.dtile + j * QUERIES);
+        }
+        write(p.finished_acc(), p.c.dq, p.first, p.m, head, D, width, p.c.scale);
+    }
+    // what was read as it is has its factor yet to come
+    write(w.dk, p.c.dk, p.range.k0, all, head, D, width, P::SCALED ? 1 : p.c.scale);
+    write(w.dv, p.c.dv, p.range.k0, all, head, D, width, P::SCALED ? 1 : p.c.inverse);
+}
 
 template <class T>
 struct Piece : Scores<T> {
     using Scores<T>::c, Scores<T>::range, Scores<T>::w, Scores<T>::first, Scores<T>::m, Scores<T>::lanes;
-    using Scores<T>::seen;
     typedef T Element;
 
+    static const bool SCALED = true;  // queries and gradients are read with their factors
     static int64_t keys(int64_t longest) { return longest; }
     static int64_t width(int64_t D) { return round_up(D); }
+
+    const float *const q = w.q, *const dout = w.dout;
 
     void read_keys() {
         const int64_t n = this->sees(range.q1 - 1);
@@ -268,7 +320,6 @@ struct Piece : Scores<T> {
     }
 
     void read_gradient() {
-        this->read_statistics();
         read(w.dout, c.dout, first, m, range.head, c.D, c.width, c.inverse);
         if (m > FEW) transpose(m, c.width, w.dout, w.dout_t, QUERIES);
     }
@@ -285,56 +336,35 @@ struct Piece : Scores<T> {
         this->mask(j, n, tile);
     }
 
-    void forward() {
-        float turn[QUERIES];
-        if (range.q0 < range.q1) read_keys();
-        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
-            read_queries(i);
-            this->begin_statistics();
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                scores(j, n, w.tile);
-                this->softmax(j, n, turn);
-                for (int64_t l = 0; j > 0 && l < m; l++)
-                    for (int64_t d = 0; turn[l] != 1 && d < c.width; d += LANES) *at(w.acc + l * c.width + d) *= turn[l];
-                product<true>(m, c.width, n, w.tile, QUERIES, w.v + j * c.width, c.width, w.acc, c.width, j > 0);
-            }
-            this->write_output(w.acc);
-        }
+    // tile: dP of the keys j..j + n, V dO^T
+    void gradient_scores(int64_t j, int64_t n, float* tile) { times(n, w.v + j * c.width, w.dout, w.dout_t, tile); }
+
+    // acc (m x width) = or += the n rows of the tile, turned, times the keys' rows: of V in forward, of K in backward
+    void sum_over_keys(int64_t j, int64_t n, const float* tile) {
+        const float* const rows = c.a.backward ? w.k : w.v;
+        product<true>(m, c.width, n, tile, QUERIES, rows + j * c.width, c.width, w.acc, c.width, j > 0);
     }
 
-    void backward() {
-        const int64_t all = range.k1 - range.k0, width = c.width;
-        for (int64_t i = 0; i < all * width; i++) w.dk[i] = w.dv[i] = 0;
-        if (range.q0 < range.q1) read_keys();
-        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
-            read_queries(i);
-            read_gradient();
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                scores(j, n, w.tile + j * QUERIES);
-                times(n, w.v + j * width, w.dout, w.dout_t, w.dtile + j * QUERIES);
-                this->probabilities(j, n);
-            }
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                const float *tile = w.tile + j * QUERIES, *dtile = w.dtile + j * QUERIES;
-                this->softmax_backward(j, n);
-                product<false>(n, width, m, tile, QUERIES, w.dout, width, w.dv + j * width, width, true);
-                product<false>(n, width, m, dtile, QUERIES, w.q, width, w.dk + j * width, width, true);
-                product<true>(m, width, n, dtile, QUERIES, w.k + j * width, width, w.acc, width, j > 0);
-            }
-            write(w.acc, c.dq, first, m, range.head, c.D, width, c.scale);
-        }
-        write(w.dk, c.dk, range.k0, all, range.head, c.D, width, 1);
-        write(w.dv, c.dv, range.k0, all, range.head, c.D, width, 1);
+    // to (keys x width), from key j on, += the n rows of the tile times y
+    void sum_over_queries(int64_t j, int64_t n, const float* tile, const float* y, float* to) {
+        product<false>(n, c.width, m, tile, QUERIES, y, c.width, to + j * c.width, c.width, true);
     }
+
+    void scale_acc(const float* turn) {
+        for (int64_t l = 0; l < m; l++)
+            for (int64_t d = 0; turn[l] != 1 && d < c.width; d += LANES) *at(w.acc + l * c.width + d) *= turn[l];
+    }
+
+    const float* finished_acc() { return w.acc; }
 };
 
 }  // namespace
 
 #ifdef HAS_TILES
 #include "attention_tiles.h"
+#endif
+#ifdef HAS_PAIRS
+#include "attention_pairs.h"
 #endif
 
 namespace {
@@ -379,8 +409,8 @@ void pieces(const Attention& a, int64_t chunk, const F& f) {
 
 template <class P>
 void run(const Attention& a) {
-    if (a.backward) pieces<P>(a, at_least_1(a.longest), [](P& piece) { piece.backward(); });
-    else pieces<P>(a, CHUNK, [](P& piece) { piece.forward(); });
+    if (a.backward) pieces<P>(a, at_least_1(a.longest), [](P& piece) { backward(piece); });
+    else pieces<P>(a, CHUNK, [](P& piece) { forward(piece); });
 }
 
 
@@ -398,12 +428,19 @@ extern "C" void attention_scratch(const AttentionScratch* a) {
     const int64_t of_tiles = scratch_size<TilePiece>(longest, a->D);
     if (of_tiles > a->found[1]) a->found[1] = of_tiles;
 #endif
+#ifdef HAS_PAIRS
+    const int64_t of_pairs = scratch_size<PairPiece>(longest, a->D);
+    if (of_pairs > a->found[1]) a->found[1] = of_pairs;
+#endif
 }
 
 extern "C" void attention(const Attention* a) {
     if (a->dtype == FLOAT32) return run<Piece<float>>(*a);
 #ifdef HAS_TILES
     if (tiles_work()) return run<TilePiece>(*a);
+#endif
+#ifdef HAS_PAIRS
+    return run<PairPiece>(*a);
 #endif
     run<Piece<bf16>>(*a);
 }

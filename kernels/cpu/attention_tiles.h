@@ -14,6 +14,7 @@ namespace {
 struct TilePiece : Scores<bf16> {
     typedef bf16 Element;
 
+    static const bool SCALED = false;
     static int64_t keys(int64_t longest) { return whole(longest, KEYS); }
     static int64_t width(int64_t D) { return whole(D, BLOCK); }
 
@@ -28,9 +29,9 @@ struct TilePiece : Scores<bf16> {
     uint32_t* const pairs = reinterpret_cast<uint32_t*>(v + half);
 
     // of the queries at hand
-    uint32_t* const q_pairs = reinterpret_cast<uint32_t*>(w.q);        // (QUERIES / 2, width)
-    uint32_t* const q_across = reinterpret_cast<uint32_t*>(w.q_t);     // (width / 2, QUERIES)
-    uint32_t* const dout_pairs = reinterpret_cast<uint32_t*>(w.dout);
+    uint32_t* const q = reinterpret_cast<uint32_t*>(w.q);           // pairs, (QUERIES / 2, width)
+    uint32_t* const q_across = reinterpret_cast<uint32_t*>(w.q_t);  // (width / 2, QUERIES)
+    uint32_t* const dout = reinterpret_cast<uint32_t*>(w.dout);
     uint32_t* const dout_across = reinterpret_cast<uint32_t*>(w.dout_t);
 
     // of a tile of P or dS
@@ -46,16 +47,13 @@ struct TilePiece : Scores<bf16> {
         }
     }
 
-    void turn_rows(const bf16* x) {
-        pair_rows(x, all, c.width, pairs);
-        turn_words(all / 2, c.width, pairs, turned);
-    }
-
     void read_keys() {
         const int64_t n = sees(range.q1 - 1);
         all = whole(n, KEYS);
         read_rows(c.k, range.k0, n, all, k);
         read_rows(c.v, range.k0, n, all, v);
+        pair_rows(c.a.backward ? k : v, all, c.width, pairs);
+        turn_words(all / 2, c.width, pairs, turned);
         name_keys(n);
     }
 
@@ -67,11 +65,25 @@ struct TilePiece : Scores<bf16> {
         turn_words(QUERIES, c.width / 2, rows, across);
     }
 
+    void read_queries(int64_t i) {
+        name_queries(i);
+        read_forms(c.q, q, q_across);
+    }
+
+    void read_gradient() { read_forms(c.dout, dout, dout_across); }
+
     // tile (KEYS x QUERIES) = factor * x y^T, x the rows of keys from j on
     void times(int64_t j, const bf16* x, const uint32_t* y_across, float factor, float* tile) {
         tiles.product(KEYS, QUERIES, c.width, x + j * c.width, c.width, y_across, QUERIES, tile, QUERIES, false);
         for (int64_t i = 0; i < KEYS * QUERIES; i += LANES) *at(tile + i) *= factor;
     }
+
+    void scores(int64_t j, int64_t n, float* tile) {
+        times(j, k, q_across, c.scale, tile);
+        mask(j, n, tile);
+    }
+
+    void gradient_scores(int64_t j, int64_t, float* tile) { times(j, v, dout_across, c.inverse, tile); }
 
     // acc (width x QUERIES) = or += turned, of the keys j..j + n, times the n rows of the tile
     void sum_over_keys(int64_t j, int64_t n, const float* tile) {
@@ -85,64 +97,15 @@ struct TilePiece : Scores<bf16> {
         tiles.product(KEYS, c.width, QUERIES, left, QUERIES, y_pairs, c.width, to + j * c.width, c.width, true);
     }
 
+    void scale_acc(const float* turn) {
+        for (int64_t d = 0; d < c.width; d++)
+            for (int64_t l = 0; l < lanes; l += LANES) *at(w.acc + d * QUERIES + l) *= *at(turn + l);
+    }
+
     // acc, turned: (QUERIES x width)
-    const float* finished() {
+    const float* finished_acc() {
         transpose(c.width, QUERIES, w.acc, w.q, c.width);
         return w.q;
-    }
-
-    void forward() {
-        float turn[QUERIES];
-        if (range.q0 >= range.q1) return;
-        read_keys();
-        turn_rows(v);
-        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
-            name_queries(i);
-            read_forms(c.q, q_pairs, q_across);
-            begin_statistics();
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                times(j, k, q_across, c.scale, w.tile);
-                mask(j, n, w.tile);
-                softmax(j, n, turn);
-                for (int64_t d = 0; j > 0 && d < c.width; d++)
-                    for (int64_t l = 0; l < lanes; l += LANES) *at(w.acc + d * QUERIES + l) *= *at(turn + l);
-                sum_over_keys(j, n, w.tile);
-            }
-            write_output(finished());
-        }
-    }
-
-    void backward() {
-        const int64_t n_keys = range.k1 - range.k0;
-        for (int64_t i = 0; i < keys(n_keys) * c.width; i++) w.dk[i] = w.dv[i] = 0;
-        if (range.q0 < range.q1) {
-            read_keys();
-            turn_rows(k);
-        }
-        for (int64_t i = range.q0; i < range.q1; i += QUERIES) {
-            name_queries(i);
-            read_forms(c.q, q_pairs, q_across);
-            read_forms(c.dout, dout_pairs, dout_across);
-            read_statistics();
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                times(j, k, q_across, c.scale, w.tile + j * QUERIES);
-                mask(j, n, w.tile + j * QUERIES);
-                times(j, v, dout_across, c.inverse, w.dtile + j * QUERIES);
-                probabilities(j, n);
-            }
-            for (int64_t j = 0; j < seen; j += KEYS) {
-                const int64_t n = seen - j < KEYS ? seen - j : KEYS;
-                softmax_backward(j, n);
-                sum_over_queries(j, n, w.tile + j * QUERIES, dout_pairs, w.dv);
-                sum_over_queries(j, n, w.dtile + j * QUERIES, q_pairs, w.dk);
-                sum_over_keys(j, n, w.dtile + j * QUERIES);
-            }
-            write(finished(), c.dq, first, m, range.head, c.D, c.width, c.scale);
-        }
-        write(w.dk, c.dk, range.k0, n_keys, range.head, c.D, c.width, c.scale);
-        write(w.dv, c.dv, range.k0, n_keys, range.head, c.D, c.width, c.inverse);
     }
 };
 

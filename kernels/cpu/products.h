@@ -1,10 +1,19 @@
-// Vectors, and products of small matrices in float: what attention.cpp is made of.
+// Vectors, and products of small matrices with float sums: what attention.cpp is made of.
 //
 // A vector is what one register of the CPU holds, written with the vector types that GCC and Clang share.
-// Matrices lie row by row; lda, ldb, ldc are the distances between their rows.
+// Matrices lie row by row; lda, ldb, ldc are the distances between their rows. Their numbers are float or, where the CPU
+// has AVX512-BF16, pairs of bf16 in a word: HAS_PAIRS is defined then, and with -DPAIRS_BY_LOOPS, for tests.
 #pragma once
 
 #include "common.h"
+
+#if defined(PAIRS_BY_LOOPS) || defined(__AVX512BF16__)
+#define HAS_PAIRS
+#endif
+
+#if defined(__AVX512BF16__) && !defined(PAIRS_BY_LOOPS)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -46,24 +55,83 @@ inline Vec exp_(Vec x) {
     return p * (Vec)((Ints)shifted << 23) * 5.42101086e-20f;
 }
 
-// C (R x W vectors) = or += A (R x n) B (n x W vectors), in registers. TURNED: A lies n x R.
-template <int R, int W, bool TURNED>
-inline void block(int64_t n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                  bool add) {
+// ---- bf16 in words
+
+// x rounded to bf16, to nearest, ties to even, in the low half of each word.
+inline Words rounded(Vec x) {
+    const Words u = (Words)x;
+    return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+}
+
+// pairs (n / 2 x m) of the float rows x (n x m), m in whole vectors; n rows are read, and zeros stand for those up to `all`.
+inline void pair_floats(const float* x, int64_t n, int64_t all, int64_t m, uint32_t* pairs) {
+    for (int64_t i = 0; i < all; i += 2, pairs += m)
+        for (int64_t j = 0; j < m; j += LANES) {
+            const Words low = i < n ? rounded(*at(x + i * m + j)) : Words{};
+            const Words high = i + 1 < n ? rounded(*at(x + (i + 1) * m + j)) : Words{};
+            *at(pairs + j) = low | high << 16;
+        }
+}
+
+// The float rows x (n x m) in bf16, and zeros up to the row `all`.
+inline void round_floats(const float* x, int64_t n, int64_t all, int64_t m, bf16* y) {
+#pragma omp simd
+    for (int64_t i = 0; i < n * m; i++) store(y + i, x[i]);
+    for (int64_t i = n * m; i < all * m; i++) y[i].bits = 0;
+}
+
+// pairs (n / 2 x m) of the rows x (n x m).
+inline void pair_rows(const bf16* x, int64_t n, int64_t m, uint32_t* pairs) {
+    for (int64_t i = 0; i < n; i += 2, pairs += m)
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) pairs[j] = x[i * m + j].bits | uint32_t(x[(i + 1) * m + j].bits) << 16;
+}
+
+// ---- products
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    typedef Vec type;
+};
+template <>
+struct VectorOf<uint32_t> {
+    typedef Words type;
+};
+
+inline Vec multiply_add(Vec sum, float left, Vec right) { return sum + left * right; }
+
+#ifdef HAS_PAIRS
+// Both numbers of a word with both of another.
+inline Vec multiply_add(Vec sum, uint32_t left, Words right) {
+#ifdef PAIRS_BY_LOOPS
+    const Vec low = (Vec)(right << 16), high = (Vec)(right & 0xFFFF0000u);
+    return sum + from_bits(left & 0xFFFF0000u) * high + from_bits(left << 16) * low;
+#else
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Words{} + left), (__m512bh)right);
+#endif
+}
+#endif
+
+// C (R x W vectors) = or += A (R x n) B (n x W vectors), in registers. TURNED: A lies n x R. T: float, or words of pairs.
+template <int R, int W, bool TURNED, class T>
+inline void block(int64_t n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
     Vec sum[R][W];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int w = 0; w < W; w++) sum[r][w] = Vec{};
     for (int64_t i = 0; i < n; i++) {
-        Vec right[W];
+        typename VectorOf<T>::type right[W];
 #pragma GCC unroll 2
         for (int w = 0; w < W; w++) right[w] = *at(b + i * ldb + w * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const float left = TURNED ? a[i * lda + r] : a[r * lda + i];
+            T left;
+            __builtin_memcpy(&left, TURNED ? a + i * lda + r : a + r * lda + i, sizeof left);  // a word of two bf16, maybe
 #pragma GCC unroll 2
-            for (int w = 0; w < W; w++) sum[r][w] += left * right[w];
+            for (int w = 0; w < W; w++) sum[r][w] = multiply_add(sum[r][w], left, right[w]);
         }
     }
 #pragma GCC unroll 8
@@ -83,9 +151,8 @@ inline void remainder(int64_t m, Rest... rest) {
 }
 
 // m rows of W vectors.
-template <int W, bool TURNED>
-void panel(int64_t m, int64_t n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-           bool add) {
+template <int W, bool TURNED, class T>
+void panel(int64_t m, int64_t n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
     const int64_t step = TURNED ? 1 : lda;
     int64_t i = 0;
     for (; i + ROWS <= m; i += ROWS) block<ROWS, W, TURNED>(n, a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
@@ -93,8 +160,8 @@ void panel(int64_t m, int64_t n, const float* a, int64_t lda, const float* b, in
 }
 
 // C (m x columns) = or += A (m x n) B (n x columns); columns are rounded up to vectors.
-template <bool TURNED>
-void product(int64_t m, int64_t columns, int64_t n, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+template <bool TURNED, class T>
+void product(int64_t m, int64_t columns, int64_t n, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
              int64_t ldc, bool add) {
     int64_t j = 0;
     for (; j + LANES < columns; j += 2 * LANES) panel<2, TURNED>(m, n, a, lda, b + j, ldb, c + j, ldc, add);
@@ -138,6 +205,11 @@ inline void transpose(int64_t m, int64_t n, const float* x, float* y, int64_t ld
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) *at(y + (j + r) * ldy + i) = t[r];
         }
+}
+
+// The words x (n x m), turned: y (m x n). n and m in whole vectors.
+inline void turn_words(int64_t n, int64_t m, const void* x, void* y) {
+    transpose(n, m, static_cast<const float*>(x), static_cast<float*>(y), n);
 }
 
 // C (m x columns) = A B^T, A (m x n), B (columns x n), n in whole vectors: so few columns that `product` would idle.

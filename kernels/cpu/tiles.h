@@ -28,43 +28,6 @@ const int64_t DEPTH = 32;  // of A's columns at once: a tile's row is 64 bytes
 
 inline int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// ---- bf16 in words
-
-// x rounded to bf16, to nearest, ties to even, in the low half of each word.
-inline Words rounded(Vec x) {
-    const Words u = (Words)x;
-    return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-}
-
-// pairs (n / 2 x m) of the float rows x (n x m), m in whole vectors; n rows are read, and zeros stand for those up to `all`.
-inline void pair_floats(const float* x, int64_t n, int64_t all, int64_t m, uint32_t* pairs) {
-    for (int64_t i = 0; i < all; i += 2, pairs += m)
-        for (int64_t j = 0; j < m; j += LANES) {
-            const Words low = i < n ? rounded(*at(x + i * m + j)) : Words{};
-            const Words high = i + 1 < n ? rounded(*at(x + (i + 1) * m + j)) : Words{};
-            *at(pairs + j) = low | high << 16;
-        }
-}
-
-// The float rows x (n x m) in bf16, and zeros up to the row `all`.
-inline void round_floats(const float* x, int64_t n, int64_t all, int64_t m, bf16* y) {
-#pragma omp simd
-    for (int64_t i = 0; i < n * m; i++) store(y + i, x[i]);
-    for (int64_t i = n * m; i < all * m; i++) y[i].bits = 0;
-}
-
-// pairs (n / 2 x m) of the rows x (n x m).
-inline void pair_rows(const bf16* x, int64_t n, int64_t m, uint32_t* pairs) {
-    for (int64_t i = 0; i < n; i += 2, pairs += m)
-#pragma omp simd
-        for (int64_t j = 0; j < m; j++) pairs[j] = x[i * m + j].bits | uint32_t(x[(i + 1) * m + j].bits) << 16;
-}
-
-// The words x (n x m), turned: y (m x n). n and m in whole vectors.
-inline void turn_words(int64_t n, int64_t m, const void* x, void* y) {
-    transpose(n, m, static_cast<const float*>(x), static_cast<float*>(y), n);
-}
-
 // ---- the instructions
 
 struct TileShapes {  // as LDTILECFG reads them: eight tiles of 16 rows of 64 bytes

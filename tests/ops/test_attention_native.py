@@ -30,13 +30,22 @@ def native_mode():
     native.mode = before
 
 
-LOOPS = " -DTILES_BY_LOOPS"  # in place of AMX's instructions
-KINDS = {"float32": (torch.float32, ""), "bfloat16": (torch.bfloat16, ""), "tiles": (torch.bfloat16, LOOPS)}
+WITHOUT = "".join(f" -mno-{name.replace('_', '-')}" for name in ("amx_bf16",) if name in compile.cpu())
+BY_FLOATS = WITHOUT + (" -mno-avx512bf16" if "avx512_bf16" in compile.cpu() else "")
+BY_TILES = " -DTILES_BY_LOOPS"  # in place of AMX's instructions
+BY_PAIRS = WITHOUT + " -DPAIRS_BY_LOOPS"  # in place of AVX512-BF16's
+KINDS = {
+    "float32": (torch.float32, ""),
+    "bfloat16": (torch.bfloat16, ""),  # as this CPU does it
+    "floats": (torch.bfloat16, BY_FLOATS),
+    "tiles": (torch.bfloat16, BY_TILES),
+    "pairs": (torch.bfloat16, BY_PAIRS),
+}
 
 
 @pytest.fixture(params=KINDS)
 def dtype(request, monkeypatch):
-    """A dtype, with the kernel that works on it: bfloat16 has one more, by tiles (attention_tiles.h)."""
+    """A dtype, with the kernel that works on it: bfloat16 has three (attention_tiles.h, attention_pairs.h)."""
     dtype, flags = KINDS[request.param]
     if flags:
         compile_with(flags, monkeypatch)
@@ -91,16 +100,18 @@ def judge(inputs, offsets, rows=None, largest=1.0, **options):
             at_most_twice(a, b, t, 4 * floor)
 
 
-def test_tiles_are_in_use(monkeypatch):
-    """Where they err they are not: then P is not rounded, and results have other bits."""
+@pytest.mark.parametrize("flags", [BY_TILES, BY_PAIRS], ids=["tiles", "pairs"])
+def test_each_way_is_in_use(flags, monkeypatch):
+    """By floats P is not rounded before it is multiplied, so results have other bits."""
     offsets, noise = pack(MIXED)
     inputs = draw(sum(MIXED), 2, 64, torch.bfloat16)
     options = dict(scale=0.125, noise=noise)
-    compile_with(" -mno-amx-bf16" if "amx_bf16" in compile.cpu() else "", monkeypatch)
-    by_floats = every(attend, *inputs, offsets, **options)
-    compile_with(LOOPS, monkeypatch)
-    by_tiles = every(attend, *inputs, offsets, **options)
-    assert not any(map(torch.equal, by_floats, by_tiles))
+    found = []
+    for way in (BY_FLOATS, flags):
+        with monkeypatch.context() as patch:
+            compile_with(way, patch)
+            found.append(every(attend, *inputs, offsets, **options))
+    assert not any(map(torch.equal, *found))
 
 
 def some(kind, offsets):
@@ -313,7 +324,7 @@ int main() {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loops", ["", LOOPS], ids=["", "tiles"])
+@pytest.mark.parametrize("loops", ["", BY_TILES, BY_PAIRS], ids=["", "tiles", "pairs"])
 def test_memory_and_undefined_behaviour(tmp_path, loops):
     """A program of its own with the compiler's sanitizers: no byte outside a buffer is touched."""
     (tmp_path / "driver.cpp").write_text(DRIVER)
