@@ -150,7 +150,8 @@ def plan_for(subject: Subject, config: TrainConfig) -> Plan:
 
 def job_for(subject: Subject, config: TrainConfig) -> tuple[Job, list]:
     """(the job of a subject on the meta device, the micro-batches of each of its steps)."""
-    config = replace(config, tokens=config.tokens or default_tokens(subject.model, subject.device))
+    tokens = config.tokens or default_tokens(subject.model, subject.device, subject.dtype)
+    config = replace(config, tokens=tokens)
     before = sum(sizes(subject.model))
     job = make_job(subject.model, config, Engine(META, subject.dtype))
     if sum(sizes(job.model)) < before:  # frozen weights are cast when all have been read

@@ -102,7 +102,8 @@ def prepare_run(
     if valid and not any(len(sequence.targets) for sequence in held_out):
         raise InputError("--valid: none of the tokens is asked about; expected more text to validate on")
     if engine.world.first:
-        announce(model, config, sequences, held_out, config.tokens or default_tokens(model, engine.device))
+        tokens = config.tokens or default_tokens(model, engine.device, engine.dtype)
+        announce(model, config, sequences, held_out, tokens)
         begin_folder(config, model)
     engine.world.wait()
     if model.adapter and changes_base(model.adapter.variant):

@@ -24,10 +24,15 @@ from .layers.packed import is_cheap, is_exact, quantize, way_named
 from .measure.track import say
 from .models import Model, check_length
 from .ops import native
+from .ops.linear import cpu_bfloat16
 from .tables import BASES
 from .tasks import task_of
 
 BASE = 109_000_000  # weights of BERT-base
+
+# of an adapter's micro-batch on a CPU, by what multiplies bfloat16 there. Each reads all weights: the faster products
+# are, the more a small one costs. With more tokens steps are hardly faster (benchmarks/LOG.md, 2026-11-25, 2026-12-01).
+TOKENS = {"": 512, "AVX512-BF16": 1024, "AMX": 2048}
 
 
 @dataclass
@@ -143,7 +148,7 @@ def make_job(model: Model, config: TrainConfig, engine: Engine) -> Job:
     config = replace(
         config,
         lr=config.lr or default_lr(model) * rule_named(config.optimizer).LR,
-        tokens=config.tokens or default_tokens(model, engine.device),
+        tokens=config.tokens or default_tokens(model, engine.device, engine.dtype),
     )
     settings = optimizer_settings(config)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.lora_plus, config.optimizer, **settings)
@@ -210,13 +215,16 @@ def default_lr(model: Model) -> float:
     return 5e-5 if everything else 1e-3
 
 
-def default_tokens(model: Model, device: torch.device) -> int:
+def default_tokens(model: Model, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens in memory at once where no number is given, 0 for no limit.
 
-    Adapters on a CPU take 512, and more of a model smaller than BERT-base: with more, products are hardly faster
-    (benchmarks/LOG.md, 2026-11-25). Elsewhere a micro-batch costs more: a launch of each kernel, an addition to each
-    gradient, each weight out of NF4.
+    Adapters on a CPU take what TOKENS says, and more of a model smaller than BERT-base. Elsewhere a micro-batch costs
+    more: a launch of each kernel, an addition to each gradient, each weight out of NF4.
     """
     if not model.adapter or device.type != "cpu" or not is_cheap(model):
         return 0
-    return max(512, 512 * BASE // model.size())
+    fast = ""
+    if dtype == torch.bfloat16:
+        fast = cpu_bfloat16()
+    tokens = TOKENS[fast]
+    return max(tokens, tokens * BASE // model.size())
