@@ -6,8 +6,8 @@
 
 SCRIPTS says what each is given to keep its minutes, which are those of two cores of AMD EPYC (Zen 5). By their own
 defaults, or with more seeds, some take much longer: whole jobs of IMDB reviews (peers.py --data imdb, 45 minutes a
-seed), three seeds for each accuracy (peers.py, methods.py, nano.py), all cases of step.py. gpu.py runs where there is a
-CUDA device, and takes ten minutes more.
+seed), three seeds for each accuracy (peers.py, methods.py, nano.py), all cases of step.py, and what it compiles, which
+is in ladder.py anyway. gpu.py runs where there is a CUDA device, and takes ten minutes more.
 
 What the scripts print goes to standard error, with what is left; at the end stands what each took. A script that fails
 does not stop the others; exit code 1 then.
@@ -36,13 +36,14 @@ class Script:
     minutes: float
 
 
+STEPS = "bert-full-imdb,bert-qlora-imdb,gpt2-qlora-webnlg,gpt2-full-text"
 SCRIPTS = {
     "ops": Script("ops.py", "--seconds 1", 1),
     "ops-bf16": Script("ops.py --dtype bf16", "--seconds 1", 1),
     "invariance": Script("invariance.py", "", 2),
     "scaling": Script("scaling.py", "", 2),
-    "ladder": Script("ladder.py", "--steps 4", 15),
-    "step": Script("step.py", "--steps 4 --cases bert-full-imdb,bert-qlora-imdb,gpt2-qlora-webnlg,gpt2-full-text", 22),
+    "ladder": Script("ladder.py", "--steps 4", 16),
+    "step": Script("step.py", f"--steps 4 --cases {STEPS} --engines floor,minift,peer,loop", 22),
     "plans": Script("plans.py", "", 18),
     "peers-sst2": Script("peers.py --data sst2", "--seeds 42", 7),
     "peers-imdb": Script("peers.py --data imdb", "--seeds 42 --steps 8", 2),

@@ -289,7 +289,7 @@ def test_processes_of_one_run(folder, cache, tmp_path):
     path = put(tmp_path / "d.txt", TEXT)
     words = f"-m minift train --model {folder}/gpt2 --task complete --data {path} --steps 3 --kernels reference"
     words += " --precision fp32 --out"
-    shared = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571"]
+    shared = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()
     for name, launcher in (("one", []), ("two", shared)):
         line = [sys.executable, *launcher, *words.split(), str(tmp_path / name)]
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / f"{name}-cache"), "OMP_NUM_THREADS": "1"}

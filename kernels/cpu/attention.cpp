@@ -105,6 +105,16 @@ void read(float* to, Matrix<T> x, int64_t first, int64_t n, int64_t head, int64_
     }
 }
 
+// The same as bf16, without a factor, and rows of zeros up to `all`.
+inline void read(bf16* to, Matrix<bf16> x, int64_t first, int64_t n, int64_t all, int64_t head, int64_t D,
+                 int64_t width) {
+    for (int64_t i = 0; i < all; i++, to += width) {
+        const int64_t there = i < n ? D : 0;
+        if (there) __builtin_memcpy(to, x.at(first + i, head), there * sizeof(bf16));
+        for (int64_t d = there; d < width; d++) to[d].bits = 0;
+    }
+}
+
 template <class T>
 void write(const float* from, Matrix<T> x, int64_t first, int64_t n, int64_t head, int64_t D, int64_t width,
            float factor) {

@@ -34,19 +34,10 @@ struct PairPiece : Scores<bf16> {
     alignas(64) uint32_t rows[KEYS * QUERIES / 2];
     alignas(64) uint32_t rows_in_pairs[KEYS / 2 * QUERIES];
 
-    // The rows first..first + n of x, and zeros up to `all`.
-    void read_rows(Matrix<bf16> x, int64_t first, int64_t n, int64_t all, bf16* to) {
-        for (int64_t i = 0; i < all; i++, to += c.width) {
-            const int64_t there = i < n ? c.D : 0;
-            if (there) __builtin_memcpy(to, x.at(first + i, range.head), there * sizeof(bf16));
-            for (int64_t d = there; d < c.width; d++) to[d].bits = 0;
-        }
-    }
-
     void read_keys() {
         const int64_t n = sees(range.q1 - 1);
-        read_rows(c.k, range.k0, n, even(n), k);
-        read_rows(c.v, range.k0, n, even(n), v);
+        read(k, c.k, range.k0, n, even(n), range.head, c.D, c.width);
+        read(v, c.v, range.k0, n, even(n), range.head, c.D, c.width);
         name_keys(n);
         pair_rows(c.a.backward ? k : v, even(n), c.width, pairs);
     }
@@ -54,7 +45,7 @@ struct PairPiece : Scores<bf16> {
     // The queries' rows of x in both forms; acc is free meanwhile.
     void read_forms(Matrix<bf16> x, uint32_t* in_pairs, uint32_t* across) {
         bf16* const as_they_are = reinterpret_cast<bf16*>(w.acc);
-        read_rows(x, first, m, QUERIES, as_they_are);
+        read(as_they_are, x, first, m, QUERIES, range.head, c.D, c.width);
         pair_rows(as_they_are, QUERIES, c.width, in_pairs);
         transpose(lanes, c.width / 2, w.acc, reinterpret_cast<float*>(across), QUERIES);
     }

@@ -38,20 +38,11 @@ struct TilePiece : Scores<bf16> {
     alignas(64) bf16 left[KEYS * QUERIES] = {};             // rows
     alignas(64) uint32_t right[KEYS / 2 * QUERIES] = {};    // pairs
 
-    // The rows first..first + n of x, and zeros up to `rows`.
-    void read_rows(Matrix<bf16> x, int64_t first, int64_t n, int64_t rows, bf16* to) {
-        for (int64_t i = 0; i < rows; i++, to += c.width) {
-            const int64_t there = i < n ? c.D : 0;
-            if (there) __builtin_memcpy(to, x.at(first + i, range.head), there * sizeof(bf16));
-            for (int64_t d = there; d < c.width; d++) to[d].bits = 0;
-        }
-    }
-
     void read_keys() {
         const int64_t n = sees(range.q1 - 1);
         all = whole(n, KEYS);
-        read_rows(c.k, range.k0, n, all, k);
-        read_rows(c.v, range.k0, n, all, v);
+        read(k, c.k, range.k0, n, all, range.head, c.D, c.width);
+        read(v, c.v, range.k0, n, all, range.head, c.D, c.width);
         pair_rows(c.a.backward ? k : v, all, c.width, pairs);
         turn_words(all / 2, c.width, pairs, turned);
         name_keys(n);
@@ -60,7 +51,7 @@ struct TilePiece : Scores<bf16> {
     // The queries' rows of x in both forms; acc is free meanwhile.
     void read_forms(Matrix<bf16> x, uint32_t* pairs, uint32_t* across) {
         bf16* const rows = reinterpret_cast<bf16*>(w.acc);
-        read_rows(x, first, m, QUERIES, rows);
+        read(rows, x, first, m, QUERIES, range.head, c.D, c.width);
         pair_rows(rows, QUERIES, c.width, pairs);
         turn_words(QUERIES, c.width / 2, rows, across);
     }

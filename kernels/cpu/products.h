@@ -207,11 +207,6 @@ inline void transpose(int64_t m, int64_t n, const float* x, float* y, int64_t ld
         }
 }
 
-// The words x (n x m), turned: y (m x n). n and m in whole vectors.
-inline void turn_words(int64_t n, int64_t m, const void* x, void* y) {
-    transpose(n, m, static_cast<const float*>(x), static_cast<float*>(y), n);
-}
-
 // C (m x columns) = A B^T, A (m x n), B (columns x n), n in whole vectors: so few columns that `product` would idle.
 inline void dots(int64_t m, int64_t columns, int64_t n, const float* a, const float* b, float* c, int64_t ldc) {
     for (int64_t i = 0; i < m; i += LANES)

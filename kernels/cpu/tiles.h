@@ -28,6 +28,11 @@ const int64_t DEPTH = 32;  // of A's columns at once: a tile's row is 64 bytes
 
 inline int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// The words x (n x m), turned: y (m x n). n and m in whole vectors.
+inline void turn_words(int64_t n, int64_t m, const void* x, void* y) {
+    transpose(n, m, static_cast<const float*>(x), static_cast<float*>(y), n);
+}
+
 // ---- the instructions
 
 struct TileShapes {  // as LDTILECFG reads them: eight tiles of 16 rows of 64 bytes
@@ -144,7 +149,7 @@ struct Tiles {
 };
 
 // Whether tiles are to be had, and multiply a block of small whole numbers as loops do. No machine with AMX was at hand when
-// this was written: on one where it errs, attention goes on by floats.
+// this was written: on one where it errs, attention goes on without them.
 inline bool tiles_work() {
     static const bool work = [] {
         if (!may_use_tiles()) return false;

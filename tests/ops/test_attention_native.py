@@ -30,10 +30,15 @@ def native_mode():
     native.mode = before
 
 
-WITHOUT = "".join(f" -mno-{name.replace('_', '-')}" for name in ("amx_bf16",) if name in compile.cpu())
-BY_FLOATS = WITHOUT + (" -mno-avx512bf16" if "avx512_bf16" in compile.cpu() else "")
+def without(*instructions):
+    """The flags that make the compiler do without these, of those that this CPU has."""
+    flags = {"amx_bf16": " -mno-amx-bf16", "avx512_bf16": " -mno-avx512bf16"}
+    return "".join(flags[name] for name in instructions if name in compile.cpu())
+
+
+BY_FLOATS = without("amx_bf16", "avx512_bf16")
 BY_TILES = " -DTILES_BY_LOOPS"  # in place of AMX's instructions
-BY_PAIRS = WITHOUT + " -DPAIRS_BY_LOOPS"  # in place of AVX512-BF16's
+BY_PAIRS = without("amx_bf16") + " -DPAIRS_BY_LOOPS"  # in place of AVX512-BF16's
 KINDS = {
     "float32": (torch.float32, ""),
     "bfloat16": (torch.bfloat16, ""),  # as this CPU does it
