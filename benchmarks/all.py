@@ -6,8 +6,8 @@
 
 SCRIPTS says what each is given to keep its minutes, which are those of two cores of AMD EPYC (Zen 5). By their own
 defaults, or with more seeds, some take much longer: whole jobs of IMDB reviews (peers.py --data imdb, 45 minutes a
-seed), three seeds for each accuracy (peers.py, methods.py, nano.py), all cases of step.py, and what it compiles, which
-is in ladder.py anyway. gpu.py runs where there is a CUDA device, and takes ten minutes more.
+seed), three seeds for each accuracy (peers.py, methods.py, nano.py), all cases of step.py and its compiled peer, as
+ladder.py has one. gpu.py runs where there is a CUDA device, and takes ten minutes more.
 
 What the scripts print goes to standard error, with what is left; at the end stands what each took. A script that fails
 does not stop the others; exit code 1 then.

@@ -201,6 +201,14 @@ struct Scores {
         for (int64_t l = 0; l < lanes; l++) w.top[l] = -INFINITY, w.sum[l] = 0;
     }
 
+    // acc lies (m x width), if a piece does not say otherwise.
+    void scale_acc(const float* turn) {
+        for (int64_t l = 0; l < m; l++)
+            for (int64_t d = 0; turn[l] != 1 && d < c.width; d += LANES) *at(w.acc + l * c.width + d) *= turn[l];
+    }
+
+    const float* finished_acc() { return w.acc; }
+
     // o (m x width): drop(exponentials) V
     void write_output(const float* o) {
         for (int64_t l = 0; l < m; l++) {
@@ -359,13 +367,6 @@ struct Piece : Scores<T> {
     void sum_over_queries(int64_t j, int64_t n, const float* tile, const float* y, float* to) {
         product<false>(n, c.width, m, tile, QUERIES, y, c.width, to + j * c.width, c.width, true);
     }
-
-    void scale_acc(const float* turn) {
-        for (int64_t l = 0; l < m; l++)
-            for (int64_t d = 0; turn[l] != 1 && d < c.width; d += LANES) *at(w.acc + l * c.width + d) *= turn[l];
-    }
-
-    const float* finished_acc() { return w.acc; }
 };
 
 }  // namespace

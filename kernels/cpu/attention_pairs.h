@@ -84,13 +84,6 @@ struct PairPiece : Scores<bf16> {
         round_floats(tile, n, n, QUERIES, reinterpret_cast<bf16*>(rows));
         product<false>(n, c.width, even(m) / 2, rows, QUERIES / 2, y_pairs, c.width, to + j * c.width, c.width, true);
     }
-
-    void scale_acc(const float* turn) {
-        for (int64_t l = 0; l < m; l++)
-            for (int64_t d = 0; turn[l] != 1 && d < c.width; d += LANES) *at(w.acc + l * c.width + d) *= turn[l];
-    }
-
-    const float* finished_acc() { return w.acc; }
 };
 
 }  // namespace

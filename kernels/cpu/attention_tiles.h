@@ -88,6 +88,7 @@ struct TilePiece : Scores<bf16> {
         tiles.product(KEYS, c.width, QUERIES, left, QUERIES, y_pairs, c.width, to + j * c.width, c.width, true);
     }
 
+    // acc lies (width x QUERIES) here
     void scale_acc(const float* turn) {
         for (int64_t d = 0; d < c.width; d++)
             for (int64_t l = 0; l < lanes; l += LANES) *at(w.acc + d * QUERIES + l) *= *at(turn + l);

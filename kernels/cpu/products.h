@@ -89,6 +89,7 @@ inline void pair_rows(const bf16* x, int64_t n, int64_t m, uint32_t* pairs) {
 
 // ---- products
 
+// The vector of such numbers.
 template <class T>
 struct VectorOf;
 template <>

@@ -76,5 +76,4 @@ def test_adapters_on_a_cpu_split_by_themselves(tmp_path, monkeypatch, options, b
     whole = sizes.pop()
     assert whole == sum(sizes) > 2048
     assert tokens / 2 < max(sizes) <= tokens if tokens else sizes == [whole]
-    bound = 2e-3 if "precision" in options else BOUND
-    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=bound)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=BOUND)
