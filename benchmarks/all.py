@@ -4,7 +4,7 @@
     python benchmarks/all.py --only step,ladder                         these alone, and nothing is written
     python benchmarks/all.py --quick                                    the quick form of each: does it run?
 
-SCRIPTS says what each is given to keep its minutes, which are those of two cores of AMD EPYC (Zen 5). By their own
+SCRIPTS says what each is given to keep its minutes, which are those of two cores of AMD EPYC (Zen 4). By their own
 defaults, or with more seeds, some take much longer: whole jobs of IMDB reviews (peers.py --data imdb, 45 minutes a
 seed), three seeds for each accuracy (peers.py, methods.py, nano.py), all cases of step.py and its compiled peer, as
 ladder.py has one. gpu.py runs where there is a CUDA device, and takes ten minutes more.
@@ -38,19 +38,20 @@ class Script:
 
 STEPS = "bert-full-imdb,bert-qlora-imdb,gpt2-qlora-webnlg,gpt2-full-text"
 SCRIPTS = {
-    "ops": Script("ops.py", "--seconds 1", 1),
-    "ops-bf16": Script("ops.py --dtype bf16", "--seconds 1", 1),
+    "ops": Script("ops.py", "--seconds 1", 0.5),
+    "ops-bf16": Script("ops.py --dtype bf16", "--seconds 1", 0.5),
     "invariance": Script("invariance.py", "", 2),
-    "scaling": Script("scaling.py", "", 2),
-    "ladder": Script("ladder.py", "--steps 4", 16),
-    "step": Script("step.py", f"--steps 4 --cases {STEPS} --engines floor,minift,peer,loop", 22),
-    "plans": Script("plans.py", "", 18),
-    "peers-sst2": Script("peers.py --data sst2", "--seeds 42", 7),
-    "peers-imdb": Script("peers.py --data imdb", "--seeds 42 --steps 8", 2),
-    "methods": Script("methods.py", "--seeds 42 --engines lora,qlora,int8,peft-lora", 7),
-    "quality": Script("quality.py --data webnlg", "--seeds 42", 2),
-    "chars": Script("chars.py", "--rounds 1 --engines minift,muon,plain", 4),
-    "nano": Script("nano.py", "--seeds 1", 6),
+    "scaling": Script("scaling.py", "", 2.5),
+    "ladder": Script("ladder.py", "--steps 4", 13),
+    "step": Script("step.py", f"--steps 4 --cases {STEPS} --engines floor,minift,peer,loop", 15),
+    "plans": Script("plans.py", "", 14),
+    "peers-sst2": Script("peers.py --data sst2", "--seeds 42", 9),
+    "peers-imdb": Script("peers.py --data imdb", "--seeds 42 --steps 8", 1),
+    "methods": Script("methods.py", "--seeds 42 --engines lora,qlora,int8,peft-lora", 10),
+    "quality": Script("quality.py --data webnlg", "--seeds 42", 1),
+    "chars": Script("chars.py", "--rounds 1 --engines minift,muon,plain", 6),
+    "labels": Script("labels.py", "", 2),
+    "nano": Script("nano.py", "--seeds 1", 10),
     "gpu": Script("gpu.py", "", 10),
 }
 
@@ -109,8 +110,8 @@ def main() -> None:
         took[name] = (time.perf_counter() - start) / 60
         result = f"failed, exit code {code}" if code else "done"
         rows.append(told({"script": name, "minutes": SCRIPTS[name].minutes, "took": took[name], "result": result}))
-    lines = [[r["script"], r["result"], f"{r['minutes']:.0f}", f"{r['took']:.1f}"] for r in rows]
-    lines.append(["all", "", f"{sum(r['minutes'] for r in rows):.0f}", f"{sum(took.values()):.1f}"])
+    lines = [[r["script"], r["result"], f"{r['minutes']:g}", f"{r['took']:.1f}"] for r in rows]
+    lines.append(["all", "", f"{sum(r['minutes'] for r in rows):g}", f"{sum(took.values()):.1f}"])
     print(table(["script", "", "minutes", "took"], lines, left=2))
     if failed := [r["script"] for r in rows if r["result"] != "done"]:
         sys.exit(f"failed: {', '.join(failed)}; again by --only {','.join(failed)}")

@@ -370,7 +370,12 @@ FLOOR: Columns = {
     "minift / floor": ("floor", "to_floor", ".2f"),
     "with attention": ("floor", "with_attention", ".2f"),
 }
-PEERS = ("peer", *LOOPS)
+PEERS = {
+    "peer": "its Trainer (peer)",
+    "loop": "a plain PyTorch loop (loop)",
+    "compiled": "that loop with torch.compile (compiled)",
+    "nodrop": "that loop without dropout (nodrop)",
+}
 BESIDE: Columns = {f"{engine} s": (engine, "step_s", ".3f") for engine in ("minift", *PEERS)}
 BESIDE |= {f"{engine} / minift": (f"{engine} / minift", "step_s", ".2f") for engine in PEERS}
 BESIDE |= {f"{engine} MB": (engine, "peak_mb", ",.0f") for engine in ("minift", *PEERS)}
@@ -396,6 +401,14 @@ def steps_table(rows: list[dict], columns: Columns) -> str:
         found = {row["engine"]: row for row in rows if row["case"] == case}
         lines.append([case, *(cell(found, *column) for column in shown.values())])
     return table(["case", *shown], lines)
+
+
+def peers_in_words(engines: list[str]) -> str:
+    """A sentence about the peers that were run, if there were any."""
+    ran = [PEERS[engine] for engine in engines if engine in PEERS]
+    if not ran:
+        return ""
+    return f" Below: transformers by {', '.join(ran)}."
 
 
 def run_all(a: argparse.Namespace, work: Path) -> list[dict]:
@@ -437,7 +450,7 @@ def main() -> None:
     if a.write:
         text = f"""{a.precision}, dropout 0.1, LoRA r=8 with dropout 0.1; random weights, real data. Seconds a step. The
 products that a step needs, without attention's, which stand beside: by torch.mm, and ("floor") each by the faster of
-torch.mm and oneDNN. Below: transformers by its Trainer (peer), in a plain PyTorch loop, and that by torch.compile.
+torch.mm and oneDNN.{peers_in_words(a.engines.split(","))}
 
 {found}"""
         title = "One training step: minift, the Hugging Face stack, and the matrix products alone"

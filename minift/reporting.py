@@ -374,21 +374,30 @@ def words_of(question) -> str:
 
 
 def rank_examples(run: Seen, examples: list) -> None:
-    """The training examples that were hardest, by the losses that the run wrote."""
-    if not (run.folder / "examples.jsonl").is_file():
-        return run.lacks("hard", "there is no examples.jsonl, as in a run of an older minift")
-    losses: dict[int, dict[int, float]] = {}
-    for row in json_lines(run, "examples.jsonl", "hard"):
-        epoch, number, loss = row.get("epoch"), row.get("example"), row.get("loss")
-        if is_finite(epoch) and is_finite(number) and is_finite(loss):
-            losses.setdefault(int(number), {})[int(epoch)] = float(loss)
-    trained_on = [Hard(number, [found[e] for e in sorted(found)]) for number, found in losses.items()]
-    if not trained_on:
-        return run.lacks("hard", "examples.jsonl has no losses")
-    run.hard = sorted(trained_on, key=lambda one: -one.mean)[:HARD]
+    """The training examples that were hardest, and which were never learned."""
+    ranked = hardest_first(run)
+    run.hard = ranked[:HARD]
+    run.trained_on = len(ranked)
+    run.never_learned = [one.number for one in ranked if one.never_learned]
     task = task_of_run(run)
     for one in run.hard:
         if task and hasattr(task, "question") and 0 <= one.number < len(examples):
             pair = task.question(examples[one.number], None)
             if pair:
                 one.question, one.right = words_of(pair[0]), pair[1]
+
+
+def hardest_first(run: Seen) -> list[Hard]:
+    """All training examples by their mean loss, the largest first; none, with a sentence, where no losses are known."""
+    if not (run.folder / "examples.jsonl").is_file():
+        run.lacks("hard", "there is no examples.jsonl, as in a run of an older minift")
+        return []
+    losses: dict[int, dict[int, float]] = {}
+    for row in json_lines(run, "examples.jsonl", "hard"):
+        epoch, number, loss = row.get("epoch"), row.get("example"), row.get("loss")
+        if is_finite(epoch) and is_finite(number) and is_finite(loss):
+            losses.setdefault(int(number), {})[int(epoch)] = float(loss)
+    if not losses:
+        run.lacks("hard", "examples.jsonl has no losses")
+    trained_on = [Hard(number, [found[e] for e in sorted(found)]) for number, found in losses.items()]
+    return sorted(trained_on, key=lambda one: -one.mean)

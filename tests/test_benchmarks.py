@@ -46,6 +46,7 @@ CASES = {
     "nano": ("what", [*REVIEWS, "gpt2-nano", "Kneser-Ney, 5 tokens"]),
     "invariance": ("task processes", ["classify 1", "classify 2"]),
     "plans": ("family method", ["bert lora"]),
+    "labels": ("seed", ["42"]),
     "gpu": ("case method engine", ON_GPU),
     "scaling": ("axis", [axis for axis in AXES for _ in range(2)] + list(AXES)),  # two points each, then the exponents
 }

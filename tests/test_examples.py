@@ -133,6 +133,7 @@ def test_the_hardest_come_first_and_it_is_known_which_were_never_learned(tmp_pat
     rank_examples(run, [])
     assert [(one.number, one.losses) for one in run.hard] == [(7, [3.0, 2.0]), (5, [0.9, 0.1]), (2, [0.1, 0.8])]
     assert [one.never_learned for one in run.hard] == [True, False, True] and 0.69 < math.log(2) < 0.8
+    assert run.never_learned == [7, 2] and run.trained_on == 3
     put(tmp_path / "examples.jsonl", "{}\n")
     other = Seen("other", tmp_path)
     rank_examples(other, [])

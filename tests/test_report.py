@@ -138,6 +138,8 @@ def test_the_example_that_was_never_learned(runs):
     text, label = (runs / "train.tsv").read_text().splitlines()[5].split("\t")
     at = page.text.index("never learned")
     assert page.text[at - 1 : at + 5] == ["5", "never learned", "3.000", "3.000", label, text]
+    at = page.text.index("Never learned: 1 of 24 examples; their numbers, the hardest first, as --without takes them")
+    assert page.text[at + 1] == "5"
 
 
 @pytest.mark.slow

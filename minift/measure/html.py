@@ -103,10 +103,12 @@ body{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 3rem}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem}
 h2{font-size:1.3rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:2px solid #1a1a1a}
 h3{font-size:1.05rem;margin:1.5rem 0 .5rem}
-h1,h3,header p,.facts th,.facts td,.missing{overflow-wrap:anywhere}
+h1,h3,header p,.facts th,.facts td,.missing,.numbers{overflow-wrap:anywhere}
 th,td{overflow-wrap:break-word}
 p{margin:.5rem 0;max-width:45rem}
 .note{color:#4a4a4a;font-size:.875rem}
+summary{cursor:pointer;max-width:45rem}
+.numbers{font-size:.8125rem;font-variant-numeric:tabular-nums}
 .missing{border-left:4px solid #D55E00;padding:.25rem .75rem;background:#fbf3ee;font-size:.9375rem}
 nav ol{columns:2 16rem;padding-left:1.5rem;margin:1rem 0;font-size:.9375rem}
 a{color:#00508a}

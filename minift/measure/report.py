@@ -80,6 +80,8 @@ class Seen:
     asked: list[Asked] = field(default_factory=list)
     asked_of: str = ""  # where these examples are from
     hard: list[Hard] = field(default_factory=list)
+    trained_on: int = 0  # examples whose losses are known
+    never_learned: list[int] = field(default_factory=list)  # their numbers, that with the largest mean loss first
     missing: dict[str, list[str]] = field(default_factory=dict)  # section -> what it lacks, a sentence each
 
     def lacks(self, section: str, sentence: str) -> None:
@@ -597,6 +599,7 @@ def hard(runs: list[Seen]) -> str:
             rows.append((f"{one.number}", when, *losses, right, shown(cut(one.question, SHORT))))
         head = ("example", "", "loss, first epoch", "last epoch", "right", "text")
         told.append(table(head, rows, "><>><?", "hard"))
+        told.append(all_never_learned(run))
     words = (
         "Numbers count the training examples from 0; losses are those of the passes that trained on them, in nats a "
         "target. Never learned: in no epoch after the first below 0.693, as if its answer had half of the probability. "
@@ -605,6 +608,16 @@ def hard(runs: list[Seen]) -> str:
     if any(run.hard for run in runs):
         told.append(paragraph(words, "note"))
     return "".join(told)
+
+
+def all_never_learned(run: Seen) -> str:
+    """How many examples were never learned and, unfolded, all of them, for whoever looks for wrong labels."""
+    said = f"Never learned: {len(run.never_learned):,} of {run.trained_on:,} examples"
+    if not run.never_learned or len(run.never_learned) > run.trained_on / 2:  # as most texts of a language are not
+        return paragraph(f"{said}.")
+    numbers = ",".join(map(str, run.never_learned))
+    summary = f"<summary>{said}; their numbers, the hardest first, as --without takes them</summary>"
+    return f"<details>{summary}{paragraph(numbers, 'numbers')}</details>"
 
 
 def options(runs: list[Seen]) -> str:

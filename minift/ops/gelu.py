@@ -54,10 +54,7 @@ def gelu(x: Tensor, tanh: bool, lib) -> Tensor:
 
 def gelu_erf(x: Tensor) -> Tensor:
     """The exact GELU."""
-    lib = None
-    if not (x.is_cpu and x.dtype == torch.bfloat16):  # where PyTorch's own is faster
-        lib = native.kernel("gelu", x)
-    return gelu(x, False, lib)
+    return gelu(x, False, native.kernel("gelu", x))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

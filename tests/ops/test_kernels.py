@@ -110,6 +110,22 @@ def test_gelu_keeps_the_digits_of_its_tail(f):
     assert ((plain - want) / want).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("f", [gelu_erf, gelu_tanh])
+def test_gelu_of_every_bfloat16(f):
+    """All numbers that there are, rounded once: value and slope are those of float32 to the last bit or the next."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].requires_grad_()
+    floats = x.detach().float().requires_grad_()
+    y, want = f(x), f(floats)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (slope,) = torch.autograd.grad(want.sum(), floats)
+    for found, exact in ((y, want), (dx, slope)):
+        unit = torch.finfo(torch.bfloat16).eps / 2
+        assert found.dtype == torch.bfloat16
+        assert ((found.float() - exact).abs() <= unit * exact.abs() * 1.001 + 1e-38).all()
+    assert f(torch.tensor([torch.nan, torch.inf], dtype=torch.bfloat16)).isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [1e-12, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("n,width", SIZES)
