@@ -19,13 +19,12 @@ import csv
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from common import command, draw, fresh, make_parser, parse, read_rows, table, told, write_rows, write_section
 
 OTHER = 1_000_000  # a seed's labels are drawn by this and the seed
-HEAD = ["seed", "examples", "changed", "on the list", "found", "right", "by mean loss", "training s"]
+HEAD = ["seed", "examples", "changed", "on the list", "found", "right", "by mean loss"]
 
 
 def rows_to_train_on(a: argparse.Namespace) -> list[dict]:
@@ -73,9 +72,7 @@ def run(a: argparse.Namespace, seed: int) -> dict:
             seed=seed,
         )
         model, tokenizer = load_model(config, ["0", "1"])
-        start = time.perf_counter()
         minift.train(model, tokenizer, config)
-        seconds = time.perf_counter() - start
         ranked = hardest_first(Seen("run", Path(config.out)))
     never_learned = {one.number for one in ranked if one.never_learned}
     largest = {one.number for one in ranked[: len(changed)]}
@@ -86,7 +83,6 @@ def run(a: argparse.Namespace, seed: int) -> dict:
         "found": len(never_learned & changed) / len(changed),
         "right": len(never_learned & changed) / max(1, len(never_learned)),
         "by_mean_loss": len(largest & changed) / len(changed),
-        "train_s": seconds,
     }
 
 
@@ -96,10 +92,10 @@ def figures(rows: list[dict]) -> str:
     for r in rows:
         counts = [f"{r[key]:,}" for key in ("examples", "changed", "listed")]
         shares = [f"{r[key]:.1%}" for key in ("found", "right", "by_mean_loss")]
-        lines.append([str(r["seed"]), *counts, *shares, f"{r['train_s']:.0f}"])
+        lines.append([str(r["seed"]), *counts, *shares])
     if len(rows) > 1:
         means = [f"{statistics.mean(r[key] for r in rows):.1%}" for key in ("found", "right", "by_mean_loss")]
-        lines.append(["mean", "", "", "", *means, ""])
+        lines.append(["mean", "", "", "", *means])
     return table(HEAD, lines)
 
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..ops import native
+from ..ops.linear import cpu_bfloat16
 
 aten = torch.ops.aten
 
@@ -194,7 +195,7 @@ class Ledger(TorchDispatchMode):
         elif packet not in COUNTED and not is_free(function):
             what = OTHERS
             if packet is aten._to_copy:
-                what = CASTS if out.nbytes > SMALL else SMALL_CASTS
+                what = SMALL_CASTS if is_gone_at_once(out) else CASTS
             elif function._schema.is_mutable:
                 what = UPDATES
             self.moved[what] += bytes_moved(function, args, kwargs, out)
@@ -314,6 +315,11 @@ ON_META = {
 
 # operators that touch some rows of their first argument, as many as they give or take
 SOME_ROWS = {"embedding", "index_select", "index", "gather", "index_add_", "index_put_"}
+
+
+def is_gone_at_once(cast: Tensor) -> bool:
+    """Whether a cast is a part of a matrix that is multiplied in float32 (ops/linear.py), while the cache has it."""
+    return cast.dtype == torch.float32 and cast.nbytes <= SMALL and not cpu_bfloat16()
 
 
 def is_free(function) -> bool:

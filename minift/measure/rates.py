@@ -143,8 +143,8 @@ def update_rate(device: torch.device) -> float:
 @cache
 def cast_rate(device: torch.device) -> float:
     """Bytes/s of a cast of a layer's weights between float32 and bfloat16, read and written."""
-    # several, for in a step neither the weights nor where they go are in the cache
-    weights = [torch.zeros(1 << 22, device=device) for _ in range(4)]
+    # many, for in a step neither the weights nor where they go are in the cache
+    weights = [torch.zeros(1 << 21, device=device) for _ in range(16)]
     casts = [x.bfloat16() for x in weights]
 
     def cast_all() -> None:
