@@ -21,8 +21,21 @@ from minift import planning
 from minift.config import PlanConfig, size_of
 from minift.data.batch import pack
 from minift.engine import memory
-from minift.measure import rates
-from minift.measure.ledger import FROZEN, GRADIENTS, MOMENTS, SAVED, TRAINED, Heap, Kernel, Ledger, Shape
+from minift.measure import ledger, rates
+from minift.measure.ledger import (
+    CASTS,
+    FROZEN,
+    GRADIENTS,
+    MOMENTS,
+    SAVED,
+    SMALL,
+    SMALL_CASTS,
+    TRAINED,
+    Heap,
+    Kernel,
+    Ledger,
+    Shape,
+)
 from minift.ops import attention, native
 from minift.ops.dropout import Noise
 from minift.ops.linear import product, weight_gradient
@@ -414,3 +427,18 @@ def test_a_kernel_that_is_timed_finds_nothing_in_the_cache():
     assert all(rates.copies_of(n) * n <= planning.TIMING for n in (1, 1 << 20, 1 << 25, (1 << 26) - 1, rates.MOST))
     assert len(set(places)) == min(len(places), rates.REPEATS + 1) > 3
     assert all(here[i] != there[i] for here, there in zip(places, places[1:], strict=False) for i in (0, 1))
+
+
+def test_a_cast_is_in_the_cache_only_where_products_go_by_floats(monkeypatch):
+    """On another CPU a cast to float32 is a gradient, which stays; one to bfloat16 is a weight anywhere."""
+    floats = torch.zeros(64)
+    for hardware, gone in (("", SMALL_CASTS), ("AMX", CASTS)):
+        monkeypatch.setattr(ledger, "cpu_bfloat16", lambda hardware=hardware: hardware)
+        with Ledger(torch.nn.Linear(1, 1)) as seen:
+            halves = floats.bfloat16()
+            assert seen.moved == {CASTS: 64 * 6}
+            seen.restart()
+            halves.float()
+            torch.zeros(SMALL, dtype=torch.bfloat16).float()  # larger than what a cache keeps
+        assert seen.moved[gone] >= 64 * 6 and seen.moved[CASTS] >= SMALL * 6
+        assert sum(seen.moved[kind] for kind in (CASTS, SMALL_CASTS)) == (64 + SMALL) * 6
