@@ -50,7 +50,7 @@ SCRIPTS = {
     "methods": Script("methods.py", "--seeds 42 --engines lora,qlora,int8,peft-lora", 10),
     "quality": Script("quality.py --data webnlg", "--seeds 42", 1),
     "chars": Script("chars.py", "--rounds 1 --engines minift,muon,plain", 6),
-    "labels": Script("labels.py", "", 2),
+    "labels": Script("labels.py", "", 4),
     "nano": Script("nano.py", "--seeds 1", 10),
     "gpu": Script("gpu.py", "", 10),
 }
