@@ -54,6 +54,7 @@ void values(const bf16* x, bf16* y, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] = known[x[i].bits];
 }
 
+// n: at most BLOCK.
 template <class Form>
 void gradients(const bf16* x, const bf16* dy, bf16* dx, int64_t n) {
     const float* slopes = table<Form>().slopes;

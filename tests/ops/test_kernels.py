@@ -112,7 +112,7 @@ def test_gelu_keeps_the_digits_of_its_tail(f):
 
 @pytest.mark.parametrize("f", [gelu_erf, gelu_tanh])
 def test_gelu_of_every_bfloat16(f):
-    """All numbers that there are, rounded once: value and slope are those of float32 to the last bit or the next."""
+    """All numbers that there are: value and slope are those of float32, rounded once."""
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = x[x.isfinite()].requires_grad_()
     floats = x.detach().float().requires_grad_()
